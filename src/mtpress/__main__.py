@@ -1,0 +1,5 @@
+"""`python -m mtpress`."""
+
+from mtpress.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,179 @@
+"""Calibration: the samples, and what the body's linears read when the samples pass through it.
+
+In: JSON-lines files, a Hub data set named in a recipe, or the set that ships with mtpress. Out: `CalibrationSet`, whose
+samples the streamed body moves layer by layer, and `InputAmax`, the running max of each linear's input. Leaves out: the
+layers themselves (models/) and what is made of the statistics (rounding/, stream.py).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtpress.errors import InputError
+from mtpress.recipe import CalibrationSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from mtpress.chat import Sample
+
+BUILTIN = "builtin"
+BUILTIN_FILE = Path(__file__).parent / "builtin" / "calibration.jsonl"
+MAX_LINE_BYTES = 64_000_000
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass
+class CalibrationSet:
+    """Encoded samples with where they came from. `identity` is a SHA-256 over the token ids in order."""
+
+    source: str
+    samples: "list[Sample]"
+    num_truncated: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.input_ids) for s in self.samples)
+
+    @property
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(len(sample.input_ids).to_bytes(8, "little") + sample.input_ids.numpy().tobytes())
+            if sample.pixel_values is not None:
+                digest.update(sample.pixel_values.numpy().tobytes())
+        return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "source": self.source, "num_samples": len(self.samples), "num_tokens": self.num_tokens,
+            "num_truncated": self.num_truncated, "sha256": self.identity,
+        }  # fmt: skip
+
+
+def check_row(row: Any, where: str) -> dict[str, Any]:
+    """A row of a calibration or evaluation file: {"messages": [...]} or {"text": "..."}; InputError says what is wrong."""
+    if not isinstance(row, dict):
+        raise InputError(f'{where}: must be an object with "messages" or "text", is a {type(row).__name__}')
+    if isinstance(row.get("text"), str):
+        if not row["text"].strip():
+            raise InputError(f"{where}: its text is empty")
+        return row
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f'{where}: has neither "messages" (a list of turns) nor "text" (a string)')
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise InputError(f"{where}: message {i} has no role of {', '.join(ROLES)}")
+        content = message.get("content")
+        if content is not None and not isinstance(content, str | list):
+            raise InputError(f"{where}: message {i}: content must be a string or a list of parts")
+        if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
+            raise InputError(f"{where}: message {i}: each content part must be an object")
+    if not isinstance(row.get("tools", []), list | None):
+        raise InputError(f"{where}: tools must be a list")
+    return row
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every line of a calibration or evaluation file; blank lines are skipped."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                where = f"{path}:{number}"
+                if len(raw) > MAX_LINE_BYTES:
+                    raise InputError(f"{where}: line of {len(raw) // 1_000_000} MB; name images by path instead of inlining them")
+                if not raw.strip():
+                    continue
+                try:
+                    row = json.loads(raw)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{where}: not JSON ({str(error)[:80]}); each line is one object") from None
+                yield where, check_row(row, where)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_hub(source: CalibrationSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of the first num_samples rows of a Hub data set; chat, text and article columns are understood."""
+    where = "/".join(filter(None, (source.dataset, source.subset, source.split)))
+    fallback = "pass --calibration FILE.jsonl, or --calibration builtin for the set that ships with mtpress"
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{where}: Hub data sets need `pip install mtpress[hub]`; or {fallback}") from None
+    try:
+        rows = datasets.load_dataset(source.dataset, name=source.subset, split=f"{source.split}[:{source.num_samples}]")
+    except Exception as error:  # datasets raises errors of every library below it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(f"{where}: cannot be fetched ({reason}); {fallback}") from None
+    for number, row in enumerate(rows, 1):
+        at = f"{where} row {number}"
+        for key in ("messages", "conversations"):
+            if isinstance(row.get(key), list):
+                yield at, check_row({"messages": row[key]}, at)
+                break
+        else:
+            text = next((row[key] for key in ("text", "article", "content") if isinstance(row.get(key), str)), None)
+            yield at, check_row({"text": text}, at)
+
+
+def calibration_rows(source: CalibrationSource, files: Sequence[str]) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
+    """What is read, and its rows: --calibration files (or "builtin") if any, else what the recipe names."""
+    if not files and source.dataset != BUILTIN:
+        return f"{source.dataset} {source.subset or ''} {source.split}[:{source.num_samples}]".replace("  ", " "), read_hub(source)
+    paths = [BUILTIN_FILE if name == BUILTIN else Path(name) for name in files or (BUILTIN,)]
+    shown = ", ".join(BUILTIN if path == BUILTIN_FILE else path.name for path in paths)
+    return shown, (pair for path in paths for pair in read_jsonl(path))
+
+
+def load_calibration(directory: Path, source: CalibrationSource, files: Sequence[str]) -> CalibrationSet:
+    """Reads, renders by the checkpoint's own chat template, and encodes at most num_samples samples of at most max_seq_len tokens."""
+    from mtpress.chat import ChatEncoder
+
+    encoder = ChatEncoder(directory)
+    shown, rows = calibration_rows(source, files)
+    loaded = CalibrationSet(shown, [])
+    for where, row in rows:
+        if len(loaded.samples) == source.num_samples:
+            break
+        sample = encode_row(encoder, row, where)
+        if len(sample.input_ids) > source.max_seq_len:
+            if sample.pixel_values is not None:
+                raise InputError(f"{where}: {len(sample.input_ids)} tokens with pictures, over max_seq_len {source.max_seq_len}; raise it")
+            sample.input_ids = sample.input_ids[: source.max_seq_len]
+            loaded.num_truncated += 1
+        if len(sample.input_ids):
+            loaded.samples.append(sample)
+    if not loaded.samples:
+        raise InputError(f"{shown}: holds no calibration samples")
+    return loaded
+
+
+def encode_row(encoder: Any, row: dict[str, Any], where: str) -> "Sample":
+    """One row as a Sample; messages go through the chat template, text is taken as it is."""
+    if "messages" not in row:
+        return encoder.encode_text(row["text"])  # type: ignore[no-any-return]
+    options = {key: row[key] for key in ("tools", "enable_thinking") if row.get(key) is not None}
+    return encoder.encode(row["messages"], where=where, **options)  # type: ignore[no-any-return]
+
+
+@dataclass
+class InputAmax:
+    """The largest |x| that each linear of one layer has read: name within the layer → float32 scalar."""
+
+    amax: "dict[str, torch.Tensor]" = field(default_factory=dict)
+
+    def __call__(self, name: str, inputs: "torch.Tensor") -> None:
+        low, high = inputs.aminmax()
+        largest = high.float().maximum(-low.float())
+        self.amax[name] = largest if name not in self.amax else self.amax[name].maximum(largest)
+
+    def of_group(self, names: Iterable[str]) -> "torch.Tensor":
+        """One amax for linears that are fused, on the CPU."""
+        import torch
+
+        return torch.stack([self.amax[name].cpu() for name in names]).max()

@@ -1,0 +1,346 @@
+"""A checkpoint directory, read by its headers: what tensors it holds, where their bytes lie, what its config files say.
+
+In: a directory of safetensors files with an index (or one model.safetensors). Out: `Checkpoint`, whose opening reads
+headers only; tensors are read one by one, straight from the file, without mapping it. Leaves out: writing
+(checkpoint_writer.py), and what the tensors mean (models/).
+
+Every byte of a header is checked before it is believed: a file that lies about its own layout is an InputError.
+Format: https://github.com/huggingface/safetensors (8-byte length, JSON header, data; offsets relative to the data).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtpress.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_JSON_BYTES = 64_000_000
+PIECE_BYTES = 16 << 20
+
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I64": 64, "I32": 32,
+    "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: its safetensors dtype name, its shape, and where its bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    num_bytes: int
+
+    @property
+    def num_params(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its tensors in file order and its `__metadata__`."""
+
+    path: Path
+    tensors: tuple[TensorInfo, ...]
+    metadata: Mapping[str, str]
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+        "U8": torch.uint8, "BOOL": torch.bool,
+    }[name]  # fmt: skip
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} stands twice")
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; InputError if it is missing, too large, not UTF-8, or not JSON without repeated keys."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: larger than {MAX_JSON_BYTES // 1_000_000} MB, which no config or index is; is it the right file?")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({str(error)[:120]}); restore it from the source checkpoint") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")
+    return content
+
+
+def read_shard(path: Path) -> Shard:
+    """The header of one safetensors file, checked against the file's own size."""
+
+    def refuse(why: str) -> InputError:
+        return InputError(f"{path}: {why}; the file is torn or not safetensors, fetch it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            if len(head) < 8:
+                raise refuse(f"{size} bytes are too few for a header")
+            length = int.from_bytes(head, "little")
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise refuse(f"its header claims {length} bytes of a file of {size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"its header is not JSON ({str(error)[:120]})") from None
+    if not isinstance(header, dict):
+        raise refuse("its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise refuse("its __metadata__ is not a map of strings")
+    infos = [_tensor_info(name, entry, path, 8 + length, refuse) for name, entry in header.items()]
+    infos.sort(key=lambda t: (t.offset, t.num_bytes))
+    end = 8 + length
+    for info in infos:
+        if info.offset != end:
+            raise refuse(f"tensor {info.name[:80]} starts at byte {info.offset}, but the one before it ends at {end}")
+        end += info.num_bytes
+    if end != size:
+        raise refuse(f"its tensors end at byte {end}, the file at {size}")
+    return Shard(path, tuple(infos), metadata)
+
+
+def _tensor_info(name: str, entry: Any, path: Path, data_start: int, refuse: Any) -> TensorInfo:
+    shown = name[:80]
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse(f"tensor {shown}: its entry is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise refuse(f"tensor {shown}: unknown dtype {str(dtype)[:40]!r}")
+
+    def counts(values: Any) -> bool:
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+
+    if not counts(shape) or len(shape) > 16:
+        raise refuse(f"tensor {shown}: its shape is not a list of sizes")
+    if not counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"tensor {shown}: its data_offsets are not a pair of ascending positions")
+    info = TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], offsets[1] - offsets[0])
+    if info.num_params * DTYPE_BITS[dtype] != info.num_bytes * 8:
+        raise refuse(f"tensor {shown}: {dtype} {list(shape)} needs {info.num_params * DTYPE_BITS[dtype] // 8} bytes, has {info.num_bytes}")
+    return info
+
+
+def _pread(file: int, into: memoryview, position: int, info: TensorInfo) -> int:
+    try:
+        count = os.preadv(file, [into], position)
+    except OSError as error:
+        raise InputError(f"{info.file}: cannot be read ({error.strerror or error})") from None
+    if count == 0:
+        raise InputError(f"{info.file}: ends inside tensor {info.name}; it changed while it was read, start again")
+    return count
+
+
+@contextmanager
+def _opened(info: TensorInfo) -> Iterator[int]:
+    try:
+        file = os.open(info.file, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{info.file}: cannot be read ({error.strerror or error})") from None
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def read_bytes(info: TensorInfo, into: memoryview) -> None:
+    """Fills `into` (num_bytes long) with the stored bytes of a tensor, past the page mapping."""
+    with _opened(info) as file:
+        position = 0
+        while position < info.num_bytes:
+            position += _pread(file, into[position : position + PIECE_BYTES], info.offset + position, info)
+
+
+def read_pieces(info: TensorInfo) -> Iterator[memoryview]:
+    """The stored bytes of a tensor in pieces; each is valid until the next is asked for."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, info.num_bytes)))
+    with _opened(info) as file:
+        position = 0
+        while position < info.num_bytes:
+            count = _pread(file, buffer[: info.num_bytes - position], info.offset + position, info)
+            yield buffer[:count]
+            position += count
+
+
+def read_rows(info: TensorInfo, rows: "torch.Tensor") -> "torch.Tensor":
+    """The given rows (int64 [T]) of a stored matrix [N, K] as [T, K]; each distinct row is read once."""
+    import torch
+
+    unique, place = torch.unique(rows, return_inverse=True)
+    if len(unique) and int(unique[-1]) >= info.shape[0]:
+        raise InputError(f"token id {int(unique[-1])} is outside {info.name} with {info.shape[0]} rows; tokenizer and weights do not match")
+    row_bytes = info.num_bytes // info.shape[0]
+    found = torch.empty(len(unique), info.shape[1], dtype=torch_dtype(info.dtype))
+    view = memoryview(found.view(torch.uint8).numpy()).cast("B")
+    with _opened(info) as file:
+        for i, row in enumerate(unique.tolist()):
+            position = 0
+            while position < row_bytes:
+                into = view[i * row_bytes + position : (i + 1) * row_bytes]
+                position += _pread(file, into, info.offset + row * row_bytes + position, info)
+    return found[place]
+
+
+def read_tensor(info: TensorInfo) -> "torch.Tensor":
+    """The tensor itself, in its stored dtype, in memory of its own."""
+    import torch
+
+    buffer = bytearray(info.num_bytes)
+    if info.num_bytes:
+        read_bytes(info, memoryview(buffer))
+        return torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+    return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The directory that a path names or, for a Hub id such as Qwen/Qwen3.6-27B, the local snapshot of it."""
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    text = str(path_or_id)
+    if path.exists():
+        raise InputError(f"{text}: is a file; name the directory that holds config.json and the safetensors files")
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or text.endswith("/"):
+        raise InputError(f"{text}: no such directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(text))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError(f"{text}: neither a directory nor a Hub model that can be fetched ({reason})") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint by its headers. `tensors` maps every stored name to its place; `unindexed` are stored but not in the index."""
+
+    path: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, TensorInfo]
+    unindexed: Mapping[str, TensorInfo] = field(default_factory=dict)
+    index: dict[str, Any] | None = None
+
+    @classmethod
+    def open(cls, path_or_id: str | Path) -> "Checkpoint":
+        """Reads config.json, the index and every header; InputError says what is missing or wrong."""
+        path = resolve(path_or_id)
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: no config.json; name the directory of a whole checkpoint")
+        config = read_json_object(path / "config.json")
+        index = read_json_object(path / INDEX_NAME) if (path / INDEX_NAME).exists() else None
+        if index is None and not (path / SINGLE_NAME).is_file():
+            raise InputError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors checkpoints are read")
+        weight_map = cls._weight_map(path, index)
+        files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+        shards = tuple(read_shard(path / file) for file in files)
+        stored: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for info in shard.tensors:
+                if info.name in stored:
+                    raise InputError(f"{path}: tensor {info.name} is stored in {stored[info.name].file.name} and in {shard.path.name}")
+                stored[info.name] = info
+        if weight_map is None:
+            return cls(path, config, shards, stored)
+        for name, file in weight_map.items():
+            if name not in stored or stored[name].file.name != file:
+                raise InputError(f"{path / INDEX_NAME}: says that {name[:120]} is in {file}, which does not hold it; rebuild the index")
+        unindexed = {name: info for name, info in stored.items() if name not in weight_map}
+        return cls(path, config, shards, {n: i for n, i in stored.items() if n in weight_map}, unindexed, index)
+
+    @staticmethod
+    def _weight_map(path: Path, index: dict[str, Any] | None) -> dict[str, str] | None:
+        if index is None:
+            return None
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+            raise InputError(f"{path / INDEX_NAME}: has no weight_map from tensor names to files; rebuild the index")
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise InputError(f"{path / INDEX_NAME}: names a file outside the directory: {file[:120]!r}")
+            if not file.endswith(".safetensors"):
+                raise InputError(f"{path / INDEX_NAME}: names {file[:120]!r}, which is not a safetensors file")
+            if not (path / file).is_file():
+                raise InputError(f"{path}: {file} is in the index but not on disk; fetch the checkpoint again")
+        return weight_map
+
+    def read(self, name: str) -> "torch.Tensor":
+        return read_tensor(self.tensors[name])
+
+    def json_file(self, name: str) -> dict[str, Any] | None:
+        """A JSON file beside the weights, or None where there is none."""
+        path = self.path / name
+        return read_json_object(path) if path.exists() else None
+
+    @cached_property
+    def text_config(self) -> dict[str, Any]:
+        """The config of the language model: `text_config` where there is one, else the config itself."""
+        inner = self.config.get("text_config", self.config)
+        if not isinstance(inner, dict):
+            raise InputError(f"{self.path / 'config.json'}: text_config is not an object")
+        return inner
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def other_files(self) -> Iterator[Path]:
+        """Plain files beside the weights, in order of name, without shards and index."""
+        for path in sorted(self.path.iterdir()):
+            if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_NAME:
+                yield path
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 over config.json and all headers: names a checkpoint without reading its weights."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for info in sorted(self.tensors.values(), key=lambda t: t.name):
+            digest.update(f"{info.name} {info.dtype} {info.shape} {info.file.name} {info.offset}\n".encode())
+        return digest.hexdigest()

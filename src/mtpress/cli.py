@@ -1,0 +1,82 @@
+"""The command line: a table of stages, each imported only when it is called.
+
+In: arguments. Out: the stage's result as text or, with --json, as JSON on stdout; progress and errors on stderr.
+Exit codes: 0 done and sound, 1 it ran and found something wrong, 2 the input or the call is bad, 130 interrupted.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mtpress import __version__
+from mtpress.errors import MtpressError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One subcommand: its module under mtpress.stages, and what --help says of it."""
+
+    name: str
+    summary: str
+
+
+STAGES = (
+    Stage("inspect", "what a checkpoint holds: components, quantization, draft head, fit of each recipe"),
+    Stage("quantize", "a BF16 checkpoint → a 4-bit checkpoint with a working draft head"),
+    Stage("check", "whether a finished checkpoint is sound: names, scales, ignore lists, draft head"),
+    Stage("recipes", "the shipped recipes, or one of them in full"),
+    Stage("demo", "the whole line on the model that ships with mtpress"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def build_parser(stage: str | None) -> Parser:
+    """The parser of one stage; without a stage, the one that lists them all."""
+    parser = Parser(prog="mtpress", description="A BF16 Qwen3.5-class checkpoint in, a 4-bit checkpoint with a working draft head out.")
+    parser.add_argument("--version", action="version", version=f"mtpress {__version__}")
+    subparsers = parser.add_subparsers(dest="stage", metavar="STAGE", required=True, parser_class=Parser)
+    for entry in STAGES:
+        sub = subparsers.add_parser(entry.name, help=entry.summary, description=entry.summary)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and nothing else there")
+        if entry.name == stage:
+            importlib.import_module(f"mtpress.stages.{entry.name}").add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    stage = next((a for a in arguments if not a.startswith("-")), None)
+    try:
+        options = build_parser(stage).parse_args(arguments)
+        command = importlib.import_module(f"mtpress.stages.{options.stage}")
+        code, result = command.run(options)
+        if options.json:
+            print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        sys.stdout.flush()
+        return int(code)
+    except MtpressError as error:
+        return _fail(stage, str(error), error.exit_code, "--json" in arguments)
+    except KeyboardInterrupt:
+        return _fail(stage, "interrupted; the source is untouched and no unfinished output was left", 130, "--json" in arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(stage: str | None, message: str, code: int, as_json: bool) -> int:
+    if as_json:
+        document: dict[str, Any] = {"error": message, "exit_code": code}
+        print(json.dumps(document, ensure_ascii=False))
+    print(f"mtpress{f' {stage}' if stage else ''}: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,204 @@
+"""Qwen3.5, 3.6 and 3.8 (dense): what each tensor is by its name, which linears vLLM fuses, what is never quantized.
+
+In: tensor names and config.json. Out: components, modules, fused groups, the tensors a checkpoint must hold.
+Leaves out: anything that computes (models/qwen3_5_layers.py), so this file imports no torch.
+Names and fusions: vLLM 0.32, model_executor/models/qwen3_5.py and qwen3_5_mtp.py.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mtpress.errors import InputError
+
+COMPONENTS = ("embeddings", "gdn", "attention", "mlp", "norms", "lm_head", "mtp", "vision")
+COMPONENT_TITLES = {
+    "embeddings": "embeddings", "gdn": "Gated DeltaNet", "attention": "full attention", "mlp": "MLP", "norms": "norms",
+    "lm_head": "lm_head", "mtp": "MTP draft head", "vision": "vision tower", "other": "not known",
+}  # fmt: skip
+
+VISION_PREFIX = "model.visual."
+MTP_PREFIX = "mtp."
+LAYER = re.compile(r"^(model\.(?:language_model\.)?)layers\.(\d+)\.(.+)$")
+
+# Linears of a decoder layer that vLLM loads as one matrix: they share one input and must share their global scales.
+FUSED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+}
+FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
+AB_LINEARS = FUSED["linear_attn.in_proj_ba"]
+
+# Everything in a decoder layer that a 4-bit format may take, by component; in_proj_a/b only when a recipe asks.
+QUANTIZABLE = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "gdn": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+# Linear modules kept whole that a quantization config must name, because the engine would take them as quantized.
+KEPT_IN_LAYER = ("linear_attn.conv1d", *AB_LINEARS)
+
+MTP_TENSORS = (
+    "mtp.fc.weight", "mtp.norm.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight",
+    "mtp.layers.0.input_layernorm.weight", "mtp.layers.0.post_attention_layernorm.weight",
+    "mtp.layers.0.self_attn.q_proj.weight", "mtp.layers.0.self_attn.k_proj.weight", "mtp.layers.0.self_attn.v_proj.weight",
+    "mtp.layers.0.self_attn.o_proj.weight", "mtp.layers.0.self_attn.q_norm.weight", "mtp.layers.0.self_attn.k_norm.weight",
+    "mtp.layers.0.mlp.gate_proj.weight", "mtp.layers.0.mlp.up_proj.weight", "mtp.layers.0.mlp.down_proj.weight",
+)  # fmt: skip
+
+
+def component(name: str) -> str:
+    """The component a tensor belongs to, one of COMPONENTS, or "other"."""
+    if name.startswith(MTP_PREFIX):
+        return "mtp"
+    if name.startswith(VISION_PREFIX):
+        return "vision"
+    if name.startswith("lm_head."):
+        return "lm_head"
+    if re.fullmatch(r"model\.(language_model\.)?embed_tokens\.\w+", name):
+        return "embeddings"
+    if re.fullmatch(r"model\.(language_model\.)?norm\.weight", name):
+        return "norms"
+    if found := LAYER.match(name):
+        rest = found[3]
+        if re.fullmatch(r"(input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm|linear_attn\.norm)\.weight", rest):
+            return "norms"
+        for prefix, label in (("linear_attn.", "gdn"), ("self_attn.", "attention"), ("mlp.", "mlp")):
+            if rest.startswith(prefix):
+                return label
+    return "other"
+
+
+def layer_index(name: str) -> int | None:
+    """The decoder layer a body tensor belongs to; None outside the layers (and for the draft head)."""
+    found = LAYER.match(name)
+    return int(found[2]) if found else None
+
+
+def body_prefix(names: Mapping[str, Any]) -> str:
+    """`model.language_model.` or, in text-only checkpoints, `model.`; InputError where there is no decoder layer."""
+    for name in names:
+        if found := LAYER.match(name):
+            return found[1]
+    raise InputError("no decoder layers under model.language_model.layers or model.layers; is it a Qwen3.5-class checkpoint?")
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("text_config", config)
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def layer_types(config: Mapping[str, Any]) -> list[str]:
+    """`linear_attention` or `full_attention` for every layer, from layer_types or full_attention_interval."""
+    text = text_config(config)
+    count = text.get("num_hidden_layers")
+    if type(count) is not int or not 0 < count < 10_000:
+        raise InputError(f"config.json: num_hidden_layers is {str(count)[:40]!r}, must be a count of layers")
+    types = text.get("layer_types")
+    if types is None:
+        interval = text.get("full_attention_interval", 4)
+        types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)]
+    if not isinstance(types, list) or len(types) != count or set(types) - {"linear_attention", "full_attention"}:
+        raise InputError(f"config.json: layer_types must name linear_attention or full_attention for each of the {count} layers")
+    return types
+
+
+def num_mtp_layers(config: Mapping[str, Any]) -> int:
+    """mtp_num_hidden_layers as vLLM reads it: at top level, then in text_config."""
+    value = config.get("mtp_num_hidden_layers", text_config(config).get("mtp_num_hidden_layers", 0))
+    return value if type(value) is int else 0
+
+
+REQUIRED_SIZES = (
+    "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
+)  # fmt: skip
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The dimensions of the language model; InputError names one that is missing or no size."""
+    text = text_config(config)
+    for key in REQUIRED_SIZES:
+        value = text.get(key)
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise InputError(f"config.json: {key} is {str(value)[:40]!r}, must be a positive size")
+    return {key: text[key] for key in REQUIRED_SIZES}
+
+
+def layer_shapes(config: Mapping[str, Any], layer_type: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of one decoder layer, by their names within the layer."""
+    d = sizes(config)
+    h, inter = d["hidden_size"], d["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (h,),
+        "post_attention_layernorm.weight": (h,),
+        "mlp.gate_proj.weight": (inter, h),
+        "mlp.up_proj.weight": (inter, h),
+        "mlp.down_proj.weight": (h, inter),
+    }
+    if layer_type == "full_attention":
+        heads, kv = d["num_attention_heads"] * d["head_dim"], d["num_key_value_heads"] * d["head_dim"]
+        gate = 2 if text_config(config).get("attn_output_gate", True) else 1
+        shapes |= {
+            "self_attn.q_proj.weight": (gate * heads, h),
+            "self_attn.k_proj.weight": (kv, h),
+            "self_attn.v_proj.weight": (kv, h),
+            "self_attn.o_proj.weight": (h, heads),
+            "self_attn.q_norm.weight": (d["head_dim"],),
+            "self_attn.k_norm.weight": (d["head_dim"],),
+        }
+    else:
+        keys = d["linear_num_key_heads"] * d["linear_key_head_dim"]
+        values = d["linear_num_value_heads"] * d["linear_value_head_dim"]
+        shapes |= {
+            "linear_attn.in_proj_qkv.weight": (2 * keys + values, h),
+            "linear_attn.in_proj_z.weight": (values, h),
+            "linear_attn.in_proj_b.weight": (d["linear_num_value_heads"], h),
+            "linear_attn.in_proj_a.weight": (d["linear_num_value_heads"], h),
+            "linear_attn.conv1d.weight": (2 * keys + values, 1, d["linear_conv_kernel_dim"]),
+            "linear_attn.A_log": (d["linear_num_value_heads"],),
+            "linear_attn.dt_bias": (d["linear_num_value_heads"],),
+            "linear_attn.norm.weight": (d["linear_value_head_dim"],),
+            "linear_attn.out_proj.weight": (h, values),
+        }
+    return shapes
+
+
+def body_shapes(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor the language model must have, with its shape (lm_head only where embeddings are not tied)."""
+    d = sizes(config)
+    yield f"{prefix}embed_tokens.weight", (d["vocab_size"], d["hidden_size"])
+    for i, layer_type in enumerate(layer_types(config)):
+        for name, shape in layer_shapes(config, layer_type).items():
+            yield f"{prefix}layers.{i}.{name}", shape
+    yield f"{prefix}norm.weight", (d["hidden_size"],)
+    tied = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
+    if not tied:
+        yield "lm_head.weight", (d["vocab_size"], d["hidden_size"])
+
+
+def mtp_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The 15 tensors of the draft head with their shapes."""
+    h = sizes(config)["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "mtp.fc.weight": (h, 2 * h),
+        "mtp.norm.weight": (h,),
+        "mtp.pre_fc_norm_embedding.weight": (h,),
+        "mtp.pre_fc_norm_hidden.weight": (h,),
+    }
+    shapes |= {f"mtp.layers.0.{name}": shape for name, shape in layer_shapes(config, "full_attention").items()}
+    assert shapes.keys() == set(MTP_TENSORS)
+    return shapes
+
+
+def module_of(name: str) -> str:
+    """The module that owns a tensor: its name without the last part."""
+    return name.rpartition(".")[0]
+
+
+def text_only_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a build whose vision tower was stripped: VL names and architecture stay (the safest form for every
+    vLLM that knows the family), and `language_model_only` says that the tower is gone."""
+    return {**config, "language_model_only": True}

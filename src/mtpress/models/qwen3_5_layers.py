@@ -1,0 +1,124 @@
+"""The forward of the body, one decoder layer at a time, with transformers' own layer modules and weights streamed in.
+
+In: token ids and pixels of samples (batch 1, no padding), then each layer's weights as they come from disk. Out: the
+hidden states of every sample and, through a callback, what each linear reads. Leaves out: lm_head and the draft head.
+
+On CPU the final hidden states equal those of transformers' whole model bit for bit: same modules, same dtype, same order.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3_5Config, Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    Qwen3_5DecoderLayer,
+    Qwen3_5Model,
+    Qwen3_5RMSNorm,
+    Qwen3_5TextRotaryEmbedding,
+    Qwen3_5VisionModel,
+)
+
+from mtpress.chat import Sample
+from mtpress.errors import InputError
+
+InputSeen = Callable[[str, Tensor], None]  # (linear's name within the layer, its input [1, T, K])
+
+
+def model_config(config: Mapping[str, Any]) -> Qwen3_5Config:
+    """transformers' config object of a config.json; a text-only one is wrapped, with no vision tower of its own."""
+    plain = copy.deepcopy({k: v for k, v in config.items() if k != "quantization_config"})
+    try:
+        if plain.get("model_type") == "qwen3_5_text":
+            wrapped = Qwen3_5Config(text_config=plain)
+        else:
+            wrapped = Qwen3_5Config(**plain)
+        wrapped._attn_implementation = "sdpa"
+        for inner in (wrapped.text_config, wrapped.vision_config):
+            inner._attn_implementation = "sdpa"
+        return wrapped
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        raise InputError(f"config.json: transformers does not accept it ({str(error).strip().splitlines()[0][:160]})") from None
+
+
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A module built on the meta device, given its weights without a copy; floating weights in `dtype`, as transformers loads them."""
+    ready = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    module.load_state_dict(ready, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+class StreamedBody:
+    """Hidden states of all samples, moved through the body layer by layer.
+
+    embed() first, see() next if any sample has pictures, then layer() for every layer in order, final_norm() last.
+    """
+
+    def __init__(self, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.config = model_config(config)
+        self.text_config: Qwen3_5TextConfig = self.config.text_config
+        self.device, self.dtype = device, dtype
+        self.rotary = Qwen3_5TextRotaryEmbedding(config=self.text_config).to(device)
+        self.samples: list[Sample] = []
+        self.states: list[Tensor] = []
+        self.positions: list[Tensor] = []
+
+    @torch.no_grad()
+    def embed(self, samples: Sequence[Sample], rows: Callable[[Tensor], Tensor]) -> None:
+        """Starts the samples: rows(token ids) gives their embeddings [T, hidden]."""
+        self.samples = list(samples)
+        self.states = [rows(s.input_ids).to(self.dtype).unsqueeze(0) for s in samples]
+        self.positions = [self._positions(s) for s in samples]
+
+    def _positions(self, sample: Sample) -> Tensor:
+        """int64 [3, 1, T]: M-RoPE positions, transformers' own rule."""
+        ids = sample.input_ids.unsqueeze(0)
+        if sample.image_grid_thw is None:
+            return torch.arange(ids.shape[1]).expand(3, 1, -1)
+        kinds = (ids == self.config.image_token_id).int()
+        holder = Qwen3_5Model.__new__(Qwen3_5Model)
+        nn.Module.__init__(holder)
+        holder.config = self.config
+        positions, _ = Qwen3_5Model.get_rope_index(holder, ids, kinds, image_grid_thw=sample.image_grid_thw)
+        return positions
+
+    @torch.no_grad()
+    def see(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts each picture's merged patches, from the real vision tower, in the place of its placeholders."""
+        with torch.device("meta"):
+            tower = Qwen3_5VisionModel(self.config.vision_config)
+        tower.rotary_pos_emb = type(tower.rotary_pos_emb)(self.config.vision_config)
+        tower = with_weights(tower, weights, self.dtype).to(self.device)
+        for sample, states in zip(self.samples, self.states, strict=True):
+            if sample.pixel_values is None:
+                continue
+            pixels = sample.pixel_values.to(self.device, self.dtype)
+            assert sample.image_grid_thw is not None
+            seen = tower(pixels, grid_thw=sample.image_grid_thw.to(self.device)).pooler_output
+            place = sample.input_ids == self.config.image_token_id
+            states[0, place] = seen.to(states.device, states.dtype)
+
+    @torch.no_grad()
+    def layer(self, index: int, weights: Mapping[str, Tensor], input_seen: InputSeen | None = None) -> None:
+        """Moves every sample through one decoder layer; weights by their names within the layer."""
+        with torch.device("meta"):
+            module = Qwen3_5DecoderLayer(self.text_config, index)
+        module = with_weights(module, weights, self.dtype)
+        if input_seen is not None:
+            for name, linear in module.named_modules():
+                if isinstance(linear, nn.Linear):
+                    linear.register_forward_pre_hook(lambda _, args, name=name: input_seen(name, args[0]))
+        for i, (states, positions) in enumerate(zip(self.states, self.positions, strict=True)):
+            moved = states.to(self.device, non_blocking=True)
+            rope = self.rotary(moved, positions.to(self.device))
+            self.states[i] = module(moved, position_embeddings=rope, attention_mask=None).to(states.device)
+
+    @torch.no_grad()
+    def final_norm(self, weight: Tensor) -> list[Tensor]:
+        """The final hidden states [1, T, hidden] of every sample, as transformers returns them."""
+        with torch.device("meta"):
+            norm = Qwen3_5RMSNorm(self.text_config.hidden_size, eps=self.text_config.rms_norm_eps)
+        norm = with_weights(norm, {"weight": weight}, self.dtype)
+        return [norm(states.to(self.device)).to(states.device) for states in self.states]

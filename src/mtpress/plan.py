@@ -1,0 +1,221 @@
+"""Headers and a recipe in, the whole output out: a job for every source tensor, before any weight is read.
+
+In: an open Checkpoint and a Recipe. Out: a `Plan`: steps in the order they stream (embeddings, vision tower, decoder
+layers, final norm and lm_head, draft head), jobs in each, shard files, the ignore list, sizes. Leaves out: reading
+weights (stream.py). Whatever cannot work is refused here, in the first second.
+
+The MTP invariant: every `mtp.` tensor of the source is kept bit for bit and its modules are named in the ignore list.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from mtpress.checkpoint import Checkpoint, TensorInfo
+from mtpress.checkpoint_writer import OutputTensor, split_into_shards
+from mtpress.errors import InputError
+from mtpress.models import family
+from mtpress.recipe import Recipe
+
+# Layout of an NVFP4 linear without importing torch; formats/nvfp4.py asserts that it agrees.
+NVFP4_GROUP_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What becomes of the tensors of one module group.
+
+    keep: one tensor, copied bit for bit. quantize: the weights of the linears that the engine fuses. drop: left out.
+    """
+
+    kind: Literal["keep", "quantize", "drop"]
+    sources: tuple[TensorInfo, ...]
+    outputs: tuple[OutputTensor, ...]
+    component: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """Jobs that stream together: all of one decoder layer, or what stands before or after the layers."""
+
+    title: str
+    layer: int | None
+    jobs: tuple[Job, ...]
+
+    @cached_property
+    def read_bytes(self) -> int:
+        return sum(info.num_bytes for job in self.jobs if job.kind != "drop" for info in job.sources)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about the output that follows from headers and recipe."""
+
+    recipe: Recipe
+    source: Checkpoint
+    prefix: str
+    steps: tuple[Step, ...]
+    ignore: tuple[str, ...]
+
+    @property
+    def jobs(self) -> Iterator[Job]:
+        return (job for step in self.steps for job in step.jobs)
+
+    @cached_property
+    def shards(self) -> dict[str, list[OutputTensor]]:
+        return split_into_shards([tensor for job in self.jobs for tensor in job.outputs])
+
+    @cached_property
+    def bytes_by_component(self) -> dict[str, int]:
+        sizes: Counter[str] = Counter()
+        for job in self.jobs:
+            sizes[job.component] += sum(tensor.num_bytes for tensor in job.outputs)
+        return dict(sizes)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(self.bytes_by_component.values())
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(step.read_bytes for step in self.steps)
+
+    @property
+    def quantized_modules(self) -> list[str]:
+        model = family(self.source.model_type)
+        return [model.module_of(info.name) for job in self.jobs if job.kind == "quantize" for info in job.sources]
+
+
+def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
+    """The plan for a source under a recipe; InputError names the first thing that cannot work, with what to do."""
+    model = family(source.model_type)
+    _refuse_unusable(source, recipe)
+    prefix = model.body_prefix(source.tensors)
+    _refuse_misshapen(source, prefix)
+    wanted = {linear for part in recipe.quantize for linear in model.QUANTIZABLE[part]}
+    if recipe.in_proj_ab == "nvfp4":
+        wanted |= set(model.AB_LINEARS)
+
+    jobs: dict[tuple[int, int], list[Job]] = {}
+    done: set[str] = set()
+    for name in sorted(source.tensors, key=_natural):
+        if name in done:
+            continue
+        info, part, layer = source.tensors[name], model.component(name), model.layer_index(name)
+        linear = model.module_of(name.split(f"layers.{layer}.", 1)[1]) if layer is not None else ""
+        if part == "vision" and recipe.vision == "drop":
+            job = Job("drop", (info,), (), part)
+        elif linear in wanted and name.endswith(".weight"):
+            job = _quantize_job(source, f"{prefix}layers.{layer}.", linear, part)
+        else:
+            job = Job("keep", (info,), (OutputTensor(name, info.dtype, info.shape),), part)
+        done.update(source.name for source in job.sources)
+        jobs.setdefault(_place(part, layer), []).append(job)
+    steps = tuple(_step(place, jobs[place]) for place in sorted(jobs))
+    return Plan(recipe, source, prefix, steps, tuple(_ignore(source, recipe, prefix, steps)))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+ORDER = {"embeddings": 0, "vision": 1, "layers": 2, "norms": 3, "lm_head": 3, "mtp": 4}
+TITLES = {0: "embeddings", 1: "vision tower", 3: "final norm and lm_head", 4: "draft head"}
+
+
+def _place(part: str, layer: int | None) -> tuple[int, int]:
+    return (ORDER["layers"], layer) if layer is not None else (ORDER[part], 0)
+
+
+def _step(place: tuple[int, int], jobs: list[Job]) -> Step:
+    if place[0] == ORDER["layers"]:
+        return Step(f"layer {place[1]}", place[1], tuple(jobs))
+    return Step(TITLES[place[0]], None, tuple(jobs))
+
+
+def _quantize_job(source: Checkpoint, layer_prefix: str, linear: str, part: str) -> Job:
+    """The job of a linear and of all that the engine fuses with it."""
+    model = family(source.model_type)
+    members = model.FUSED[model.FUSED_OF[linear]] if linear in model.FUSED_OF else (linear,)
+    sources, outputs = [], []
+    for member in members:
+        info = source.tensors[f"{layer_prefix}{member}.weight"]
+        if info.dtype != "BF16":
+            raise InputError(
+                f"{info.file}: {info.name} is {info.dtype}, the source must be BF16; quantize from the BF16 release, not from a quantized build"
+            )
+        n, k = info.shape
+        if k % NVFP4_GROUP_SIZE:
+            raise InputError(f"{info.name}: K = {k} is no multiple of {NVFP4_GROUP_SIZE}, NVFP4 cannot hold it; leave {part} out of `quantize`")
+        sources.append(info)
+        module = f"{layer_prefix}{member}"
+        outputs += [
+            OutputTensor(f"{module}.weight", "U8", (n, k // 2)),
+            OutputTensor(f"{module}.weight_scale", "F8_E4M3", (n, k // NVFP4_GROUP_SIZE)),
+            OutputTensor(f"{module}.weight_scale_2", "F32", ()),
+            OutputTensor(f"{module}.input_scale", "F32", ()),
+        ]
+    return Job("quantize", tuple(sources), tuple(outputs), part)
+
+
+def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
+    model = family(source.model_type)
+    where = source.path
+    if "quantization_config" in source.config or (where / "hf_quant_config.json").exists():
+        raise InputError(f"{where}: is quantized already; quantize from its BF16 source")
+    if source.unindexed:
+        name = next(iter(source.unindexed))
+        raise InputError(f"{where}: {len(source.unindexed)} tensors are stored but not in the index ({name}, …), engines skip them; rebuild the index")
+    unknown = [name for name in source.tensors if model.component(name) == "other"]
+    if unknown:
+        raise InputError(f"{where}: {len(unknown)} tensors belong to no known component ({unknown[0]}, …); engines refuse such a checkpoint")
+    heads = [name for name in source.tensors if name.startswith(model.MTP_PREFIX)]
+    if model.num_mtp_layers(source.config) > 1:
+        raise InputError(f"{where}: config.json has mtp_num_hidden_layers {model.num_mtp_layers(source.config)}; mtpress knows heads of one layer")
+    missing = [name for name in model.MTP_TENSORS if name not in source.tensors]
+    if (model.num_mtp_layers(source.config) or heads) and missing:
+        raise InputError(
+            f"{where}: the draft head lacks {len(missing)} of {len(model.MTP_TENSORS)} tensors ({missing[0]}, …); "
+            "graft it back from the base model first: mtpress graft CKPT OUT --from BASE"
+        )
+    if heads and not model.num_mtp_layers(source.config):
+        raise InputError(f"{where}: holds a draft head, but config.json has no mtp_num_hidden_layers, so engines would not use it; set it to 1")
+    if not recipe.quantize:
+        raise InputError(f"recipe {recipe.name}: `quantize` names no component")
+
+
+def _refuse_misshapen(source: Checkpoint, prefix: str) -> None:
+    """Compares the headers with what config.json promises."""
+    model = family(source.model_type)
+    expected = dict(model.body_shapes(source.config, prefix))
+    if model.num_mtp_layers(source.config):
+        expected |= model.mtp_shapes(source.config)
+    missing = [name for name in expected if name not in source.tensors]
+    if missing:
+        raise InputError(f"{source.path}: {len(missing)} tensors that config.json calls for are missing ({missing[0]}, …); fetch the checkpoint again")
+    for name, shape in expected.items():
+        if source.tensors[name].shape != shape:
+            raise InputError(f"{source.path}: {name} is {list(source.tensors[name].shape)}, config.json calls for {list(shape)}; they are not of one model")
+    extra = [n for n in source.tensors if n not in expected and model.component(n) not in ("vision", "mtp")]
+    if extra and extra != ["lm_head.weight"]:
+        raise InputError(f"{source.path}: {len(extra)} tensors are more than config.json calls for ({extra[0]}, …); engines refuse them")
+
+
+def _ignore(source: Checkpoint, recipe: Recipe, prefix: str, steps: tuple[Step, ...]) -> Iterator[str]:
+    """Every module kept in BF16 that an engine would otherwise take as quantized, by its full name."""
+    model = family(source.model_type)
+    yield "lm_head"
+    yield f"{prefix}embed_tokens"
+    for step in steps:
+        for job in step.jobs:
+            if job.kind != "keep":
+                continue
+            name, module = job.sources[0].name, model.module_of(job.sources[0].name)
+            is_linear = name.endswith(".weight") and len(job.sources[0].shape) >= 2
+            if is_linear and step.layer is not None:
+                yield module
+            elif (job.component == "vision" and is_linear) or (job.component == "mtp" and name.endswith(".weight")):
+                yield module

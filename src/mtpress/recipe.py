@@ -1,0 +1,112 @@
+"""Recipes: what a build is, in one screen of YAML.
+
+In: the name of a shipped recipe or a YAML file. Out: a validated `Recipe`. Leaves out: which tensors that means (plan.py).
+An unknown key or value is an InputError that lists the valid ones.
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mtpress.errors import InputError
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+MAX_RECIPE_BYTES = 1_000_000
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CalibrationSource(Strict):
+    """Where calibration samples come from, unless --calibration names files: a Hub data set, or "builtin"."""
+
+    dataset: str = Field("builtin", description='a Hub data set id, or "builtin" for the set that ships with mtpress')
+    subset: str | None = Field(None, description="the configuration of the Hub data set")
+    split: str = Field("train", description="its split")
+    num_samples: int = Field(20, ge=1, le=100_000, description="how many samples, from the first")
+    max_seq_len: int = Field(8192, ge=1, le=1_000_000, description="tokens kept of each sample")
+
+
+class Recipe(Strict):
+    """One build. Field names are the keys of the YAML file."""
+
+    name: str = Field(description="lower-case name of the build", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    summary: str = Field(description="one line for `mtpress recipes`")
+    format: Literal["nvfp4"] = Field(description="the 4-bit format of the body")
+    quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field(description="components whose linears are quantized")
+    in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
+    vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
+    kv_cache: Literal["auto", "fp8_cast"] = Field("auto", description="what the checkpoint declares for the KV cache")
+    rounding: Literal["max"] = Field("max", description="how scales and codes are chosen")
+    constant_input_scale: float | None = Field(
+        None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
+    )
+    calibration: CalibrationSource = Field(default_factory=CalibrationSource)  # type: ignore[arg-type]
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as plain data, for the record and for comparing two runs."""
+        return self.model_dump(mode="json")
+
+
+def shipped() -> Iterator[str]:
+    """Names of the recipes that ship with mtpress, in order."""
+    for path in sorted(RECIPES_DIR.glob("*.yaml")):
+        yield path.stem
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path."""
+    text = str(name_or_file)
+    path = Path(text)
+    if path.suffix not in (".yaml", ".yml") and "/" not in text:
+        path = RECIPES_DIR / f"{text}.yaml"
+        if not path.is_file():
+            near = difflib.get_close_matches(text, list(shipped()), n=1)
+            hint = f"did you mean {near[0]}?" if near else "a file needs the ending .yaml."
+            raise InputError(f"no recipe {text[:80]!r}; {hint} Shipped: {', '.join(shipped())}")
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise InputError(f"{path}: too large for a recipe")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); `mtpress recipes` lists the shipped ones") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0][:100]
+        raise InputError(f"{path}: not valid YAML{line} ({reason})") from None
+    return parse_recipe(content, str(path))
+
+
+def parse_recipe(content: Any, where: str) -> Recipe:
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: a recipe is a map of keys; `mtpress recipes nvfp4-mtp-vlm` shows one")
+    # YAML reads lists, the schema holds tuples
+    if isinstance(content.get("quantize"), list):
+        content = {**content, "quantize": tuple(content["quantize"])}
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint as one sentence that lists what is valid."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = CalibrationSource if first["loc"][0] == "calibration" else Recipe
+        valid = list(section.model_fields)
+        near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"unknown key {key[:80]!r}; {hint}Valid: {', '.join(valid)}"
+    if first["type"] == "missing":
+        return f"the key {key} is missing; every recipe needs it"
+    if first["type"] == "literal_error":
+        return f"{key}: {str(first['input'])[:60]!r} is not one of {first['ctx']['expected']}"
+    return f"{key}: {first['msg']} (got {str(first['input'])[:60]!r})"

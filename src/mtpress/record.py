@@ -1,0 +1,41 @@
+"""mtpress.json: what made a checkpoint, so that anyone can make it again and check it.
+
+In: what a stage knows (recipe, source, calibration, timings). Out: the record beside the weights. Keys are the words of
+the command line; times in seconds, sizes in bytes.
+"""
+
+import json
+import platform
+import resource
+import shlex
+import sys
+from importlib import metadata
+from typing import Any
+
+from mtpress import __version__
+
+RECORD_NAME = "mtpress.json"
+RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    return {"mtpress": __version__, "python": platform.python_version(), **{p: metadata.version(p) for p in RECORDED_PACKAGES}}
+
+
+def command_line() -> str:
+    """The command as it was typed; a Python caller is recorded as such."""
+    if sys.argv and sys.argv[0].rsplit("/", 1)[-1] in ("mtpress", "__main__.py"):
+        return shlex.join(["mtpress", *sys.argv[1:]])
+    return "python"
+
+
+def record_bytes(stage: str, **entries: Any) -> bytes:
+    """The record of one stage as the content of mtpress.json."""
+    content = {"stage": stage, "command": command_line(), "versions": versions(), **entries}
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

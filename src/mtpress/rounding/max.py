@@ -1,0 +1,25 @@
+"""Scales from the largest magnitude, codes by rounding to nearest: modelopt's algorithm "max".
+
+In: the matrices of one fused group. Out: for each, its codes, block scales and the one global scale they share.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from mtpress.formats import nvfp4
+
+
+def weight_amax(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """float32 scalar: the largest |w| over all matrices of the group."""
+    return torch.stack([torch.aminmax(w.view(-1)).max.float().maximum(-torch.aminmax(w.view(-1)).min.float()) for w in weights.values()]).max()
+
+
+def round_group(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Matrix name → {weight, weight_scale, weight_scale_2} for the linears that the engine loads as one."""
+    scale_2 = nvfp4.global_scale(weight_amax(weights))
+    rounded = {}
+    for name, weight in weights.items():
+        packed, scales = nvfp4.quantize(weight, scale_2)
+        rounded[name] = {nvfp4.WEIGHT: packed, nvfp4.SCALE: scales, nvfp4.SCALE_2: scale_2}
+    return rounded

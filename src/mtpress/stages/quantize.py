@@ -1,0 +1,250 @@
+"""quantize: a BF16 checkpoint and a recipe → a 4-bit checkpoint with its draft head whole.
+
+In: a source directory or Hub id, a new output directory, a recipe. Out: the output directory and a `QuantizeResult`.
+Leaves out: the decisions (recipe, plan) and the work (stream); this file only puts them in order and writes what
+stands beside the weights.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mtpress import __version__
+from mtpress.checkpoint import Checkpoint, read_json_object
+from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.errors import InputError, ResourceError
+from mtpress.hashing import FileHasher
+from mtpress.models import family
+from mtpress.models.qwen3_5 import COMPONENT_TITLES
+from mtpress.plan import Plan, make_plan
+from mtpress.progress import Progress, human_bytes
+from mtpress.recipe import Recipe, load_recipe
+from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes
+
+# Written by this stage itself, or left behind: a record and quantization config of the source do not describe the output.
+NOT_CARRIED = {"config.json", "tokenizer_config.json", "hf_quant_config.json", RECORD_NAME}
+MAX_CARRIED_BYTES = 200_000_000
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds."""
+
+    out: str
+    recipe: str
+    dry_run: bool
+    source_bytes: int
+    output_bytes: int
+    bytes_by_component: dict[str, int]
+    shards: dict[str, int]
+    num_quantized: int
+    num_kept: int
+    num_dropped: int
+    ignore: tuple[str, ...]
+    calibration: dict[str, Any] | None = None
+    seconds: dict[str, float] | None = None
+    peak_memory_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose_device(name: str) -> Any:
+    """The torch device of --device: auto takes a CUDA GPU where there is one."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    calibration: Sequence[str] = (),
+    device: str = "auto",
+    dry_run: bool = False,
+    silent: bool = False,
+) -> QuantizeResult:
+    """Makes `out` from `source`. calibration: JSON-lines files, or "builtin"; empty means what the recipe names.
+
+    Raises InputError before anything is written if source, recipe or calibration cannot work, ResourceError if the
+    machine lacks disk or device; nothing half-written stays behind.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    target = Path(out)
+    if target.exists():
+        raise InputError(f"{target}: exists already; name a directory that does not")
+    checkpoint = Checkpoint.open(source)
+    plan = make_plan(checkpoint, chosen)
+    carried = carried_files(checkpoint)
+    result = describe(plan, target, dry_run)
+    if dry_run:
+        return result
+    _refuse_full_disk(target, plan)
+    device_used = choose_device(device)
+    from mtpress.calibration import load_calibration  # torch from here on
+    from mtpress.stream import run
+
+    started = time.perf_counter()
+    calibrated = None if chosen.constant_input_scale else load_calibration(checkpoint.path, chosen.calibration, calibration)
+    metadata = checkpoint.shards[0].metadata
+    with (
+        FileHasher([shard.path for shard in checkpoint.shards]) as hasher,
+        CheckpointWriter(target, plan.shards, metadata or {"format": "pt"}) as writer,
+        Progress("quantize", plan.read_bytes, silent=silent) as progress,
+    ):
+        streamed = run(plan, writer, device_used, calibrated, progress)
+        for name, content in {**carried, **config_files(plan)}.items():
+            writer.write_file(name, content)
+        seconds = {**streamed.seconds, "total": time.perf_counter() - started}
+        entries: dict[str, Any] = {
+            "recipe": chosen.canonical(),
+            "source": {"path": checkpoint.path.name, "identity": checkpoint.identity, "sha256": hasher.results()},
+            "calibration": calibrated.record() if calibrated else {"constant_input_scale": chosen.constant_input_scale},
+            "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
+            "device": str(device_used),
+            "seconds": {kind: round(value, 3) for kind, value in seconds.items()},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "bytes_by_component": plan.bytes_by_component,
+            "output_sha256": dict(sorted(writer.sha256.items())),
+        }
+        writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
+        writer.finish()
+    return QuantizeResult(
+        **{**asdict(result), "calibration": entries["calibration"], "seconds": entries["seconds"]}
+        | {"peak_memory_bytes": entries["peak_memory_bytes"], "ignore": plan.ignore}
+    )
+
+
+def describe(plan: Plan, target: Path, dry_run: bool) -> QuantizeResult:
+    """The plan in numbers."""
+    kinds = [job.kind for job in plan.jobs for _ in job.sources]
+    return QuantizeResult(
+        out=str(target),
+        recipe=plan.recipe.name,
+        dry_run=dry_run,
+        source_bytes=plan.source.num_bytes,
+        output_bytes=plan.output_bytes,
+        bytes_by_component=plan.bytes_by_component,
+        shards={name: sum(t.num_bytes for t in tensors) for name, tensors in plan.shards.items()},
+        num_quantized=kinds.count("quantize"),
+        num_kept=kinds.count("keep"),
+        num_dropped=kinds.count("drop"),
+        ignore=plan.ignore,
+    )
+
+
+def carried_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Files beside the weights that go over byte for byte, and tokenizer_config.json without what newer libraries add."""
+    carried: dict[str, bytes] = {}
+    for path in checkpoint.other_files():
+        if path.name in NOT_CARRIED or path.name.startswith(".") or path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py", ".gguf"):
+            continue
+        try:
+            if path.stat().st_size > MAX_CARRIED_BYTES:
+                raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB beside the weights; move it out of the checkpoint")
+            carried[path.name] = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    for name in carried:
+        if name.endswith(".json"):
+            read_json_object(checkpoint.path / name)
+    if "tokenizer.json" not in carried and "vocab.json" not in carried:
+        raise InputError(f"{checkpoint.path}: no tokenizer.json; a served checkpoint needs its tokenizer, fetch it from the release")
+    if (checkpoint.path / "tokenizer_config.json").exists():
+        carried["tokenizer_config.json"] = clean_tokenizer_config(checkpoint.path / "tokenizer_config.json")
+    return carried
+
+
+def clean_tokenizer_config(path: Path) -> bytes:
+    """tokenizer_config.json byte for byte, unless it has the `backend` key or the class that only transformers 5 knows."""
+    config = read_json_object(path)
+    if "backend" not in config and config.get("tokenizer_class") != "TokenizersBackend":
+        return path.read_bytes()
+    config.pop("backend", None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "Qwen2TokenizerFast"
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def config_files(plan: Plan) -> dict[str, bytes]:
+    """config.json and hf_quant_config.json, both naming every module that stays BF16."""
+    from mtpress.formats import nvfp4
+
+    producer = {"name": "mtpress", "version": __version__}
+    ignore, fp8 = list(plan.ignore), plan.recipe.kv_cache == "fp8_cast"
+    config = dict(plan.source.config)
+    if plan.recipe.vision == "drop":
+        config = family(plan.source.model_type).text_only_config(config)
+    config["quantization_config"] = nvfp4.quantization_config(ignore, fp8, producer)
+    contents = {"config.json": config, "hf_quant_config.json": nvfp4.hf_quant_config(ignore, fp8, producer)}
+    return {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in contents.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="the BF16 checkpoint: a directory or a Hub id")
+    parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
+    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe (see `mtpress recipes`) or a YAML file")
+    parser.add_argument(
+        "--calibration", action="append", default=[], metavar="FILE.jsonl",
+        help='samples to use in place of the data set of the recipe; "builtin" for the set that ships with mtpress; repeatable',
+    )  # fmt: skip
+    parser.add_argument("--weight-only", type=float, metavar="SCALE", help="no calibration: this input_scale for every linear")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the forward and the packing run")
+    parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, write nothing")
+
+
+def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """The stage as the command line calls it: (exit code, result for --json)."""
+    recipe = load_recipe(options.recipe)
+    if options.weight_only is not None:
+        if not 0 < options.weight_only <= 1e4:
+            raise InputError(f"--weight-only {options.weight_only}: an input_scale must be positive; 1/2688 times the largest activation is usual")
+        recipe = recipe.model_copy(update={"constant_input_scale": options.weight_only})
+    result = quantize(
+        options.source, options.out, recipe, calibration=options.calibration, device=options.device, dry_run=options.dry_run,
+        silent=options.json,
+    )  # fmt: skip
+    if not options.json:
+        show(result)
+    return 0, result.as_json()
+
+
+def show(result: QuantizeResult) -> None:
+    """The result as tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    verb = "would write" if result.dry_run else "wrote"
+    table = Table(title=f"{result.recipe}: {verb} {result.out}")
+    for heading, side in (("component", "left"), ("bytes", "right")):
+        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for part, size in result.bytes_by_component.items():
+        table.add_row(COMPONENT_TITLES.get(part, part), human_bytes(size))
+    table.add_row("all", f"{human_bytes(result.output_bytes)} ({result.output_bytes / result.source_bytes:.2f}× of {human_bytes(result.source_bytes)})")
+    console.print(table)
+    console.print(f"{result.num_quantized} matrices quantized, {result.num_kept} tensors kept bit for bit, {result.num_dropped} dropped")
+    console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}", highlight=False)
+    if result.dry_run:
+        console.print(f"kept in BF16 and named in both config files: {len(result.ignore)} modules (--json lists them)")
+    elif result.seconds and result.peak_memory_bytes:
+        spent = ", ".join(f"{kind} {value:.1f} s" for kind, value in result.seconds.items())
+        console.print(f"{spent}; peak memory {human_bytes(result.peak_memory_bytes)}")
+
+
+def _refuse_full_disk(target: Path, plan: Plan) -> None:
+    parent = next(p for p in target.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < plan.output_bytes + 64_000_000:
+        raise ResourceError(
+            f"{parent}: {free / 1e9:.1f} GB are free, the output needs {plan.output_bytes / 1e9:.1f} GB; free space or choose another disk"
+        )
