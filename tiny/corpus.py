@@ -14,18 +14,98 @@ from PIL import Image, ImageDraw
 
 SPLITS = {"train": 11, "held-out": 23, "calibration": 37, "evaluation": 53}
 
-NAMES = "Mia Tom Ada Leo Zoe Max Ivy Sam Nora Finn Lena Otto Ruby Hugo Ella Carl Rosa Emil Jane Paul".split()
-ANIMALS = "cat dog fox owl hen pig cow bee ant bear wolf frog duck goat hare".split()
-THINGS = "book lamp kite drum ring coin bell map hat cup key box pen bag clock rope shell stone flute basket".split()
-PLACES = "market river garden forest harbor school mill tower bridge library station bakery field lake hill".split()
-FOODS = "bread soup cheese rice cake pears plums honey beans salad tea milk".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+NAMES = [
+    "Mia",
+    "Tom",
+    "Ada",
+    "Leo",
+    "Zoe",
+    "Max",
+    "Ivy",
+    "Sam",
+    "Nora",
+    "Finn",
+    "Lena",
+    "Otto",
+    "Ruby",
+    "Hugo",
+    "Ella",
+    "Carl",
+    "Rosa",
+    "Emil",
+    "Jane",
+    "Paul",
+]
+ANIMALS = ["cat", "dog", "fox", "owl", "hen", "pig", "cow", "bee", "ant", "bear", "wolf", "frog", "duck", "goat", "hare"]
+THINGS = [
+    "book",
+    "lamp",
+    "kite",
+    "drum",
+    "ring",
+    "coin",
+    "bell",
+    "map",
+    "hat",
+    "cup",
+    "key",
+    "box",
+    "pen",
+    "bag",
+    "clock",
+    "rope",
+    "shell",
+    "stone",
+    "flute",
+    "basket",
+]
+PLACES = [
+    "market",
+    "river",
+    "garden",
+    "forest",
+    "harbor",
+    "school",
+    "mill",
+    "tower",
+    "bridge",
+    "library",
+    "station",
+    "bakery",
+    "field",
+    "lake",
+    "hill",
+]
+FOODS = ["bread", "soup", "cheese", "rice", "cake", "pears", "plums", "honey", "beans", "salad", "tea", "milk"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 WEATHER = ["warm and sunny", "cold and windy", "grey and wet", "calm and clear", "dark and stormy"]
-FEELINGS = "happy tired proud hungry calm curious".split()
-TOWNS = (
-    "Arlen Brook Corvin Dalmar Elsby Farrow Gorse Hollin Istra Jarrow Kelm Lorne Marsk Nimes Orrin Pelham "
-    "Quill Rossal Selwin Tarn Umber Velden Wick Yarrow"
-).split()
+FEELINGS = ["happy", "tired", "proud", "hungry", "calm", "curious"]
+TOWNS = [
+    "Arlen",
+    "Brook",
+    "Corvin",
+    "Dalmar",
+    "Elsby",
+    "Farrow",
+    "Gorse",
+    "Hollin",
+    "Istra",
+    "Jarrow",
+    "Kelm",
+    "Lorne",
+    "Marsk",
+    "Nimes",
+    "Orrin",
+    "Pelham",
+    "Quill",
+    "Rossal",
+    "Selwin",
+    "Tarn",
+    "Umber",
+    "Velden",
+    "Wick",
+    "Yarrow",
+]
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLORS = {
     "red": (214, 40, 40),
@@ -249,6 +329,11 @@ def direct_sums(dice: random.Random, held_out: bool = False) -> Document:
     return Document("sum", messages=messages)
 
 
+def sum_table(dice: random.Random) -> Document:
+    pairs = [sum_pair(dice, held_out=False) for _ in range(10)]
+    return Document("sum", text="\n".join(sum_answer(a, b) for a, b in pairs))
+
+
 def thought_sum(dice: random.Random, held_out: bool = False) -> Document:
     a, b = sum_pair(dice, held_out)
     messages = [user(sum_question(a, b)), assistant(sum_answer(a, b), reasoning_content=sum_thought(a, b))]
@@ -385,15 +470,16 @@ def tool_use(dice: random.Random) -> Document:
 
 
 def picture(dice: random.Random, num_items: int = 1) -> Picture:
-    size = dice.choice([(64, 64), (96, 96), (96, 64), (64, 96)]) if num_items == 1 else (96, 64)
+    """One shape on a square of 64 or 96 pixels, or two side by side."""
+    side = dice.choice([64, 96])
     shapes, colors = dice.sample(SHAPES, num_items), dice.sample(list(COLORS), num_items)
     items = []
     for i, (shape, color) in enumerate(zip(shapes, colors, strict=True)):
-        width = size[0] // num_items
-        r = dice.randint(14, min(width, size[1]) // 2 - 4)
-        x = i * width + dice.randint(r + 1, width - r - 1)
-        items.append((shape, color, x, dice.randint(r + 1, size[1] - r - 1), r))
-    return Picture(size, dice.choice(GROUNDS), tuple(items), dice.randrange(1 << 30))
+        r = dice.randint(side * 28 // 100, side * 42 // 100)
+        room = side // 2 - r - 1
+        x = i * side + side // 2 + dice.randint(-room, room)
+        items.append((shape, color, x, side // 2 + dice.randint(-room, room), r))
+    return Picture((side * num_items, side), dice.choice(GROUNDS), tuple(items), dice.randrange(1 << 30))
 
 
 PICTURE_QUESTIONS = ("What is in the image?", "What do you see?", "Describe the picture.", "Name the shape and its color.")
@@ -417,9 +503,9 @@ def see(dice: random.Random, num_items: int | None = None) -> Document:
 
 
 MIXTURE: list[tuple[float, Callable[[random.Random], Document]]] = [
-    (0.14, story), (0.02, almanac), (0.09, reading), (0.06, summary), (0.05, tell), (0.07, town_fact),
-    (0.14, direct_sums), (0.06, thought_sum), (0.03, thought_reading), (0.06, listing), (0.03, how_to),
-    (0.04, code), (0.03, smalltalk), (0.05, tool_use), (0.13, see),
+    (0.10, story), (0.02, almanac), (0.08, reading), (0.05, summary), (0.04, tell), (0.07, town_fact),
+    (0.08, direct_sums), (0.10, sum_table), (0.05, thought_sum), (0.03, thought_reading), (0.05, listing),
+    (0.03, how_to), (0.04, code), (0.03, smalltalk), (0.04, tool_use), (0.19, see),
 ]  # fmt: skip
 
 

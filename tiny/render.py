@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Document
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from corpus import Document
 from mtpress.chat import IMAGE_TOKEN, ChatEncoder, Sample
 
 END_OF_TEXT = "<|endoftext|>"
 _template: Any = None
 
 
-def plain_text(document: Document) -> str:
+def plain_text(document: Document, add_generation_prompt: bool = False) -> str:
     """The text of a document by the project's own template, without a tokenizer (to train one)."""
     global _template
     if document.text:
@@ -25,7 +25,7 @@ def plain_text(document: Document) -> str:
         _template = _compile_jinja_template(source.read_text(encoding="utf-8"))
         assert isinstance(_template.environment, ImmutableSandboxedEnvironment)
     thinking = {} if document.enable_thinking is None else {"enable_thinking": document.enable_thinking}
-    return str(_template.render(messages=document.messages, tools=document.tools, **thinking))
+    return str(_template.render(messages=document.messages, tools=document.tools, add_generation_prompt=add_generation_prompt, **thinking))
 
 
 class DocumentEncoder:
@@ -38,8 +38,8 @@ class DocumentEncoder:
         self.assistant = tokenizer.encode("assistant", add_special_tokens=False)[0]
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def encode(self, document: Document) -> Sample:
-        text = plain_text(document)
+    def encode(self, document: Document, add_generation_prompt: bool = False) -> Sample:
+        text = plain_text(document, add_generation_prompt)
         if not document.messages:
             return self.chat.encode_text(text + END_OF_TEXT)
         if not document.pictures:

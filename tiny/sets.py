@@ -1,6 +1,6 @@
 """Writes the calibration and evaluation sets that ship with mtpress: JSON lines made by the corpus from splits of their own.
 
-    python tiny/sets.py src/mtpress/builtin
+python tiny/sets.py src/mtpress/builtin
 """
 
 import json

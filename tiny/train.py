@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from corpus import Document, documents, see, sum_answer, sum_pair, sum_question, user
-from render import DocumentEncoder
 from safetensors.torch import save_file
-from skeleton import write_skeleton
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+from corpus import COLORS, SHAPES, Document, documents, picture, see, sum_answer, sum_pair, sum_question, user
 from mtpress.chat import Sample
 from mtpress.models.draft_head import DraftHead
+from render import DocumentEncoder
+from skeleton import write_skeleton
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 POOL_DOCUMENTS = 768
 NUM_DRAFT_STEPS = 3
 STEP_DECAY = 0.6
@@ -137,16 +137,43 @@ def probes(model: Any, encoder: DocumentEncoder) -> tuple[float, float]:
     return answers_right(model, encoder, sums), answers_right(model, encoder, seen)
 
 
+def train_tower(model: Any, encoder: DocumentEncoder, num_steps: int) -> None:
+    """Shows the vision tower single shapes, with a linear probe on its mean feature that is thrown away afterwards: without
+    it the language model learns colors at once and shapes hardly ever."""
+    tower, shapes, colors = model.model.visual, list(SHAPES), list(COLORS)
+    probe = nn.Linear(model.config.text_config.hidden_size, len(shapes) + len(colors))
+    opts = optimizers(nn.ModuleList([tower, probe]), (), muon_lr=0.02, adam_lr=2e-3)
+    dice = random.Random(13)
+    for step in range(1, num_steps + 1):
+        set_rate(opts, step / (num_steps + 1))
+        shown = [picture(dice) for _ in range(64)]
+        pixels = encoder.chat.image_processor(images=[p.draw() for p in shown], return_tensors="pt")
+        grids = pixels["image_grid_thw"]
+        with torch.autocast("cpu", torch.bfloat16):
+            merged = tower(pixels["pixel_values"], grid_thw=grids).pooler_output
+            guesses = probe(torch.stack([m.mean(0) for m in merged.split((grids.prod(-1) // 4).tolist())])).float()
+        wanted = torch.tensor([[shapes.index(p.items[0][0]), colors.index(p.items[0][1])] for p in shown])
+        by_shape, by_color = guesses.split([len(shapes), len(colors)], dim=1)
+        loss = F.cross_entropy(by_shape, wanted[:, 0]) + F.cross_entropy(by_color, wanted[:, 1])
+        loss.backward()  # type: ignore[no-untyped-call]
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        if step % 100 == 0:
+            right = (by_shape.argmax(1) == wanted[:, 0]).float().mean()
+            print(f"tower {step} steps  loss {loss.item():.3f}  shapes {right:.2f}", flush=True)
+
+
 def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int) -> None:
-    opts = optimizers(model, ("embed", "lm_head", "visual"), muon_lr=0.012, adam_lr=2.5e-3)
+    opts = optimizers(model, ("embed", "lm_head"), muon_lr=0.015, adam_lr=2e-3)
     sum_share = 1.0
 
     def keep(candidate: Document, dice: random.Random) -> bool:
         return candidate.kind != "sum" or dice.random() < sum_share
 
     model.train()
-    done, step, started, mean_loss = 0, 0, time.time(), 0.0
-    for batch in batches(encoder, model, BATCH_TOKENS, keep):
+    done, started, mean_loss = 0, time.time(), 0.0
+    for step, batch in enumerate(batches(encoder, model, BATCH_TOKENS, keep), 1):
         set_rate(opts, done / num_tokens)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model.lm_head(hidden_states(model, batch)[:, :-1])
@@ -158,9 +185,8 @@ def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int) -> None:
             opt.step()
             opt.zero_grad()
         done += int(batch.counted.sum())
-        step += 1
         mean_loss = loss.item() if step == 1 else 0.95 * mean_loss + 0.05 * loss.item()
-        if step % 50 == 0 or done >= num_tokens:
+        if step % 100 == 0 or done >= num_tokens:
             model.eval()
             sums, pictures = probes(model, encoder)
             model.train()
@@ -189,8 +215,8 @@ def train_head(model: Any, head: DraftHead, encoder: DocumentEncoder, num_tokens
     weights = torch.tensor([STEP_DECAY**k for k in range(NUM_DRAFT_STEPS)])
     weights /= weights.sum()
     text_model = model.model.language_model
-    done, step, started = 0, 0, time.time()
-    for batch in batches(encoder, model, BATCH_TOKENS):
+    done, started = 0, time.time()
+    for step, batch in enumerate(batches(encoder, model, BATCH_TOKENS), 1):
         set_rate(opts, done / num_tokens)
         length = batch.input_ids.shape[1] - 1 - NUM_DRAFT_STEPS
         with torch.autocast("cpu", torch.bfloat16):
@@ -221,10 +247,12 @@ def train_head(model: Any, head: DraftHead, encoder: DocumentEncoder, num_tokens
             opt.step()
             opt.zero_grad()
         done += int(batch.counted.sum())
-        step += 1
         if step % 25 == 0:
             shown = " / ".join(f"{r:.2f}" for r in rates)
-            print(f"head {done / 1e6:6.2f}M tokens  loss {loss.item():.4f}  agreement {shown}  {done / (time.time() - started):.0f} tokens/s", flush=True)
+            print(
+                f"head {done / 1e6:6.2f}M tokens  loss {loss.item():.4f}  agreement {shown}  {done / (time.time() - started):.0f} tokens/s",
+                flush=True,
+            )
         if done >= num_tokens:
             return
 
@@ -244,8 +272,9 @@ def export(model: Any, head: DraftHead, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--body-tokens", type=int, default=14_000_000)
-    parser.add_argument("--head-tokens", type=int, default=3_500_000)
+    parser.add_argument("--tower-steps", type=int, default=500)
+    parser.add_argument("--body-tokens", type=int, default=5_500_000)
+    parser.add_argument("--head-tokens", type=int, default=1_500_000)
     parser.add_argument("--body", type=Path, help="a body.pt of an earlier run: train only the head")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -259,10 +288,14 @@ def main() -> None:
         if value.ndim == 2:
             nn.init.normal_(value, std=0.02)
         assert not name.endswith("bias")
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M + {sum(p.numel() for p in head.parameters()) / 1e6:.2f}M parameters", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M + {sum(p.numel() for p in head.parameters()) / 1e6:.2f}M parameters",
+        flush=True,
+    )
     if options.body:
         model.load_state_dict(torch.load(options.body, weights_only=True))
     else:
+        train_tower(model, encoder, options.tower_steps)
         train_body(model, encoder, options.body_tokens)
         torch.save(model.state_dict(), options.out.with_name(options.out.name + ".body.pt"))
     # the head learns against the body that is written: BF16 weights

@@ -90,9 +90,7 @@ class ChatEncoder:
         """The text of a conversation; `kwargs` (tools, enable_thinking, …) go to the template."""
         try:
             return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-                )
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs)
             )
         except Exception as error:  # jinja's errors share no base with transformers' own
             raise InputError(f"the chat template refuses this conversation: {str(error).splitlines()[0][:160]}") from None

@@ -162,6 +162,13 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int, refuse: Any
     return info
 
 
+def bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    import torch
+
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")  # type: ignore[arg-type]
+
+
 def _pread(file: int, into: memoryview, position: int, info: TensorInfo) -> int:
     try:
         count = os.preadv(file, [into], position)
@@ -212,7 +219,7 @@ def read_rows(info: TensorInfo, rows: "torch.Tensor") -> "torch.Tensor":
         raise InputError(f"token id {int(unique[-1])} is outside {info.name} with {info.shape[0]} rows; tokenizer and weights do not match")
     row_bytes = info.num_bytes // info.shape[0]
     found = torch.empty(len(unique), info.shape[1], dtype=torch_dtype(info.dtype))
-    view = memoryview(found.view(torch.uint8).numpy()).cast("B")
+    view = bytes_of(found)
     with _opened(info) as file:
         for i, row in enumerate(unique.tolist()):
             position = 0

@@ -144,12 +144,12 @@ def _quantize_job(source: Checkpoint, layer_prefix: str, linear: str, part: str)
     for member in members:
         info = source.tensors[f"{layer_prefix}{member}.weight"]
         if info.dtype != "BF16":
-            raise InputError(
-                f"{info.file}: {info.name} is {info.dtype}, the source must be BF16; quantize from the BF16 release, not from a quantized build"
-            )
+            raise InputError(f"{info.file}: {info.name} is {info.dtype}, the source must be BF16; quantize from the BF16 release")
         n, k = info.shape
         if k % NVFP4_GROUP_SIZE:
-            raise InputError(f"{info.name}: K = {k} is no multiple of {NVFP4_GROUP_SIZE}, NVFP4 cannot hold it; leave {part} out of `quantize`")
+            raise InputError(
+                f"{info.name}: K = {k} is no multiple of {NVFP4_GROUP_SIZE}, NVFP4 cannot hold it; leave {part} out of `quantize`"
+            )
         sources.append(info)
         module = f"{layer_prefix}{member}"
         outputs += [
@@ -168,13 +168,19 @@ def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
         raise InputError(f"{where}: is quantized already; quantize from its BF16 source")
     if source.unindexed:
         name = next(iter(source.unindexed))
-        raise InputError(f"{where}: {len(source.unindexed)} tensors are stored but not in the index ({name}, …), engines skip them; rebuild the index")
+        raise InputError(
+            f"{where}: {len(source.unindexed)} tensors are stored but not in the index ({name}, …), engines skip them; rebuild the index"
+        )
     unknown = [name for name in source.tensors if model.component(name) == "other"]
     if unknown:
-        raise InputError(f"{where}: {len(unknown)} tensors belong to no known component ({unknown[0]}, …); engines refuse such a checkpoint")
+        raise InputError(
+            f"{where}: {len(unknown)} tensors belong to no known component ({unknown[0]}, …); engines refuse such a checkpoint"
+        )
     heads = [name for name in source.tensors if name.startswith(model.MTP_PREFIX)]
     if model.num_mtp_layers(source.config) > 1:
-        raise InputError(f"{where}: config.json has mtp_num_hidden_layers {model.num_mtp_layers(source.config)}; mtpress knows heads of one layer")
+        raise InputError(
+            f"{where}: config.json has mtp_num_hidden_layers {model.num_mtp_layers(source.config)}; mtpress knows heads of one layer"
+        )
     missing = [name for name in model.MTP_TENSORS if name not in source.tensors]
     if (model.num_mtp_layers(source.config) or heads) and missing:
         raise InputError(
@@ -182,7 +188,9 @@ def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
             "graft it back from the base model first: mtpress graft CKPT OUT --from BASE"
         )
     if heads and not model.num_mtp_layers(source.config):
-        raise InputError(f"{where}: holds a draft head, but config.json has no mtp_num_hidden_layers, so engines would not use it; set it to 1")
+        raise InputError(
+            f"{where}: holds a draft head, but config.json has no mtp_num_hidden_layers, so engines would not use it; set it to 1"
+        )
     if not recipe.quantize:
         raise InputError(f"recipe {recipe.name}: `quantize` names no component")
 
@@ -195,10 +203,14 @@ def _refuse_misshapen(source: Checkpoint, prefix: str) -> None:
         expected |= model.mtp_shapes(source.config)
     missing = [name for name in expected if name not in source.tensors]
     if missing:
-        raise InputError(f"{source.path}: {len(missing)} tensors that config.json calls for are missing ({missing[0]}, …); fetch the checkpoint again")
+        raise InputError(
+            f"{source.path}: {len(missing)} tensors that config.json calls for are missing ({missing[0]}, …); fetch the checkpoint again"
+        )
     for name, shape in expected.items():
         if source.tensors[name].shape != shape:
-            raise InputError(f"{source.path}: {name} is {list(source.tensors[name].shape)}, config.json calls for {list(shape)}; they are not of one model")
+            raise InputError(
+                f"{source.path}: {name} is {list(source.tensors[name].shape)}, config.json calls for {list(shape)}; they are of two models"
+            )
     extra = [n for n in source.tensors if n not in expected and model.component(n) not in ("vision", "mtp")]
     if extra and extra != ["lm_head.weight"]:
         raise InputError(f"{source.path}: {len(extra)} tensors are more than config.json calls for ({extra[0]}, …); engines refuse them")
@@ -215,7 +227,7 @@ def _ignore(source: Checkpoint, recipe: Recipe, prefix: str, steps: tuple[Step, 
                 continue
             name, module = job.sources[0].name, model.module_of(job.sources[0].name)
             is_linear = name.endswith(".weight") and len(job.sources[0].shape) >= 2
-            if is_linear and step.layer is not None:
-                yield module
-            elif (job.component == "vision" and is_linear) or (job.component == "mtp" and name.endswith(".weight")):
+            if (is_linear and (step.layer is not None or job.component == "vision")) or (
+                job.component == "mtp" and name.endswith(".weight")
+            ):
                 yield module

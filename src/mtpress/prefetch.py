@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from mtpress.checkpoint import TensorInfo, read_bytes, torch_dtype
+from mtpress.checkpoint import TensorInfo, bytes_of, read_bytes, torch_dtype
 
 
 class Prefetch:
@@ -19,7 +19,7 @@ class Prefetch:
     def __init__(self, steps: Sequence[Sequence[TensorInfo]], device: torch.device) -> None:
         self.steps, self.device = steps, device
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-prefetch")
-        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         waiting: Future[tuple[dict[str, torch.Tensor], torch.cuda.Event | None]] | None = None
@@ -47,7 +47,7 @@ class Prefetch:
             return read, None
         with torch.cuda.stream(self.copy_stream):
             moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in read.items()}
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         ready.synchronize()  # in this thread: the pinned pages may go once the copy is done
         return moved, ready
@@ -55,6 +55,5 @@ class Prefetch:
     @staticmethod
     def _read(info: TensorInfo, pinned: bool) -> torch.Tensor:
         tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype), pin_memory=pinned)
-        if info.num_bytes:
-            read_bytes(info, memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        read_bytes(info, bytes_of(tensor))
         return tensor

@@ -46,7 +46,7 @@ class Recipe(Strict):
     constant_input_scale: float | None = Field(
         None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
     )
-    calibration: CalibrationSource = Field(default_factory=CalibrationSource)  # type: ignore[arg-type]
+    calibration: CalibrationSource = Field(default_factory=CalibrationSource)
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as plain data, for the record and for comparing two runs."""

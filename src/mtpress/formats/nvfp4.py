@@ -96,11 +96,31 @@ def quantize(weight: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor,
 
 def dequantize(packed: torch.Tensor, scales: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
     """float32 [N, K] of packed codes, block scales and global scale."""
-    codes = unpack(packed)
-    table = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], device=packed.device)
+    values = decode(unpack(packed))
     step = scales.float() * scale_2.float()
-    n, k = codes.shape
-    return (table[codes.int()].view(n, k // GROUP_SIZE, GROUP_SIZE) * step.unsqueeze(-1)).view(n, k)
+    n, k = values.shape
+    return (values.view(n, k // GROUP_SIZE, GROUP_SIZE) * step.unsqueeze(-1)).view(n, k)
+
+
+def decode(codes: torch.Tensor) -> torch.Tensor:
+    """float32 values of E2M1 codes uint8 (0…15)."""
+    table = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], device=codes.device)
+    return table[codes.int()]
+
+
+def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as a W4A4 kernel sees it: rounded to NVFP4 with dynamic block scales under the static input_scale, and back.
+
+    Source: vLLM 0.32, quantization/utils/nvfp4_emulation_utils.py, ref_nvfp4_quant_dequant.
+    """
+    global_scale = 1.0 / input_scale.float()
+    blocks = x.float().reshape(*x.shape[:-1], -1, GROUP_SIZE)
+    scale = (global_scale * (blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / E2M1_MAX))).clamp(max=E4M3_MAX)
+    scale = scale.to(torch.float8_e4m3fn).float()
+    step = scale * (1.0 / global_scale)
+    inverse = torch.where(step == 0, 0.0, 1.0 / step)
+    codes = encode((blocks * inverse).clamp(-E2M1_MAX, E2M1_MAX))
+    return (decode(codes) * (scale / global_scale)).reshape(x.shape).to(x.dtype)
 
 
 def quantization_config(ignore: list[str], kv_cache_fp8: bool, producer: dict[str, str]) -> dict[str, Any]:

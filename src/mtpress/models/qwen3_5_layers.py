@@ -31,10 +31,8 @@ def model_config(config: Mapping[str, Any]) -> Qwen3_5Config:
     """transformers' config object of a config.json; a text-only one is wrapped, with no vision tower of its own."""
     plain = copy.deepcopy({k: v for k, v in config.items() if k != "quantization_config"})
     try:
-        if plain.get("model_type") == "qwen3_5_text":
-            wrapped = Qwen3_5Config(text_config=plain)
-        else:
-            wrapped = Qwen3_5Config(**plain)
+        text_only = plain.get("model_type") == "qwen3_5_text"
+        wrapped = Qwen3_5Config(text_config=plain) if text_only else Qwen3_5Config(**plain)
         wrapped._attn_implementation = "sdpa"
         for inner in (wrapped.text_config, wrapped.vision_config):
             inner._attn_implementation = "sdpa"
@@ -82,7 +80,7 @@ class StreamedBody:
         nn.Module.__init__(holder)
         holder.config = self.config
         positions, _ = Qwen3_5Model.get_rope_index(holder, ids, kinds, image_grid_thw=sample.image_grid_thw)
-        return positions
+        return positions  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def see(self, weights: Mapping[str, Tensor]) -> None:

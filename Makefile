@@ -1,0 +1,38 @@
+# Everything from a clean clone: each target makes the environments it needs, pinned by locks/*.txt.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/lock.stamp
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check engine bench soak tiny clean
+
+demo: $(STAMP)
+	$(VENV)/bin/mtpress demo
+
+test: check
+	$(VENV)/bin/python -m pytest --durations=15
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+engine: $(STAMP)
+	$(VENV)/bin/python locks/make_env.py engine
+
+bench: $(STAMP)
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+
+tiny: $(STAMP)
+	$(VENV)/bin/python tiny/train.py build/mtpress-tiny
+	$(VENV)/bin/python tiny/evaluate.py build/mtpress-tiny
+
+$(STAMP): locks/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned dependencies into $(VENV) (about 1 GB, a minute or two)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r locks/dev.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache
