@@ -4,7 +4,7 @@ In: the planned content of every shard, then tensors in exactly that order, then
 directory, or none. Leaves out: what the tensors are (plan.py) and what the config files say (the stages).
 
 Bytes are hashed as they are written, by one background thread that owns all file descriptors, so computing, hashing
-and writing overlap; at most `MAX_QUEUED_BYTES` wait in memory.
+and writing overlap; at most `max_queued_bytes` wait in memory.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from mtpress.checkpoint import DTYPE_BITS, INDEX_NAME, SINGLE_NAME, TensorInfo, read_pieces
+from mtpress.checkpoint import DTYPE_BITS, INDEX_NAME, SINGLE_NAME, TensorInfo, read_pieces, torch_dtype
 from mtpress.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
@@ -76,7 +76,17 @@ def shard_header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -
 
 
 def disk_failure(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another disk, nothing was left behind")
+    return ResourceError(
+        f"{path}: cannot be written ({error.strerror or error}); free space or choose another disk, nothing was left behind"
+    )
+
+
+def _bytes_of(tensor: "torch.Tensor") -> memoryview:
+    """The tensor's memory, row by row, on the CPU."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 class CheckpointWriter:
@@ -85,8 +95,16 @@ class CheckpointWriter:
     write() takes the planned tensors in planned order; anything else is a bug of the caller (assert).
     """
 
-    def __init__(self, out: Path, shards: Mapping[str, Sequence[OutputTensor]], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        out: Path,
+        shards: Mapping[str, Sequence[OutputTensor]],
+        metadata: Mapping[str, str],
+        *,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+    ) -> None:
         self.out = out
+        self.max_queued_bytes = max_queued_bytes
         self.partial = out.with_name(out.name + PARTIAL_SUFFIX)
         self.shards = shards
         self.metadata = metadata
@@ -138,15 +156,28 @@ class CheckpointWriter:
 
     def write(self, name: str, tensor: "torch.Tensor") -> None:
         """Queues the next planned tensor; its memory must not change afterwards."""
-        import torch
-
-        file, planned = self._take(name)
+        _, planned = self._planned[self._next]
         assert tuple(tensor.shape) == planned.shape, f"{name}: {tuple(tensor.shape)} written, {planned.shape} planned"
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        assert flat.numel() * flat.element_size() == planned.num_bytes, f"{name}: {tensor.dtype} written, {planned.dtype} planned"
-        data = memoryview(flat.view(torch.uint8).numpy()) if planned.num_bytes else memoryview(b"")
+        self.write_pieces(name, (tensor,))
+
+    def write_pieces(self, name: str, pieces: "Iterable[torch.Tensor]") -> None:
+        """Queues the next planned tensor, handed over in consecutive pieces, so that it never is in memory whole.
+
+        The pieces end to end are the tensor; the memory of none may change afterwards.
+        """
+        file, planned = self._take(name)
+        queued = 0
+        for piece in pieces:
+            assert piece.dtype == torch_dtype(planned.dtype), f"{name}: {piece.dtype} written, {planned.dtype} planned"
+            data = _bytes_of(piece)
+            queued += len(data)
+            assert queued <= planned.num_bytes, f"{name}: more than {planned.dtype} {planned.shape} written"
+            self._enqueue(file, data)
+        assert queued == planned.num_bytes, f"{name}: {queued} bytes written, {planned.dtype} {planned.shape} planned"
+
+    def _enqueue(self, file: str, data: memoryview) -> None:
         with self._room:
-            self._room.wait_for(lambda: self._failure or self._queued_bytes == 0 or self._queued_bytes + len(data) <= MAX_QUEUED_BYTES)
+            self._room.wait_for(lambda: self._failure or self._queued_bytes == 0 or self._queued_bytes + len(data) <= self.max_queued_bytes)
             self._raise_failure()
             self._queued_bytes += len(data)
         self._queue.put((file, data))
@@ -196,7 +227,7 @@ class CheckpointWriter:
         try:
             while True:
                 file, data = self._queue.get()
-                if data is None and self._failure is not None:
+                if self._failure is not None:
                     return
                 if file != current:
                     self._close(current, digest)
@@ -208,6 +239,8 @@ class CheckpointWriter:
                     return
                 if isinstance(data, TensorInfo):
                     for piece in read_pieces(data):
+                        if self._failure is not None:
+                            return
                         self._put(piece, digest)
                     continue
                 self._put(data, digest)

@@ -193,6 +193,38 @@ def mtp_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+VISION_SIZES = (
+    "depth", "hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size",
+    "num_position_embeddings", "out_hidden_size",
+)  # fmt: skip
+
+
+def vision_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of the vision tower with their shapes: 12 a block and 9 around the blocks, 333 at depth 27."""
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping) or any(type(vision.get(k)) is not int or not 0 < vision[k] < 1 << 31 for k in VISION_SIZES):
+        raise InputError(f"config.json: vision_config must hold {', '.join(VISION_SIZES)} as positive sizes")
+    h, inter = vision["hidden_size"], vision["intermediate_size"]
+    merged = h * vision["spatial_merge_size"] ** 2
+    patch = (vision["in_channels"], vision["temporal_patch_size"], vision["patch_size"], vision["patch_size"])
+    weights: dict[str, tuple[int, ...]] = {"patch_embed.proj": (h, *patch)}
+    for i in range(vision["depth"]):
+        weights |= {
+            f"blocks.{i}.norm1": (h,),
+            f"blocks.{i}.norm2": (h,),
+            f"blocks.{i}.attn.qkv": (3 * h, h),
+            f"blocks.{i}.attn.proj": (h, h),
+            f"blocks.{i}.mlp.linear_fc1": (inter, h),
+            f"blocks.{i}.mlp.linear_fc2": (h, inter),
+        }
+    weights |= {"merger.norm": (h,), "merger.linear_fc1": (merged, merged), "merger.linear_fc2": (vision["out_hidden_size"], merged)}
+    shapes: dict[str, tuple[int, ...]] = {f"{VISION_PREFIX}pos_embed.weight": (vision["num_position_embeddings"], h)}
+    for module, shape in weights.items():
+        shapes[f"{VISION_PREFIX}{module}.weight"] = shape
+        shapes[f"{VISION_PREFIX}{module}.bias"] = shape[:1]
+    return shapes
+
+
 def module_of(name: str) -> str:
     """The module that owns a tensor: its name without the last part."""
     return name.rpartition(".")[0]
