@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress.builtin import CALIBRATION_FILE
 from mtpress.errors import InputError
 from mtpress.recipe import CalibrationSource
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from mtpress.chat import Sample
 
 BUILTIN = "builtin"
-BUILTIN_FILE = Path(__file__).parent / "builtin" / "calibration.jsonl"
+
 MAX_LINE_BYTES = 64_000_000
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -125,8 +126,8 @@ def calibration_rows(source: CalibrationSource, files: Sequence[str]) -> tuple[s
     """What is read, and its rows: --calibration files (or "builtin") if any, else what the recipe names."""
     if not files and source.dataset != BUILTIN:
         return f"{source.dataset} {source.subset or ''} {source.split}[:{source.num_samples}]".replace("  ", " "), read_hub(source)
-    paths = [BUILTIN_FILE if name == BUILTIN else Path(name) for name in files or (BUILTIN,)]
-    shown = ", ".join(BUILTIN if path == BUILTIN_FILE else path.name for path in paths)
+    paths = [CALIBRATION_FILE if name == BUILTIN else Path(name) for name in files or (BUILTIN,)]
+    shown = ", ".join(BUILTIN if path == CALIBRATION_FILE else path.name for path in paths)
     return shown, (pair for path in paths for pair in read_jsonl(path))
 
 

@@ -207,7 +207,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     recipe = load_recipe(options.recipe)
     if options.weight_only is not None:
         if not 0 < options.weight_only <= 1e4:
-            raise InputError(f"--weight-only {options.weight_only}: an input_scale must be positive; 1/2688 times the largest activation is usual")
+            raise InputError(
+                f"--weight-only {options.weight_only}: an input_scale must be positive; 1/2688 times the largest activation is usual"
+            )
         recipe = recipe.model_copy(update={"constant_input_scale": options.weight_only})
     result = quantize(
         options.source, options.out, recipe, calibration=options.calibration, device=options.device, dry_run=options.dry_run,
@@ -230,7 +232,10 @@ def show(result: QuantizeResult) -> None:
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for part, size in result.bytes_by_component.items():
         table.add_row(COMPONENT_TITLES.get(part, part), human_bytes(size))
-    table.add_row("all", f"{human_bytes(result.output_bytes)} ({result.output_bytes / result.source_bytes:.2f}× of {human_bytes(result.source_bytes)})")
+    table.add_row(
+        "all",
+        f"{human_bytes(result.output_bytes)} ({result.output_bytes / result.source_bytes:.2f}× of {human_bytes(result.source_bytes)})",
+    )
     console.print(table)
     console.print(f"{result.num_quantized} matrices quantized, {result.num_kept} tensors kept bit for bit, {result.num_dropped} dropped")
     console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}", highlight=False)
