@@ -3,39 +3,68 @@
     python locks/make_env.py NAME      prints the path of its python as the last line
 
 Every package stands in the lock with its exact version, so pip resolves nothing (--no-deps). The project itself is
-installed editable, without its dependencies, so that engines find its plugins.
+installed editable, without its dependencies, so that engines find its plugins; that is done again, in seconds, when
+pyproject.toml has changed. Two calls at once wait for one another.
 """
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+# PyPI's torchvision beside a CPU torch: the processes that an engine starts need this too, so it stands in a .pth file.
 TORCHVISION_HOOK = "import mtpress.engine.torchvision_ops; mtpress.engine.torchvision_ops.install()\n"
 
 
 def make_env(name: str) -> Path:
+    """The python of .envs/NAME, made or brought up to date first; CalledProcessError where pip or venv fails."""
     lock = ROOT / "locks" / f"{name}.txt"
+    if not lock.is_file():
+        known = ", ".join(sorted(path.stem for path in lock.parent.glob("*.txt")))
+        raise SystemExit(f"{lock}: no such lock file; there are: {known}")
     env = ROOT / ".envs" / name
+    env.parent.mkdir(exist_ok=True)
+    with (env.parent / f"{name}.flock").open("w") as flock:
+        fcntl.flock(flock, fcntl.LOCK_EX)
+        return _make_env(env, lock)
+
+
+def _make_env(env: Path, lock: Path) -> Path:
     python = env / "bin" / "python"
-    stamp = env / "lock.sha256"
-    digest = hashlib.sha256(lock.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == digest:
-        return python
-    print(f"making .envs/{name} from locks/{name}.txt", file=sys.stderr, flush=True)
-    shutil.rmtree(env, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(env)], check=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "-r", str(lock)], check=True)
-    subprocess.run([*pip, "--no-build-isolation", "-e", str(ROOT)], check=True)
-    if "\ntorchvision==" in lock.read_text():
-        site = next(env.glob("lib/python3*/site-packages"))
-        (site / "mtpress_torchvision_ops.pth").write_text(TORCHVISION_HOOK)
-    stamp.write_text(digest)
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps"]
+    if not _is_made_from(lock, env / "lock.sha256"):
+        print(f"making {env.relative_to(ROOT)} from {lock.relative_to(ROOT)}, some minutes", file=sys.stderr, flush=True)
+        shutil.rmtree(env, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(env)])
+        _run([*pip, "-r", str(lock)])
+        _mark(lock, env / "lock.sha256")
+    pyproject = ROOT / "pyproject.toml"
+    if not _is_made_from(pyproject, env / "project.sha256"):
+        _run([*pip, "--no-build-isolation", "-e", str(ROOT)])
+        if "\ntorchvision==" in lock.read_text(encoding="utf-8"):
+            site = next(env.glob("lib/python3*/site-packages"))
+            (site / "mtpress_torchvision_ops.pth").write_text(TORCHVISION_HOOK, encoding="utf-8")
+        _mark(pyproject, env / "project.sha256")
     return python
 
 
+def _run(command: list[str]) -> None:
+    """Runs it with its output on stderr: stdout carries nothing but the path."""
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def _is_made_from(source: Path, stamp: Path) -> bool:
+    return stamp.exists() and stamp.read_text(encoding="utf-8") == hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def _mark(source: Path, stamp: Path) -> None:
+    stamp.write_text(hashlib.sha256(source.read_bytes()).hexdigest(), encoding="utf-8")
+
+
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
     print(make_env(sys.argv[1]))
