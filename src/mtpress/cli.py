@@ -56,6 +56,7 @@ def build_parser(stage: str | None) -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on missing GPU kernels are not news to the user
     stage = next((a for a in arguments if not a.startswith("-")), None)
     try:
         options = build_parser(stage).parse_args(arguments)
