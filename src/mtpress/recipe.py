@@ -59,16 +59,23 @@ def shipped() -> Iterator[str]:
         yield path.stem
 
 
-def load_recipe(name_or_file: str | Path) -> Recipe:
-    """A shipped recipe by name, or a YAML file by path."""
+def recipe_file(name_or_file: str | Path) -> Path:
+    """The YAML file of a shipped recipe by name, or the path itself; InputError lists the shipped ones."""
     text = str(name_or_file)
     path = Path(text)
-    if path.suffix not in (".yaml", ".yml") and "/" not in text:
-        path = RECIPES_DIR / f"{text}.yaml"
-        if not path.is_file():
-            near = difflib.get_close_matches(text, list(shipped()), n=1)
-            hint = f"did you mean {near[0]}?" if near else "a file needs the ending .yaml."
-            raise InputError(f"no recipe {text[:80]!r}; {hint} Shipped: {', '.join(shipped())}")
+    if path.suffix in (".yaml", ".yml") or "/" in text:
+        return path
+    path = RECIPES_DIR / f"{text}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(text, list(shipped()), n=1)
+        hint = f"did you mean {near[0]}?" if near else "a file needs the ending .yaml."
+        raise InputError(f"no recipe {text[:80]!r}; {hint} Shipped: {', '.join(shipped())}")
+    return path
+
+
+def load_recipe(name_or_file: str | Path) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path."""
+    path = recipe_file(name_or_file)
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise InputError(f"{path}: too large for a recipe")
