@@ -150,7 +150,7 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int, refuse: Any
         raise refuse(f"tensor {shown}: unknown dtype {str(dtype)[:40]!r}")
 
     def counts(values: Any) -> bool:
-        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in values)
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
 
     if not counts(shape) or len(shape) > 16:
         raise refuse(f"tensor {shown}: its shape is not a list of sizes")
