@@ -94,9 +94,9 @@ def optimizers(module: nn.Module, edges: tuple[str, ...], muon_lr: float, adam_l
     ]
 
 
-def set_rate(opts: list[torch.optim.Optimizer], share_done: float) -> None:
-    """Warm-up over 2%, flat, then linear to zero over the last 40%."""
-    factor = min(1.0, share_done / 0.02 + 0.01, (1 - share_done) / 0.4)
+def set_rate(opts: list[torch.optim.Optimizer], share_done: float, peak: float = 1.0) -> None:
+    """Warm-up over 2% to `peak` times the base rate, flat, then linear to zero over the last 40%."""
+    factor = peak * min(1.0, share_done / 0.02 + 0.01, (1 - share_done) / 0.4)
     for opt in opts:
         for group in opt.param_groups:
             group.setdefault("base_lr", group["lr"])
@@ -164,17 +164,20 @@ def train_tower(model: Any, encoder: DocumentEncoder, num_steps: int) -> None:
             print(f"tower {step} steps  loss {loss.item():.3f}  shapes {right:.2f}", flush=True)
 
 
-def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int) -> None:
+def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int, peak: float = 1.0, other_share: float = 1.0) -> None:
+    """Next-token loss on the corpus. other_share below 1 leaves out that much of all that is no picture and no sum."""
     opts = optimizers(model, ("embed", "lm_head"), muon_lr=0.015, adam_lr=2e-3)
     sum_share = 1.0
 
     def keep(candidate: Document, dice: random.Random) -> bool:
-        return candidate.kind != "sum" or dice.random() < sum_share
+        if candidate.kind == "sum":
+            return dice.random() < sum_share
+        return candidate.kind == "picture" or dice.random() < other_share
 
     model.train()
     done, started, mean_loss = 0, time.time(), 0.0
     for step, batch in enumerate(batches(encoder, model, BATCH_TOKENS, keep), 1):
-        set_rate(opts, done / num_tokens)
+        set_rate(opts, done / num_tokens, peak)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model.lm_head(hidden_states(model, batch)[:, :-1])
         targets = batch.input_ids[:, 1:].masked_fill(~batch.counted[:, 1:], -100)
@@ -274,8 +277,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tower-steps", type=int, default=500)
     parser.add_argument("--body-tokens", type=int, default=5_500_000)
-    parser.add_argument("--head-tokens", type=int, default=1_500_000)
-    parser.add_argument("--body", type=Path, help="a body.pt of an earlier run: train only the head")
+    parser.add_argument("--reading-tokens", type=int, default=1_000_000)
+    parser.add_argument("--head-tokens", type=int, default=1_200_000)
+    parser.add_argument("--body", type=Path, help="the OUT.body.pt of an earlier run: go on from there")
     options = parser.parse_args()
     torch.manual_seed(0)
     partial = options.out.with_name(options.out.name + ".partial")
@@ -298,6 +302,12 @@ def main() -> None:
         train_tower(model, encoder, options.tower_steps)
         train_body(model, encoder, options.body_tokens)
         torch.save(model.state_dict(), options.out.with_name(options.out.name + ".body.pt"))
+    # While the body knew nothing, its gradients undid what the tower had learned. Now that the body can listen, the tower
+    # learns its shapes again and holds still while the body learns to read them.
+    torch.manual_seed(1)
+    train_tower(model, encoder, options.tower_steps)
+    model.model.visual.requires_grad_(False)
+    train_body(model, encoder, options.reading_tokens, peak=0.4, other_share=0.5)
     # the head learns against the body that is written: BF16 weights
     for value in model.parameters():
         value.data = value.data.to(torch.bfloat16).to(torch.float32)

@@ -54,18 +54,24 @@ def build_parser(stage: str | None) -> Parser:
     return parser
 
 
+def run_stage(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """Runs one command line as main() does, but hands back (exit code, result) and lets errors through."""
+    stage = next((a for a in arguments if not a.startswith("-")), None)
+    options = build_parser(stage).parse_args(arguments)
+    code, result = importlib.import_module(f"mtpress.stages.{options.stage}").run(options)
+    return int(code), result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on missing GPU kernels are not news to the user
     stage = next((a for a in arguments if not a.startswith("-")), None)
     try:
-        options = build_parser(stage).parse_args(arguments)
-        command = importlib.import_module(f"mtpress.stages.{options.stage}")
-        code, result = command.run(options)
-        if options.json:
+        code, result = run_stage(arguments)
+        if "--json" in arguments:
             print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
         sys.stdout.flush()
-        return int(code)
+        return code
     except MtpressError as error:
         return _fail(stage, str(error), error.exit_code, "--json" in arguments)
     except KeyboardInterrupt:
