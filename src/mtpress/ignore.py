@@ -10,7 +10,7 @@ Source: vLLM 0.32, layers/quantization/modelopt.py (apply_vllm_mapper, is_layer_
 (is_layer_skipped), models/utils.py (WeightsMapper). Its rule for experts is left out: the family here has none.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Literal
 
@@ -64,13 +64,19 @@ class IgnoreList:
             return "ignored"
         return "quantized"
 
-    def touches(self, entry: str, prefix: str, packed: Packed) -> bool:
-        """Whether this entry alone has an effect on the linear `prefix`."""
-        return any(
-            part in prefix or part in shards_of(prefix, packed) or (WILDCARDS & set(part) and fnmatch(prefix, part))
-            for part in self.held[entry]
-        )
+    def idle(self, linears: Iterable[tuple[str, Packed]], others: Collection[str]) -> list[str]:
+        """The entries, as written, that have no effect on any of these linears.
 
-    def names(self, entry: str, name: str) -> bool:
-        """Whether this entry reads as if it meant the module `name` (in engine names), fused or not."""
-        return any(part in name or fnmatch(name, part) for part in self.held[entry])
+        others: engine names of modules whose format no list decides; an entry that names one of them is harmless, not idle.
+        """
+        names: list[str] = list(others)
+        known: set[str] = set(others)
+        for prefix, packed in linears:
+            names.append(prefix)
+            known.update((prefix, *shards_of(prefix, packed)))
+        everything = "\n".join(names)
+
+        def works(part: str) -> bool:
+            return part in known or part in everything or (bool(WILDCARDS & set(part)) and any(fnmatch(n, part) for n in names))
+
+        return [entry for entry, parts in self.held.items() if not any(works(part) for part in parts)]

@@ -1,0 +1,1 @@
+"""The rules of `mtpress check`: one topic a file, all of them in registry.py."""

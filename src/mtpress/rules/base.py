@@ -1,0 +1,134 @@
+"""Rules on a comparison with the source: what was kept is equal, what was quantized is near."""
+
+import statistics
+from collections.abc import Iterator
+
+from mtpress.comparison import Comparison
+from mtpress.models.qwen3_5 import MTP_PREFIX
+from mtpress.rules.rule import Problem, Rule, count
+
+# NVFP4 by "max" gives 0.095 on normal weights, and 0.08 to 0.12 on trained ones; twice that is no rounding.
+LARGEST_ERROR = 0.2
+NUM_MADS, LEAST_DISTANCE = 10.0, 0.15  # an outlier is both: far by the spread of the others, and by 15 % of the median
+AGAIN = "quantize again: mtpress quantize SRC OUT --recipe NAME"
+
+
+def mtp_differs(found: Comparison) -> Iterator[Problem]:
+    names = tuple(name for name in found.differing if name.startswith(MTP_PREFIX))
+    if names:
+        yield Problem(f"{count(len(names), 'tensor')} of the draft head not bit for bit the source's", names)
+
+
+def kept_differs(found: Comparison) -> Iterator[Problem]:
+    names = tuple(name for name in found.differing if not name.startswith(MTP_PREFIX))
+    if names:
+        yield Problem(f"{count(len(names), 'tensor')} in BF16 not bit for bit the source's", names)
+
+
+def base_lacks(found: Comparison) -> Iterator[Problem]:
+    if found.absent:
+        yield Problem(
+            f"{count(len(found.absent), 'tensor')} without a counterpart of equal dtype and shape in the source", tuple(found.absent)
+        )
+
+
+def not_compared(found: Comparison) -> Iterator[Problem]:
+    if found.not_compared:
+        yield Problem(f"{count(len(found.not_compared), 'module')} that cannot be compared: not whole NVFP4", tuple(found.not_compared))
+
+
+def blocks_broken(found: Comparison) -> Iterator[Problem]:
+    if found.broken_blocks:
+        blocks = sum(found.broken_blocks.values())
+        message = f"{count(blocks, 'block scale')} in {count(len(found.broken_blocks), 'module')} NaN, negative, or zero over weights"
+        yield Problem(message, tuple(found.broken_blocks))
+
+
+def _worst_first(found: Comparison, names: list[str]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: -found.error[name]))
+
+
+def error_large(found: Comparison) -> Iterator[Problem]:
+    names = _worst_first(found, [name for name, error in found.error.items() if not error <= LARGEST_ERROR])
+    if names:
+        message = f"{count(len(names), 'matrix' if len(names) == 1 else 'matrice')} further than {LARGEST_ERROR} from the source"
+        yield Problem(f"{message}; the worst {found.error[names[0]]:.4g}", names)
+
+
+def error_outlier(found: Comparison) -> Iterator[Problem]:
+    sound = {name: error for name, error in found.error.items() if error <= LARGEST_ERROR}
+    if len(sound) < 4:
+        return
+    median = statistics.median(sound.values())
+    spread = 1.4826 * statistics.median(abs(error - median) for error in sound.values())
+    limit = median + max(NUM_MADS * spread, LEAST_DISTANCE * median)
+    names = _worst_first(found, [name for name, error in sound.items() if error > limit])
+    if names:
+        message = f"{count(len(names), 'matrix' if len(names) == 1 else 'matrice')} much further from the source than the others"
+        yield Problem(f"{message}: up to {found.error[names[0]]:.4g}, the median is {median:.4g}", names)
+
+
+def config_differs(found: Comparison) -> Iterator[Problem]:
+    if found.config_keys:
+        yield Problem(f"{count(len(found.config_keys), 'key')} of config.json not as in the source", tuple(found.config_keys))
+
+
+def tokenizer_differs(found: Comparison) -> Iterator[Problem]:
+    if found.tokenizer_files:
+        yield Problem(f"{' and '.join(found.tokenizer_files)} not byte for byte the source's", tuple(found.tokenizer_files))
+
+
+RULES = (
+    Rule(
+        "mtp-differs",
+        "error",
+        "The draft head is not the source's, bit for bit.",
+        "mtpress graft CKPT OUT --from BASE; a head trained anew is checked against its own source",
+        mtp_differs,
+    ),
+    Rule(
+        "kept-differs",
+        "error",
+        "A tensor kept in BF16 is not the source's, bit for bit.",
+        "mtpress repair CKPT OUT --base SRC",
+        kept_differs,
+    ),
+    Rule(
+        "base-lacks",
+        "warning",
+        "Tensors have no counterpart in the source, so nothing can be said of them.",
+        "name the source that the checkpoint was made from",
+        base_lacks,
+    ),
+    Rule("not-compared", "note", "Quantized modules in a form that is not compared yet.", "nothing can be done here", not_compared),
+    Rule("blocks-broken", "error", "Block scales are NaN or negative, or zero where the source has weights.", AGAIN, blocks_broken),
+    Rule(
+        "error-large",
+        "error",
+        f"A quantized matrix is further than {LARGEST_ERROR} from its source (‖w − ŵ‖/‖w‖; NVFP4 gives about 0.1): not its source, or not "
+        "its scales.",
+        AGAIN,
+        error_large,
+    ),
+    Rule(
+        "error-outlier",
+        "warning",
+        f"A quantized matrix is {LEAST_DISTANCE:.0%} and {NUM_MADS:.0f} median deviations further from its source than the median matrix.",
+        "look at it: outliers in a few channels, or another global scale than its group's",
+        error_outlier,
+    ),
+    Rule(
+        "config-differs",
+        "warning",
+        "Keys of text_config or vision_config are not the source's: the engine computes something else.",
+        "mtpress repair CKPT OUT --base SRC",
+        config_differs,
+    ),
+    Rule(
+        "tokenizer-differs",
+        "warning",
+        "Tokenizer files are not the source's, byte for byte.",
+        "mtpress repair CKPT OUT --base SRC",
+        tokenizer_differs,
+    ),
+)

@@ -1,0 +1,80 @@
+"""Rules on config.json: the class and sizes that the engine builds the model from."""
+
+from collections.abc import Iterator
+
+from mtpress.models.qwen3_5_engine import ARCHITECTURE
+from mtpress.rules.rule import Problem, Rule
+from mtpress.rules.subject import CONFIG, Subject
+
+TEXT_MODEL_TYPE = "qwen3_5_text"
+
+
+def config_incomplete(subject: Subject) -> Iterator[Problem]:
+    if subject.config_problem is not None:
+        yield Problem(subject.config_problem, (CONFIG,))
+
+
+def architecture(subject: Subject) -> Iterator[Problem]:
+    said, right = subject.config.get("architectures"), ARCHITECTURE[subject.checkpoint.model_type]
+    if said != [right]:
+        model_type = subject.checkpoint.model_type
+        yield Problem(f"config.json: architectures is {str(said)[:80]}, with model_type {model_type} it must be [{right!r}]", (CONFIG,))
+
+
+def text_model_type(subject: Subject) -> Iterator[Problem]:
+    inner = subject.config.get("text_config")
+    said = inner.get("model_type", TEXT_MODEL_TYPE) if isinstance(inner, dict) else TEXT_MODEL_TYPE
+    if said != TEXT_MODEL_TYPE:
+        yield Problem(f"config.json: text_config.model_type is {str(said)[:60]!r}, vLLM knows {TEXT_MODEL_TYPE!r}", (CONFIG,))
+
+
+def dtype(subject: Subject) -> Iterator[Problem]:
+    said = [level.get(key) for level in (subject.config, subject.model.text_config(subject.config)) for key in ("dtype", "torch_dtype")]
+    first = next((value for value in said if value is not None), None)
+    if first != "bfloat16":
+        yield Problem(f"config.json: dtype is {str(first)[:40]}, the model computes in bfloat16", (CONFIG,))
+
+
+def torch_dtype(subject: Subject) -> Iterator[Problem]:
+    text = subject.model.text_config(subject.config)
+    if "torch_dtype" in subject.config or "torch_dtype" in text:
+        yield Problem("config.json: holds torch_dtype, which is called dtype since transformers 5", (CONFIG,))
+
+
+RULES = (
+    Rule(
+        "config-incomplete",
+        "error",
+        "config.json lacks a size, so it cannot be said which tensors the checkpoint must hold; the engine stops on it or guesses.",
+        "restore config.json from the source checkpoint: mtpress repair CKPT OUT --base SRC",
+        config_incomplete,
+    ),
+    Rule(
+        "architecture",
+        "error",
+        "`architectures` does not name the class of the model_type: the engine builds another model, or none.",
+        "set it in config.json, or: mtpress repair CKPT OUT --base SRC",
+        architecture,
+    ),
+    Rule(
+        "text-model-type",
+        "error",
+        "text_config.model_type is not the one vLLM builds its decoder layers for (ValueError: Invalid model_type).",
+        "restore config.json from the source checkpoint: mtpress repair CKPT OUT --base SRC",
+        text_model_type,
+    ),
+    Rule(
+        "dtype",
+        "warning",
+        "The declared dtype is missing or not bfloat16: the engine computes in another precision than the model was trained in.",
+        'set "dtype": "bfloat16" in config.json, or: mtpress repair CKPT OUT --base SRC',
+        dtype,
+    ),
+    Rule(
+        "torch-dtype",
+        "note",
+        "config.json carries the old key torch_dtype; every engine still reads it.",
+        "nothing needs to be done; mtpress repair renames it",
+        torch_dtype,
+    ),
+)

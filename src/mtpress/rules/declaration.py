@@ -1,0 +1,114 @@
+"""What a checkpoint says of its own quantization, in config.json or hf_quant_config.json, read as vLLM 0.32 reads it.
+
+In: the JSON content. Out: a `Declaration`. Leaves out: what is stored (stored.py) and judging (the rules).
+Source: vLLM 0.32, transformers_utils/model_arch_config_convertor.py, layers/quantization/modelopt.py (from_config),
+utils/torch_utils.py (get_kv_cache_quant_algo_string).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+Format = Literal["nvfp4", "modelopt-fp8", "modelopt-mixed", "compressed-tensors", "auto-round", "gptq", "awq", "fp8", "unknown"]
+
+NVFP4_ALGOS = ("NVFP4", "W4A16_NVFP4")
+MODELOPT_ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", *NVFP4_ALGOS, "MXFP8", "MIXED_PRECISION")
+METHODS: dict[str, Format] = {
+    "compressed-tensors": "compressed-tensors", "auto-round": "auto-round", "inc": "auto-round", "gptq": "gptq", "awq": "awq", "fp8": "fp8",
+}  # fmt: skip
+TITLES: dict[Format, str] = {
+    "nvfp4": "modelopt NVFP4", "modelopt-fp8": "modelopt FP8", "modelopt-mixed": "modelopt mixed precision",
+    "compressed-tensors": "compressed-tensors", "auto-round": "AutoRound", "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8",
+    "unknown": "unknown",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A quantization config. file: where it stands; content: as it stands there."""
+
+    file: str
+    content: Mapping[str, Any]
+
+    @cached_property
+    def inner(self) -> Mapping[str, Any]:
+        """modelopt's two layouts: everything under `quantization` (hf_quant_config.json), or flat (config.json)."""
+        inner = self.content.get("quantization")
+        return inner if isinstance(inner, Mapping) else self.content
+
+    @property
+    def legacy(self) -> bool:
+        return self.inner is not self.content
+
+    @cached_property
+    def method(self) -> str:
+        """quant_method; where an old modelopt left it out, its producer stands for it."""
+        method = str(self.content.get("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
+        producer = self.content.get("producer")
+        if not method and isinstance(producer, Mapping) and producer.get("name") == "modelopt":
+            return "modelopt"
+        return method
+
+    @cached_property
+    def algo(self) -> str:
+        return str(self.inner.get("quant_algo") or "").upper()
+
+    @cached_property
+    def format(self) -> Format:
+        if not self.method.startswith("modelopt"):
+            return METHODS.get(self.method, "unknown")
+        if self.algo in NVFP4_ALGOS:
+            return "nvfp4"
+        if self.algo == "MIXED_PRECISION":
+            return "modelopt-mixed"
+        return "modelopt-fp8" if self.algo in MODELOPT_ALGOS else "unknown"
+
+    @property
+    def ignore_key(self) -> str:
+        return "exclude_modules" if self.legacy else "ignore"
+
+    @cached_property
+    def ignore(self) -> tuple[str, ...]:
+        """The entries that are strings, in order; what is not a list of strings is for a rule to say."""
+        entries = self.inner.get(self.ignore_key)
+        return tuple(entry for entry in entries if isinstance(entry, str)) if isinstance(entries, list) else ()
+
+    @cached_property
+    def groups(self) -> tuple[Mapping[str, Any], ...]:
+        groups = self.content.get("config_groups")
+        return tuple(group for group in groups.values() if isinstance(group, Mapping)) if isinstance(groups, Mapping) else ()
+
+    @cached_property
+    def weight_only(self) -> bool:
+        """Whether activations stay in 16 bits: W4A16_NVFP4, or NVFP4 whose groups all have input_activations null."""
+        silent = bool(self.groups) and all(group.get("input_activations") is None for group in self.groups)
+        return self.algo == "W4A16_NVFP4" or (self.algo == "NVFP4" and silent)
+
+    @cached_property
+    def group_sizes(self) -> set[Any]:
+        """Every group_size that is said, at the top or in a group of the config."""
+        weights = [group.get("weights") for group in self.groups]
+        said = [self.inner.get("group_size"), *(w.get("group_size") for w in weights if isinstance(w, Mapping))]
+        return {size if isinstance(size, int) else str(size) for size in said if size is not None}
+
+    @cached_property
+    def kv_cache(self) -> str:
+        """What it declares of the KV cache: "auto" (nothing), "fp8", "nvfp4", or "?" for what vLLM does not know."""
+        said = self.inner.get("kv_cache_scheme") or self.inner.get("kv_cache_quant_algo")
+        if not said:
+            return "auto"
+        if isinstance(said, Mapping):
+            bits, float_type = said.get("num_bits"), said.get("type") == "float"
+            if float_type and bits == 8 and said.get("dynamic") is False:
+                return "fp8"
+            return "nvfp4" if float_type and bits == 4 else "?"
+        return str(said).lower() if str(said).lower() in ("fp8", "nvfp4") else "?"
+
+    @property
+    def title(self) -> str:
+        if self.format == "nvfp4":
+            return f"modelopt NVFP4 ({'W4A16' if self.weight_only else 'W4A4'})"
+        if self.format == "unknown":
+            return f"unknown ({' '.join(word for word in (self.method or 'no quant_method', self.algo) if word)})"
+        return TITLES[self.format]

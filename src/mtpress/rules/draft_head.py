@@ -1,0 +1,136 @@
+"""Rules on the draft head: its 15 tensors are there, in BF16, where the draft looks for them, and every config spares them."""
+
+from collections.abc import Iterator
+
+from mtpress.models.qwen3_5_engine import EngineLinear
+from mtpress.rules import stored
+from mtpress.rules.ignore_lists import stored_forms
+from mtpress.rules.rule import Problem, Rule, count
+from mtpress.rules.subject import CONFIG, Subject
+
+GRAFT = "mtpress graft CKPT OUT --from BASE"
+
+
+def mtp_missing(subject: Subject) -> Iterator[Problem]:
+    elsewhere = {*subject.unindexed_mtp, *(f"mtp.{name.partition('mtp.')[2]}" for name in subject.misplaced_mtp)}
+    missing = []
+    for name in subject.model.MTP_TENSORS:
+        packed = name.endswith(".weight") and subject.form(subject.model.module_of(name)) not in ("plain", "none")
+        if name not in subject.tensors and name not in elsewhere and not packed:
+            missing.append(name)
+    promised = subject.model.num_mtp_layers(subject.config) or subject.stored_mtp or elsewhere
+    if missing and promised:
+        of = len(subject.model.MTP_TENSORS)
+        yield Problem(f"the draft head lacks {len(missing)} of its {of} tensors", tuple(missing))
+
+
+def mtp_misplaced(subject: Subject) -> Iterator[Problem]:
+    if subject.misplaced_mtp:
+        where = subject.misplaced_mtp[0].partition("mtp.")[0]
+        yield Problem(f"{count(len(subject.misplaced_mtp), 'tensor')} of the draft head under {where}mtp., not mtp.", subject.misplaced_mtp)
+
+
+def mtp_unindexed(subject: Subject) -> Iterator[Problem]:
+    if subject.unindexed_mtp:
+        yield Problem(
+            f"{count(len(subject.unindexed_mtp), 'tensor')} of the draft head on disk, but not in the index", subject.unindexed_mtp
+        )
+
+
+def mtp_quantized(subject: Subject) -> Iterator[Problem]:
+    names = tuple(module for module in subject.quantized if module.startswith(subject.model.MTP_PREFIX))
+    if names:
+        forms = ", ".join(sorted({stored.TITLES[subject.form(module)] for module in names}))
+        yield Problem(f"{count(len(names), 'module')} of the draft head stored as {forms}, not BF16", names)
+
+
+def _draft_quantized(subject: Subject) -> Iterator[EngineLinear]:
+    """Linears of the draft that lie in BF16 and that the engine takes as quantized."""
+    target = {linear.modules: verdict for linear, verdict in subject.verdicts.items() if linear.part == "lm_head"}
+    for linear, verdict in subject.verdicts.items():
+        if linear.part != "draft" or verdict != "quantized" or stored_forms(subject, linear) != {"plain"}:
+            continue
+        if target.get(linear.modules) != "quantized":  # else ignore-too-little says it of lm_head
+            yield linear
+
+
+def mtp_not_ignored(subject: Subject) -> Iterator[Problem]:
+    names = tuple(module for linear in _draft_quantized(subject) if linear.prefix != "mtp.fc" for module in linear.modules)
+    if names:
+        yield Problem(f"{count(len(names), 'module')} of the draft in BF16 that the engine takes as quantized", names)
+
+
+def mtp_fc_not_ignored(subject: Subject) -> Iterator[Problem]:
+    if any(linear.prefix == "mtp.fc" for linear in _draft_quantized(subject)):
+        yield Problem("the ignore list does not match mtp.fc", ("mtp.fc",))
+
+
+def mtp_not_declared(subject: Subject) -> Iterator[Problem]:
+    if not subject.stored_mtp or subject.model.num_mtp_layers(subject.config) == 1:
+        return
+    said = subject.model.num_mtp_layers(subject.config)
+    text = subject.model.text_config(subject.config)
+    other = any("num_nextn_predict_layers" in level for level in (subject.config, text))
+    only = "; it has num_nextn_predict_layers, which vLLM does not read for this family" if other else ""
+    yield Problem(f"a draft head of one layer is stored, config.json says mtp_num_hidden_layers {said or 'nowhere'}{only}", (CONFIG,))
+
+
+def mtp_none(subject: Subject) -> Iterator[Problem]:
+    if not (subject.stored_mtp or subject.misplaced_mtp or subject.unindexed_mtp or subject.model.num_mtp_layers(subject.config)):
+        yield Problem("no draft head, and config.json promises none: no speculative decoding with this checkpoint")
+
+
+RULES = (
+    Rule(
+        "mtp-missing",
+        "error",
+        "config.json promises a draft head, or part of one is there, and tensors are missing. If the ignore list names them, vLLM drafts "
+        "with random weights, accepts about nothing, and says nothing; if not, it stops.",
+        GRAFT,
+        mtp_missing,
+    ),
+    Rule(
+        "mtp-misplaced",
+        "error",
+        "The draft head stands under another prefix. The draft reads only names that start with `mtp.`, and the target refuses the others.",
+        "rename them: mtpress repair CKPT OUT",
+        mtp_misplaced,
+    ),
+    Rule(
+        "mtp-unindexed",
+        "error",
+        "The draft head lies on disk, and the index does not name it: engines skip it, and draft with random weights.",
+        "rebuild the index: mtpress repair CKPT OUT",
+        mtp_unindexed,
+    ),
+    Rule(
+        "mtp-quantized",
+        "error",
+        "Part of the draft head is quantized. mtp.fc then fails to load or accepts nothing; the layer drafts worse than it could.",
+        GRAFT,
+        mtp_quantized,
+    ),
+    Rule(
+        "mtp-not-ignored",
+        "error",
+        "The draft head is BF16 and the ignore list does not match it (`model.mtp*` and `re:.*mtp.*` match nothing): the draft waits for "
+        "scales that never come, and stops or drafts at random.",
+        "mtpress repair CKPT OUT, or add every mtp module to both lists",
+        mtp_not_ignored,
+    ),
+    Rule(
+        "mtp-fc-not-ignored",
+        "warning",
+        "mtp.fc is not in the ignore list. vLLM 0.32 keeps it in BF16 by itself; older builds and other engines do not.",
+        "mtpress repair CKPT OUT, or add mtp.fc to both lists",
+        mtp_fc_not_ignored,
+    ),
+    Rule(
+        "mtp-not-declared",
+        "error",
+        "A draft head is stored, and mtp_num_hidden_layers is not 1 at the top of config.json or in text_config: engines do not draft.",
+        "set mtp_num_hidden_layers to 1 in text_config: mtpress repair CKPT OUT",
+        mtp_not_declared,
+    ),
+    Rule("mtp-none", "note", "The checkpoint has no draft head and does not claim one.", GRAFT, mtp_none),
+)

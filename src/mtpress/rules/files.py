@@ -1,0 +1,93 @@
+"""Rules on the files: JSON that can be read, shards that the index names, sizes that add up."""
+
+from collections.abc import Iterator
+
+from mtpress.checkpoint import INDEX_NAME
+from mtpress.errors import InputError
+from mtpress.rules.rule import Problem, Rule, count
+from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
+
+JSON_FILES = (
+    "generation_config.json", HF_QUANT_CONFIG, "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+
+
+def unreadable(error: InputError) -> Iterator[Problem]:
+    yield Problem(str(error))
+
+
+def json_unreadable(subject: Subject) -> Iterator[Problem]:
+    for name in JSON_FILES:
+        subject.json(name)
+    for name, why in subject.unreadable.items():
+        yield Problem(why, (name,))
+
+
+def tensor_unindexed(subject: Subject) -> Iterator[Problem]:
+    names = tuple(name for name in subject.checkpoint.unindexed if name not in subject.unindexed_mtp)
+    if names:
+        yield Problem(f"{count(len(names), 'tensor')} stored in an indexed file, but not in {INDEX_NAME}", names)
+
+
+def shard_unindexed(subject: Subject) -> Iterator[Problem]:
+    draft = set(subject.unindexed_mtp)
+    for name, shard in subject.stray_shards.items():
+        if shard is not None and any(info.name in draft for info in shard.tensors):
+            continue  # mtp-unindexed says it
+        holds = "which cannot be read" if shard is None else f"which holds {count(len(shard.tensors), 'tensor')}"
+        if subject.checkpoint.index is None:
+            yield Problem(f"no index, so vLLM loads every safetensors file here, also {name}, {holds}; other loaders do not", (name,))
+        else:
+            yield Problem(f"{INDEX_NAME} does not name {name}, {holds}; engines skip it", (name,))
+
+
+def index_total_size(subject: Subject) -> Iterator[Problem]:
+    index = subject.checkpoint.index
+    if index is None:
+        return
+    metadata = index.get("metadata")
+    said = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if said != subject.checkpoint.num_bytes:
+        yield Problem(f"{INDEX_NAME} says total_size {said}, the tensors it names hold {subject.checkpoint.num_bytes} bytes", (INDEX_NAME,))
+
+
+OPEN_RULES = (
+    Rule(
+        "unreadable",
+        "error",
+        "config.json, the index or a shard cannot be read, or they do not fit each other; nothing else is checked.",
+        "fetch or make the checkpoint again; if only the index is wrong: mtpress repair CKPT OUT",
+        unreadable,
+    ),
+)
+RULES = (
+    Rule(
+        "json-unreadable",
+        "error",
+        "A file beside the weights is not a JSON object; the engine stops on it, or goes on without it.",
+        "restore it from the source checkpoint: mtpress repair CKPT OUT --base SRC",
+        json_unreadable,
+    ),
+    Rule(
+        "tensor-unindexed",
+        "error",
+        "A tensor lies in an indexed file, but the index does not name it: vLLM loads it, transformers and others do not.",
+        "rebuild the index: mtpress repair CKPT OUT",
+        tensor_unindexed,
+    ),
+    Rule(
+        "shard-unindexed",
+        "error",
+        "A safetensors file stands beside the weights and no index names it: engines skip it without a word.",
+        "move it away, or rebuild the index: mtpress repair CKPT OUT",
+        shard_unindexed,
+    ),
+    Rule(
+        "index-total-size",
+        "warning",
+        "metadata.total_size of the index is not the number of bytes of the tensors; loaders that plan memory by it are misled.",
+        "rebuild the index: mtpress repair CKPT OUT",
+        index_total_size,
+    ),
+)

@@ -1,0 +1,144 @@
+"""Rules on the ignore list: it leaves unquantized exactly what is stored in BF16, by the engine's own matching."""
+
+from collections.abc import Iterator
+
+from mtpress.ignore import rename
+from mtpress.models import qwen3_5_engine
+from mtpress.models.qwen3_5_engine import EngineLinear
+from mtpress.rules.declaration import Declaration
+from mtpress.rules.rule import Problem, Rule, count
+from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
+
+REPAIR = "mtpress repair CKPT OUT writes the list anew, module by module, from what is stored"
+
+
+def stored_forms(subject: Subject, linear: EngineLinear) -> set[str]:
+    """The forms in which the shards of a linear are stored; empty where none is."""
+    return {form for form in map(subject.form, linear.modules) if form != "none"}
+
+
+def declarations(subject: Subject) -> Iterator[Declaration]:
+    """The config that the engine reads and, beside it, hf_quant_config.json."""
+    if subject.declared is not None and subject.covered:
+        yield subject.declared
+        if subject.hf_declared is not None and subject.declared.file != HF_QUANT_CONFIG:
+            yield subject.hf_declared
+
+
+def ignore_malformed(subject: Subject) -> Iterator[Problem]:
+    for declared in declarations(subject):
+        entries = declared.inner.get(declared.ignore_key, [])
+        if not isinstance(entries, list) or len(entries) != len(declared.ignore):
+            yield Problem(f"{declared.file}: {declared.ignore_key} must be a list of strings", (declared.file,))
+
+
+def ignore_splits_fused(subject: Subject) -> Iterator[Problem]:
+    split = [linear for linear, verdict in subject.verdicts.items() if verdict == "split"]
+    if split:
+        names = tuple(module for linear in split for module in linear.modules)
+        yield Problem(f"the list names some, not all, shards of {count(len(split), 'fused linear')}", names)
+
+
+def _plain_but_quantized(subject: Subject, part: str) -> tuple[str, ...]:
+    return tuple(
+        module
+        for linear, verdict in subject.verdicts.items()
+        if linear.part == part and verdict == "quantized" and stored_forms(subject, linear) == {"plain"}
+        for module in linear.modules
+        if subject.form(module) == "plain"
+    )
+
+
+def ignore_too_little(subject: Subject) -> Iterator[Problem]:
+    if not subject.quantized:
+        return  # quantization-not-stored says it
+    names = _plain_but_quantized(subject, "body") + _plain_but_quantized(subject, "lm_head")
+    if names:
+        yield Problem(f"{count(len(names), 'module')} in BF16 that the engine takes as quantized", names)
+
+
+def vision_not_ignored(subject: Subject) -> Iterator[Problem]:
+    names = _plain_but_quantized(subject, "vision")
+    if names:
+        yield Problem(f"{count(len(names), 'module')} of the vision tower in BF16 that the engine takes as quantized", names)
+
+
+def ignore_too_much(subject: Subject) -> Iterator[Problem]:
+    names = tuple(
+        module
+        for linear, verdict in subject.verdicts.items()
+        if linear.part != "draft" and verdict == "ignored"
+        for module in linear.modules
+        if subject.form(module) == "nvfp4"
+    )
+    if names:
+        yield Problem(f"{count(len(names), 'module')} in NVFP4 that the engine takes as BF16", names)
+
+
+def ignore_matches_nothing(subject: Subject) -> Iterator[Problem]:
+    if not subject.linears:
+        return
+    linears = [(linear.prefix, qwen3_5_engine.packed(linear.part)) for linear in subject.linears]
+    others = _names_of_other_modules(subject)
+    for declared in declarations(subject):
+        idle = tuple(subject.ignore_list(declared).idle(linears, others))
+        if idle:
+            yield Problem(f"{declared.file}: {len(idle)} of {len(declared.ignore)} entries match nothing in the engine", idle)
+
+
+def _names_of_other_modules(subject: Subject) -> set[str]:
+    """Engine names of the modules that no list decides about: norms, conv1d, embeddings. To name them does no harm."""
+    decided = {module for linear in subject.linears for module in linear.modules}
+    names = {*subject.called_for, *subject.tensors}
+    if subject.is_vl and not subject.stored_vision:
+        names |= {*subject.model.vision_shapes(subject.config)}
+    modules = {subject.model.module_of(name) for name in names} - decided
+    return {rename(module, qwen3_5_engine.RENAMES[subject.architecture]) for module in modules}
+
+
+RULES = (
+    Rule(
+        "ignore-malformed",
+        "error",
+        "The ignore list is no list of names: ValueError, or a crash inside the engine.",
+        REPAIR,
+        ignore_malformed,
+    ),
+    Rule(
+        "ignore-splits-fused",
+        "error",
+        "The list names one shard of a linear that the engine fuses (q/k/v, gate/up, in_proj_qkv/z, in_proj_b/a), and not the others: "
+        'ValueError "some but not all shards".',
+        REPAIR,
+        ignore_splits_fused,
+    ),
+    Rule(
+        "ignore-too-little",
+        "error",
+        "BF16 modules of the body, or lm_head, that the list does not match: the engine waits for scales that never come.",
+        REPAIR,
+        ignore_too_little,
+    ),
+    Rule(
+        "vision-not-ignored",
+        "error",
+        "A BF16 vision tower that the list does not match (`*model.visual*` and `model.visual` do not; `model.visual*` does): "
+        "the checkpoint serves only with --language-model-only.",
+        REPAIR,
+        vision_not_ignored,
+    ),
+    Rule(
+        "ignore-too-much",
+        "error",
+        "NVFP4 modules that the list matches, as `…layers.1*` matches layers 10 to 19: the engine builds them in BF16, nothing fits.",
+        REPAIR,
+        ignore_too_much,
+    ),
+    Rule(
+        "ignore-matches-nothing",
+        "warning",
+        "Entries that have no effect: globs on one shard of a fused linear, `re:` patterns, names under another prefix.",
+        REPAIR,
+        ignore_matches_nothing,
+    ),
+)

@@ -1,0 +1,39 @@
+"""Every rule that `mtpress check` knows, in the order in which findings are shown.
+
+A file here is one topic. A rule is one function over what is known of a checkpoint, with an id, a severity, a meaning
+and a remedy; adding one is adding it to the `RULES` of its topic. Ids are part of the command's output: they do not change.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mtpress.rules import base, config, draft_head, files, hashes, ignore_lists, quantization, scales, tensors, tokenizer, vision
+from mtpress.rules.rule import Rule
+
+OPEN_RULES = files.OPEN_RULES
+STATIC_RULES = (
+    *files.RULES,
+    *config.RULES,
+    *tensors.RULES,
+    *quantization.RULES,
+    *ignore_lists.RULES,
+    *scales.RULES,
+    *draft_head.RULES,
+    *vision.RULES,
+    *tokenizer.RULES,
+)
+BASE_RULES = base.RULES
+HASH_RULES = hashes.RULES
+
+
+def table() -> Iterator[str]:
+    """The rule tables of docs/check.md, line by line."""
+    sections: dict[str, Iterable[Rule[Any]]] = {
+        "Always: headers, small files and float32 scalars": (*OPEN_RULES, *STATIC_RULES),
+        "With `--base SRC`: weights against the source": BASE_RULES,
+        "With `--hashes`: files against mtpress.json": HASH_RULES,
+    }
+    for title, rules in sections.items():
+        yield from (f"### {title}", "", "| id | severity | meaning | remedy |", "|---|---|---|---|")
+        yield from (f"| `{rule.id}` | {rule.severity} | {rule.meaning} | {rule.remedy} |" for rule in rules)
+        yield ""

@@ -1,0 +1,49 @@
+"""In what form a module is stored, by the names and dtypes of its tensors.
+
+In: the tensors of one module, by the last part of their names. Out: a `Form`. Leaves out: what the config says of it.
+Formats: modelopt (weight, weight_scale, weight_scale_2, input_scale), compressed-tensors (weight_packed, …), GPTQ and
+AutoRound (qweight, qzeros, scales), FP8 (weight in float8, weight_scale or weight_scale_inv).
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from mtpress.checkpoint import TensorInfo
+
+Form = Literal["plain", "nvfp4", "fp8", "nvfp4-pack-quantized", "pack-quantized", "gptq", "none", "unknown"]
+TITLES: dict[Form, str] = {
+    "plain": "BF16", "nvfp4": "NVFP4", "fp8": "FP8", "nvfp4-pack-quantized": "compressed-tensors NVFP4",
+    "pack-quantized": "compressed-tensors INT4", "gptq": "GPTQ/AutoRound INT4", "none": "nothing", "unknown": "an unknown format",
+}  # fmt: skip
+PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
+
+NVFP4_GROUP_SIZE = 16  # without importing torch; a test holds it against formats/nvfp4.py
+WEIGHT, SCALE, SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
+NVFP4_SCALES = (SCALE, SCALE_2, INPUT_SCALE)
+KV_SCALES = ("k_scale", "v_scale")
+# What each form may have beside a bias; a tensor outside these is not of the format.
+SUFFIXES: dict[Form, tuple[str, ...]] = {
+    "plain": (WEIGHT,),
+    "nvfp4": (WEIGHT, *NVFP4_SCALES),
+    "fp8": (WEIGHT, "weight_scale", "weight_scale_inv", "input_scale"),
+    "nvfp4-pack-quantized": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
+    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+}
+SCALE_SUFFIXES = frozenset(suffix for names in SUFFIXES.values() for suffix in names) - {WEIGHT, "weight_packed", "qweight"}
+
+
+def form_of(tensors: Mapping[str, TensorInfo]) -> Form:
+    """The form of a module; "none" where only scales are left of it."""
+    if "qweight" in tensors:
+        return "gptq"
+    if "weight_packed" in tensors:
+        return "nvfp4-pack-quantized" if tensors["weight_packed"].dtype == "U8" else "pack-quantized"
+    if WEIGHT not in tensors:
+        return "none"
+    dtype = tensors[WEIGHT].dtype
+    if dtype in PLAIN_DTYPES:
+        return "plain"
+    if dtype == "U8":
+        return "nvfp4"
+    return "fp8" if dtype.startswith("F8_") else "unknown"

@@ -1,0 +1,208 @@
+"""A checkpoint as the rules see it: headers, small files and float32 scalars, each read once and only when asked for.
+
+In: an open Checkpoint. Out: `Subject`: what config.json calls for, what is stored in which form, what is declared, and
+what the engine would make of it. Leaves out: judging (the other files here) and weights (comparison.py).
+No property raises for a broken checkpoint: what cannot be known is empty, and a rule says why.
+"""
+
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from mtpress.checkpoint import Checkpoint, Shard, TensorInfo, read_bytes, read_json_object, read_shard
+from mtpress.errors import InputError
+from mtpress.ignore import IgnoreList, Verdict
+from mtpress.models import family, qwen3_5_engine
+from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE, EngineLinear
+from mtpress.rules.declaration import Declaration
+from mtpress.rules.stored import KV_SCALES, NVFP4_SCALES, SCALE, Form, form_of
+
+CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
+SCALAR_SUFFIXES = tuple(suffix for suffix in (*NVFP4_SCALES, *KV_SCALES) if suffix != SCALE)
+MISPLACED_MTP = re.compile(r"^(.+\.)mtp\.")
+
+
+class Subject:
+    """Everything that can be decided about a checkpoint without reading its weights."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.path = checkpoint.path
+        self.config = checkpoint.config
+        self.tensors = checkpoint.tensors
+        self.model = family(checkpoint.model_type)
+        self.unreadable: dict[str, str] = {}
+        self._json: dict[str, dict[str, Any] | None] = {}
+
+    # ---- files
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file beside the weights; None where it is missing or, noted in `unreadable`, no JSON object."""
+        if name not in self._json:
+            self._json[name] = None
+            if (self.path / name).is_file():
+                try:
+                    self._json[name] = read_json_object(self.path / name)
+                except InputError as error:
+                    self.unreadable[name] = str(error)
+        return self._json[name]
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    @cached_property
+    def stray_shards(self) -> dict[str, Shard | None]:
+        """Safetensors files that no index names; None for one that cannot be read."""
+        known = {shard.path.name for shard in self.checkpoint.shards}
+        found: dict[str, Shard | None] = {}
+        for path in sorted(self.path.glob("*.safetensors")):
+            if path.name not in known:
+                try:
+                    found[path.name] = read_shard(path)
+                except InputError:
+                    found[path.name] = None
+        return found
+
+    # ---- what config.json calls for
+
+    @cached_property
+    def architecture(self) -> str:
+        """The class that the engine builds; where config.json names none that it knows, the one of the model_type."""
+        said = self.config.get("architectures")
+        first = said[0] if isinstance(said, list) and said else None
+        return first if first in qwen3_5_engine.RENAMES else qwen3_5_engine.ARCHITECTURE[self.checkpoint.model_type]
+
+    @cached_property
+    def prefix(self) -> str | None:
+        """Of the body's tensors; None where there is no decoder layer under a prefix of the family."""
+        try:
+            return str(self.model.body_prefix(self.tensors))
+        except InputError:
+            return None
+
+    @cached_property
+    def _called_for(self) -> tuple[dict[str, tuple[int, ...]], str | None]:
+        prefix = self.prefix or "model.language_model."
+        try:
+            shapes = dict(self.model.body_shapes(self.config, prefix))
+            if self.stored_vision and "vision_config" in self.config:
+                shapes |= self.model.vision_shapes(self.config)
+            return shapes | self.model.mtp_shapes(self.config), None
+        except InputError as error:
+            return {}, str(error)
+
+    @property
+    def called_for(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the body, the draft head and, where any of it is stored, the vision tower, with its BF16 shape."""
+        return self._called_for[0]
+
+    @property
+    def config_problem(self) -> str | None:
+        """Why `called_for` is empty."""
+        return self._called_for[1]
+
+    @cached_property
+    def vocab_size(self) -> int | None:
+        size = self.model.text_config(self.config).get("vocab_size")
+        return size if type(size) is int else None
+
+    # ---- what is stored
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, TensorInfo]]:
+        """Module → its tensors by the last part of their names."""
+        found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+        for name, info in self.tensors.items():
+            module, _, suffix = name.rpartition(".")
+            found[module][suffix] = info
+        return dict(found)
+
+    @cached_property
+    def forms(self) -> dict[str, Form]:
+        return {module: form_of(tensors) for module, tensors in self.modules.items()}
+
+    def form(self, module: str) -> Form:
+        return self.forms.get(module, "none")
+
+    @cached_property
+    def quantized(self) -> tuple[str, ...]:
+        """Modules stored in a quantized form."""
+        return tuple(module for module, form in self.forms.items() if form not in ("plain", "none", "unknown"))
+
+    @cached_property
+    def stored_mtp(self) -> tuple[str, ...]:
+        return tuple(name for name in self.tensors if name.startswith(self.model.MTP_PREFIX))
+
+    @cached_property
+    def misplaced_mtp(self) -> tuple[str, ...]:
+        return tuple(name for name in self.tensors if MISPLACED_MTP.match(name) and not name.startswith(self.model.MTP_PREFIX))
+
+    @cached_property
+    def unindexed_mtp(self) -> tuple[str, ...]:
+        """Tensors of the draft head that lie on disk, where no index names them."""
+        stray = [info.name for shard in self.stray_shards.values() if shard for info in shard.tensors]
+        return tuple(name for name in (*self.checkpoint.unindexed, *stray) if name.startswith(self.model.MTP_PREFIX))
+
+    @cached_property
+    def stored_vision(self) -> tuple[str, ...]:
+        return tuple(name for name in self.tensors if name.startswith(self.model.VISION_PREFIX))
+
+    @cached_property
+    def scalars(self) -> dict[str, float]:
+        """Value of every float32 scalar scale: 4 bytes each, read from where the header says they lie."""
+        found: dict[str, float] = {}
+        for name, info in self.tensors.items():
+            if info.dtype == "F32" and info.num_bytes == 4 and name.rpartition(".")[2] in SCALAR_SUFFIXES:
+                raw = bytearray(4)
+                read_bytes(info, memoryview(raw))
+                found[name] = struct.unpack("<f", raw)[0]
+        return found
+
+    # ---- what is declared, and what the engine makes of it
+
+    @cached_property
+    def declared(self) -> Declaration | None:
+        """What the engine goes by: config.json's quantization_config, else hf_quant_config.json, else text_config's."""
+        own, inner = (c.get("quantization_config") for c in (self.config, self.model.text_config(self.config)))
+        if isinstance(own, dict) and own:
+            return Declaration(CONFIG, own)
+        if self.hf_declared is not None and self.hf_declared.method:
+            return self.hf_declared
+        return Declaration(CONFIG, inner) if isinstance(inner, dict) and inner else None
+
+    @cached_property
+    def hf_declared(self) -> Declaration | None:
+        content = self.json(HF_QUANT_CONFIG)
+        return Declaration(HF_QUANT_CONFIG, content) if content else None
+
+    @cached_property
+    def covered(self) -> bool:
+        """Whether the rules know the declared format: modelopt NVFP4, or none at all."""
+        return self.declared is None or self.declared.format == "nvfp4"
+
+    @cached_property
+    def linears(self) -> tuple[EngineLinear, ...]:
+        try:
+            return tuple(qwen3_5_engine.linears(self.config, self.architecture, self.prefix or "model.language_model."))
+        except InputError:
+            return ()
+
+    def ignore_list(self, declared: Declaration) -> IgnoreList:
+        return IgnoreList(declared.ignore, qwen3_5_engine.RENAMES[self.architecture])
+
+    def verdicts_of(self, declared: Declaration) -> dict[EngineLinear, Verdict]:
+        """What the engine takes each linear for, by the ignore list of a declaration of modelopt NVFP4."""
+        held = self.ignore_list(declared)
+        return {linear: held.verdict(linear.prefix, qwen3_5_engine.packed(linear.part)) for linear in self.linears}
+
+    @cached_property
+    def verdicts(self) -> Mapping[EngineLinear, Verdict]:
+        """The verdicts of what is declared; empty where nothing, or a format not covered yet, is."""
+        return self.verdicts_of(self.declared) if self.declared is not None and self.covered else {}
+
+    @property
+    def is_vl(self) -> bool:
+        return self.architecture == VL_ARCHITECTURE and "vision_config" in self.config

@@ -1,0 +1,178 @@
+"""check: a finished checkpoint → what is wrong with it, why it matters, and what to do.
+
+In: a checkpoint, quantized or BF16; with --base its source, with --hashes its own record. Out: a `CheckResult`.
+Leaves out: the rules themselves (rules/). Without --base no weight is read and torch is not imported: headers, small
+files and float32 scalars decide.
+"""
+
+import argparse
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtpress.checkpoint import Checkpoint, resolve
+from mtpress.comparison import Comparison, compare
+from mtpress.errors import InputError
+from mtpress.progress import human_bytes
+from mtpress.rules.hashes import hash_files
+from mtpress.rules.registry import BASE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
+from mtpress.rules.rule import Finding, Severity, apply, count
+from mtpress.rules.subject import Subject
+from mtpress.rules.vision import TEXT_ONLY_FLAG, stripped
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What check found. format: of the checkpoint, in words; engine_flags: without which it must not be served."""
+
+    checkpoint: str
+    format: str
+    num_tensors: int
+    num_bytes: int
+    num_quantized: int
+    num_rules: int
+    findings: tuple[Finding, ...]
+    engine_flags: tuple[str, ...] = ()
+    comparison: Comparison | None = None
+    num_files_hashed: int | None = None
+    seconds: float = 0.0
+
+    def num(self, severity: Severity) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    @property
+    def sound(self) -> bool:
+        """No error; warnings and notes are allowed."""
+        return self.num("error") == 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "checkpoint": self.checkpoint,
+            "sound": self.sound,
+            "format": self.format,
+            "num_tensors": self.num_tensors,
+            "num_bytes": self.num_bytes,
+            "num_quantized": self.num_quantized,
+            "num_rules": self.num_rules,
+            "num_findings": {severity: self.num(severity) for severity in SEVERITIES},
+            "findings": [finding.as_json() for finding in self.findings],
+            "engine_flags": self.engine_flags,
+            "comparison": self.comparison.as_json() if self.comparison else None,
+            "num_files_hashed": self.num_files_hashed,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def check(path: str | Path, base: str | Path | None = None, hashes: bool = False, silent: bool = False) -> CheckResult:
+    """Checks a checkpoint; with `base` its weights against their source, with `hashes` its files against mtpress.json.
+
+    Raises InputError where there is no checkpoint of a known family to check, or no record to hash by; whatever is
+    wrong with the checkpoint itself is a finding.
+    """
+    started = time.perf_counter()
+    where = resolve(path)
+    if not (where / "config.json").is_file():
+        raise InputError(f"{where}: no config.json; name the directory of a whole checkpoint")
+    try:
+        checkpoint = Checkpoint.open(where)
+    except InputError as error:
+        return CheckResult(str(where), "unreadable", 0, 0, 0, len(OPEN_RULES), tuple(apply(OPEN_RULES, error)))
+    source = Checkpoint.open(base) if base is not None else None
+    subject = Subject(checkpoint)
+    findings = list(apply(STATIC_RULES, subject))
+    num_rules = len(OPEN_RULES) + len(STATIC_RULES)
+    comparison = num_files_hashed = None
+    if source is not None:
+        comparison = compare(subject, source, silent=silent)
+        findings += apply(BASE_RULES, comparison)
+        num_rules += len(BASE_RULES)
+    if hashes:
+        hashed = hash_files(where, silent=silent)
+        num_files_hashed = len(hashed.equal) + len(hashed.changed)
+        findings += apply(HASH_RULES, hashed)
+        num_rules += len(HASH_RULES)
+    return CheckResult(
+        checkpoint=str(where),
+        format=subject.declared.title if subject.declared else "quantized, undeclared" if subject.quantized else "BF16",
+        num_tensors=len(checkpoint.tensors),
+        num_bytes=checkpoint.num_bytes,
+        num_quantized=len(subject.quantized),
+        num_rules=num_rules,
+        findings=tuple(findings),
+        engine_flags=(TEXT_ONLY_FLAG,) if stripped(subject) else (),
+        comparison=comparison,
+        num_files_hashed=num_files_hashed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint to check: a directory or a Hub id")
+    parser.add_argument("--base", metavar="SRC", help="its BF16 source: compare every weight with it (reads both whole)")
+    parser.add_argument("--hashes", action="store_true", help="compare every file with the SHA-256 that mtpress.json recorded")
+
+
+def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """The stage as the command line calls it: (exit code, result for --json)."""
+    result = check(options.checkpoint, options.base, options.hashes, silent=options.json)
+    if not options.json:
+        show(result)
+    return (0 if result.sound else 1), result.as_json()
+
+
+def show(result: CheckResult) -> None:
+    """The result as a table and one line of verdict on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    quantized = f", {count(result.num_quantized, 'module')} quantized" if result.num_quantized else ""
+    console.print(
+        f"{result.checkpoint}: {result.format}, {count(result.num_tensors, 'tensor')}, {human_bytes(result.num_bytes)}{quantized}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if result.findings:
+        table = Table(show_lines=True)
+        for heading in ("rule", "what is wrong", "what to do"):
+            table.add_column(heading, overflow="fold")
+        for finding in sorted(result.findings, key=lambda f: SEVERITIES.index(f.severity)):
+            color = COLORS[finding.severity]
+            label = f"[{color}]{finding.severity}[/{color}]\n{escape(finding.id)}"
+            table.add_row(label, escape(with_names(finding)), escape(finding.remedy))
+        console.print(table)
+    if result.comparison is not None:
+        console.print(summary(result.comparison), highlight=False)
+    if result.num_files_hashed is not None:
+        console.print(f"{count(result.num_files_hashed, 'file')} hashed", highlight=False)
+    console.print(verdict(result), highlight=False, soft_wrap=True)
+
+
+def with_names(finding: Finding) -> str:
+    """The message, and the first names it concerns."""
+    shown = [name for name in finding.where[:SHOWN_NAMES] if name not in finding.message]
+    more = len(finding.where) - len(finding.where[:SHOWN_NAMES])
+    return "\n".join([finding.message, *shown, *([f"… and {more} more (--json lists them)"] if more else [])])
+
+
+def summary(comparison: Comparison) -> str:
+    said = f"{count(comparison.num_equal, 'tensor')} equal to the source bit for bit"
+    numbers = comparison.as_json()
+    if not numbers["num_quantized"]:
+        return said
+    median, largest = numbers["median_error"], numbers["largest_error"]
+    return f"{said}; {numbers['num_quantized']} quantized, ‖w − ŵ‖/‖w‖ median {median:.4f}, largest {largest:.4f}"
+
+
+def verdict(result: CheckResult) -> str:
+    """The last line: sound or not, and by what."""
+    numbers = Counter({severity: result.num(severity) for severity in SEVERITIES})
+    said = ", ".join(count(number, severity) for severity, number in numbers.items() if number) or "nothing found"
+    flags = f"; serve it with {' '.join(result.engine_flags)}" if result.engine_flags else ""
+    return f"{'sound' if result.sound else 'NOT SOUND'}: {said} by {result.num_rules} rules in {result.seconds:.2f} s{flags}"
