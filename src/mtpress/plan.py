@@ -8,7 +8,7 @@ The MTP invariant: every `mtp.` tensor of the source is kept bit for bit and its
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -27,7 +27,7 @@ NVFP4_GROUP_SIZE = 16
 class Job:
     """What becomes of the tensors of one module group.
 
-    keep: one tensor, copied bit for bit. quantize: the weights of the linears that the engine fuses. drop: left out.
+    keep: one tensor, copied bit for bit. quantize: the weights of the linears that share their scales. drop: left out.
     """
 
     kind: Literal["keep", "quantize", "drop"]
@@ -108,7 +108,8 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         if part == "vision" and recipe.vision == "drop":
             job = Job("drop", (info,), (), part)
         elif linear in wanted and name.endswith(".weight"):
-            job = _quantize_job(source, f"{prefix}layers.{layer}.", linear, part)
+            members = [member for member in model.SAME_INPUT.get(linear, (linear,)) if member in wanted]
+            job = _quantize_job(source, f"{prefix}layers.{layer}.", members, part)
         else:
             job = Job("keep", (info,), (OutputTensor(name, info.dtype, info.shape),), part)
         done.update(source.name for source in job.sources)
@@ -136,10 +137,8 @@ def _step(place: tuple[int, int], jobs: list[Job]) -> Step:
     return Step(TITLES[place[0]], None, tuple(jobs))
 
 
-def _quantize_job(source: Checkpoint, layer_prefix: str, linear: str, part: str) -> Job:
-    """The job of a linear and of all that the engine fuses with it."""
-    model = family(source.model_type)
-    members = model.FUSED[model.FUSED_OF[linear]] if linear in model.FUSED_OF else (linear,)
+def _quantize_job(source: Checkpoint, layer_prefix: str, members: Iterable[str], part: str) -> Job:
+    """The job of linears of one layer that share their scales."""
     sources, outputs = [], []
     for member in members:
         info = source.tensors[f"{layer_prefix}{member}.weight"]

@@ -4,9 +4,11 @@ In: a BF16 matrix [N, K] and a global scale. Out: packed codes uint8 [N, K/2] (e
 scales float8_e4m3fn [N, K/16]. Leaves out: how the global scale is chosen (rounding/), and where the tensors go.
 
 Arithmetic, bit for bit modelopt 0.47's "max" (torch/quantization/qtensor/nvfp4_tensor.py), all in float32:
-    scale_2 = g / (6·448), g the amax over all linears that the engine fuses
+    scale_2 = g / (6·448), g the amax over all linears that read the same input
     scale   = E4M3(clamp(amax16 / (6·scale_2), 2⁻⁹, 448)), where amax16 is zero: E4M3(1)
     code    = nearest E2M1 of w / (float32(scale)·scale_2); ties to the even code; above 6 saturates; sign from w < 0
+Where modelopt goes wrong mtpress does not follow: for matrices of zeros it writes scale_2 0, NaN block scales and codes 7
+(measured), here scale_2 is 1 / (6·448), block scales 1 and codes 0.
 """
 
 from typing import Any
@@ -46,8 +48,9 @@ def refusal(shape: tuple[int, ...]) -> str | None:
 
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """weight_scale_2 or input_scale, float32 scalar, of an amax: amax / (6·448)."""
-    return amax.float() / (E2M1_MAX * E4M3_MAX)
+    """weight_scale_2 or input_scale, float32 scalar, of an amax: amax / (6·448), as if it were 1 where that is zero."""
+    scale = amax.float() / (E2M1_MAX * E4M3_MAX)
+    return torch.where(scale == 0, 1 / (E2M1_MAX * E4M3_MAX), scale)
 
 
 def block_scales(weight: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:

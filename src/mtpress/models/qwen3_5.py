@@ -30,6 +30,13 @@ FUSED = {
 }
 FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
 AB_LINEARS = FUSED["linear_attn.in_proj_ba"]
+# Linears that read one input get one weight amax and one input amax. Fused ones must; in_proj_b/a join in_proj_qkv/z
+# because modelopt 0.47 groups by input and not by what an engine fuses.
+SAME_INPUT = {
+    part: group
+    for group in (FUSED["self_attn.qkv_proj"], FUSED["mlp.gate_up_proj"], (*FUSED["linear_attn.in_proj_qkvz"], *AB_LINEARS))
+    for part in group
+}
 
 # Everything in a decoder layer that a 4-bit format may take, by component; in_proj_a/b only when a recipe asks.
 QUANTIZABLE = {

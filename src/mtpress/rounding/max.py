@@ -1,6 +1,6 @@
 """Scales from the largest magnitude, codes by rounding to nearest: modelopt's algorithm "max".
 
-In: the matrices of one fused group. Out: for each, its codes, block scales and the one global scale they share.
+In: the matrices that read the same input. Out: for each, its codes, block scales and the one global scale they share.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def weight_amax(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def round_group(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Matrix name → {weight, weight_scale, weight_scale_2} for the linears that the engine loads as one."""
+    """Matrix name → {weight, weight_scale, weight_scale_2} for the linears that share one global scale."""
     scale_2 = nvfp4.global_scale(weight_amax(weights))
     rounded = {}
     for name, weight in weights.items():
