@@ -1,11 +1,10 @@
-"""Writes the calibration and evaluation sets that ship with mtpress: JSON lines made by the corpus from splits of their own.
+"""Writes the calibration and evaluation sets that ship with mtpress: JSON lines by the corpus, no line in both.
 
 python tiny/sets.py src/mtpress/builtin
 """
 
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 
 from corpus import Document, documents
@@ -25,10 +24,16 @@ def row(document: Document) -> dict[str, object]:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    out, taken = Path(sys.argv[1]), set[str]()
     for split, count in NUM_DOCUMENTS.items():
-        spoken = (d for d in documents(split) if not d.pictures)
-        lines = [json.dumps(row(d), ensure_ascii=False) for d in islice(spoken, count)]
+        lines: list[str] = []
+        for document in documents(split):
+            line = json.dumps(row(document), ensure_ascii=False)
+            if not document.pictures and line not in taken:
+                taken.add(line)
+                lines.append(line)
+            if len(lines) == count:
+                break
         (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

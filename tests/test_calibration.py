@@ -1,0 +1,73 @@
+"""Calibration sets: from JSON lines, from the set that ships with mtpress, from data sets by the real `datasets` library."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE, EVALUATION_FILE
+from mtpress.calibration import InputAmax, load_calibration, read_hub, read_jsonl
+from mtpress.chat import ChatEncoder
+from mtpress.errors import InputError
+from mtpress.recipe import CalibrationSource
+
+
+def test_builtin_samples_go_through_the_chat_template() -> None:
+    loaded = load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=20), [])
+    assert len(loaded.samples) == 20
+    encoder = ChatEncoder(BUILTIN_MODEL)
+    where, row = next(
+        (w, r) for w, r in read_jsonl(CALIBRATION_FILE) if "messages" in r and "tools" not in r and "enable_thinking" not in r
+    )
+    text = encoder.render(row["messages"])
+    assert text.startswith("<|im_start|>user\n")
+    number = int(where.rsplit(":", 1)[1]) - 1
+    assert torch.equal(loaded.samples[number].input_ids, encoder.encode_text(text).input_ids)
+
+
+def test_samples_are_cut_at_max_seq_len_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "red " * n}) for n in (5, 50, 500)))
+    loaded = load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=2, max_seq_len=20), [str(tmp_path / "a.jsonl")])
+    assert len(loaded.samples) == 2
+    assert len(loaded.samples[1].input_ids) == 20
+    assert loaded.num_truncated == 1
+    assert loaded.record()["num_tokens"] == loaded.num_tokens
+
+
+def test_identity_follows_the_tokens() -> None:
+    one, same, other = (load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=n), ["builtin"]) for n in (3, 3, 4))
+    assert one.identity == same.identity != other.identity
+
+
+def test_calibration_and_evaluation_sets_are_disjoint() -> None:
+    lines = [set(file.read_text().splitlines()) for file in (CALIBRATION_FILE, EVALUATION_FILE)]
+    assert len(lines[0]) == len(lines[1]) == 128
+    assert not lines[0] & lines[1]
+
+
+def test_a_data_set_is_read_by_the_real_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello!"}]
+    (tmp_path / "set" / "train.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for _ in range(5)))
+    rows = list(read_hub(CalibrationSource(dataset=str(tmp_path / "set"), num_samples=3)))
+    assert len(rows) == 3
+    assert rows[0][1]["messages"] == turns
+
+
+def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="--calibration builtin"):
+        list(read_hub(CalibrationSource(dataset="neuralmagic/calibration", subset="LLM")))
+
+
+def test_amax_runs_over_what_is_seen() -> None:
+    amax = InputAmax()
+    for values in ([1.0, -3.0], [2.5, 0.0]):
+        amax("a", torch.tensor(values, dtype=torch.bfloat16))
+    amax("b", torch.tensor([-7.0]))
+    assert amax.of_group(["a"]) == 3.0
+    assert amax.of_group(["a", "b"]) == 7.0
