@@ -5,7 +5,7 @@ release lays them out; the same bytes for the same arguments. For shapes, memory
 Leaves out: the values (random_weights.py) and what stands beside the weights (qwen3_6_files.py).
 
     python benchmarks/full_size.py OUT                              55.6 GB: 64 layers, 27.78 billion parameters
-    python benchmarks/full_size.py OUT --layers 16                  every tensor at full size, 18 GB
+    python benchmarks/full_size.py OUT --layers 16                  every tensor at full size, 19 GB
     python benchmarks/full_size.py OUT --sparse                     true headers, weights of zeros that take no disk
     python benchmarks/full_size.py OUT --width tiny --layers 4      a few MB
 """
@@ -22,13 +22,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import qwen3_6_files
-from qwen3_6_files import MIN_VOCAB_SIZE, WIDTHS, Width
-
 from mtpress.checkpoint import INDEX_NAME
 from mtpress.checkpoint_writer import CheckpointWriter, OutputTensor, shard_header, split_into_shards
 from mtpress.errors import InputError, MtpressError
 from mtpress.models import qwen3_5
 from mtpress.progress import Progress, human_bytes
+from qwen3_6_files import MIN_VOCAB_SIZE, WIDTHS, Width
 
 PREFIX = "model.language_model."
 MAX_QUEUED_BYTES = 64 << 20

@@ -25,7 +25,7 @@ PLAIN_NORMS = ("linear_attn.norm.weight", "norm1.weight", "norm2.weight", "merge
 
 
 class RandomWeights:
-    """Drawing every value would take an hour at 27B: a pool is drawn once, and tensors are runs of it in random order."""
+    """Drawing every value would take half an hour at 27B: a pool is drawn once, and tensors are runs of it in random order."""
 
     def __init__(self, seed: int, num_layers: int) -> None:
         self.seed = seed

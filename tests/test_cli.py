@@ -66,6 +66,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["quantize", "a", "b", "--recipe", "nvfp4-mtp-vlm", "--weight-only", "much"], "much"),
         (["recipes", "a", "b"], "b"),
         (["recipes", "--nonsense"], "--nonsense"),
+        (["recipes", "--js"], "--js"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def build_parser(stage: str | None) -> Parser:
     parser.add_argument("--version", action="version", version=f"mtpress {__version__}")
     subparsers = parser.add_subparsers(dest="stage", metavar="STAGE", required=True, parser_class=Parser)
     for entry in STAGES:
-        sub = subparsers.add_parser(entry.name, help=entry.summary, description=entry.summary)
+        sub = subparsers.add_parser(entry.name, help=entry.summary, description=entry.summary, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="print the result as JSON on stdout, and nothing else there")
         if entry.name == stage:
             importlib.import_module(f"mtpress.stages.{entry.name}").add_arguments(sub)

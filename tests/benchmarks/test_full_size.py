@@ -129,11 +129,11 @@ def test_the_tokenizer_has_qwens_ids_where_the_vocabulary_reaches(tiny: Checkpoi
 
 
 def test_memory_is_bounded_at_full_width(tmp_path: Path) -> None:
-    """A layer and the draft head at hidden size 5120, half the MLP for the sake of time: more is written than memory is used."""
-    sizes = ["--layers", "1", "--vocab-size", "512", "--vision-depth", "1", "--intermediate-size", "8704", "--json"]
+    """A layer and the draft head at hidden size 5120, a quarter of the MLP for the sake of time: more is written than memory is used."""
+    sizes = ["--layers", "1", "--vocab-size", "512", "--vision-depth", "1", "--intermediate-size", "4352", "--json"]
     done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "out"), *sizes], capture_output=True, text=True, check=True)
     made = json.loads(done.stdout)
-    assert made["num_bytes"] > 1_200_000_000
+    assert made["num_bytes"] > 900_000_000
     assert made["peak_memory_bytes"] < 700_000_000
     assert MAX_QUEUED_BYTES < 100_000_000
     (tmp_path / "out/model.safetensors").unlink()
