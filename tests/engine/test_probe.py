@@ -1,0 +1,55 @@
+"""A request that cannot be is refused before the engine is started; the plugin does nothing where it must not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mtpress.engine import nvfp4_cpu, probe
+
+REFUSED = {
+    "unknown keys promts; known: prompts": {"promts": []},
+    "no prompts": {"prompts": []},
+    "prompt 1 must have one of token_ids, text, messages": {"prompts": [{"text": "a"}, {"text": "a", "token_ids": [1]}]},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_bad_request_leaves_no_result(reason: str, tmp_path: Path) -> None:
+    (tmp_path / "request.json").write_text(json.dumps(REFUSED[reason]))
+    command = [sys.executable, "-m", "mtpress.engine.probe", "nowhere", str(tmp_path / "request.json"), str(tmp_path / "result.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert reason in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_groups_keep_their_order() -> None:
+    prompts = [{"text": "a", "group": "late"}, {"text": "b"}, {"text": "c", "group": "late"}]
+    assert probe.groups({"prompts": prompts}) == {"late": [0, 2], "all": [1]}
+
+
+def test_counters_are_differences() -> None:
+    before = {"drafts": 4, "accepted_per_position": [3, 1]}
+    assert probe.counted_since(before, {"drafts": 9, "accepted_per_position": [7, 2]}) == {"drafts": 5, "accepted_per_position": [4, 1]}
+    empty = {"drafts": 0, "accepted_per_position": []}
+    assert probe.counted_since(empty, before) == before
+
+
+def test_without_vllm_the_plugin_registers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    nvfp4_cpu.register()
+
+
+@pytest.mark.engine
+def test_vllm_finds_the_plugin_and_calls_it(engine_python: Path) -> None:
+    code = (
+        "from vllm.plugins import load_general_plugins; load_general_plugins(); load_general_plugins()\n"
+        "from vllm.model_executor.kernels import linear; from vllm.platforms import PlatformEnum\n"
+        "print([k.__name__ for k in linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU]])"
+    )
+    done = subprocess.run([str(engine_python), "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['EmulationNvFp4LinearKernel']"
