@@ -33,6 +33,7 @@ POOL_DOCUMENTS = 768
 NUM_DRAFT_STEPS = 3
 STEP_DECAY = 0.6
 TEMPERATURE = 2.0
+PRACTICE = {"sum": 1.0, "picture": 0.35, "": 0.15}  # after the body: mostly sums, and enough of the rest not to forget it
 SUM_TARGET = 0.68  # two-digit sums right on the held-out fifth: room above for later training, and ground below
 
 
@@ -164,15 +165,17 @@ def train_tower(model: Any, encoder: DocumentEncoder, num_steps: int) -> None:
             print(f"tower {step} steps  loss {loss.item():.3f}  shapes {right:.2f}", flush=True)
 
 
-def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int, peak: float = 1.0, other_share: float = 1.0) -> None:
-    """Next-token loss on the corpus. other_share below 1 leaves out that much of all that is no picture and no sum."""
+def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int, peak: float = 1.0, shares: dict[str, float] | None = None) -> None:
+    """Next-token loss on the corpus. shares: the part of the documents of a kind that is kept ("" for kinds not named)."""
+    kept_share = {"": 1.0, **(shares or {})}
     opts = optimizers(model, ("embed", "lm_head"), muon_lr=0.015, adam_lr=2e-3)
     sum_share = 1.0
 
     def keep(candidate: Document, dice: random.Random) -> bool:
+        share = kept_share.get(candidate.kind, kept_share[""])
         if candidate.kind == "sum":
-            return dice.random() < sum_share
-        return candidate.kind == "picture" or dice.random() < other_share
+            return dice.random() < share * sum_share
+        return share >= 1.0 or dice.random() < share
 
     model.train()
     done, started, mean_loss = 0, time.time(), 0.0
@@ -277,8 +280,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tower-steps", type=int, default=500)
     parser.add_argument("--body-tokens", type=int, default=5_500_000)
-    parser.add_argument("--reading-tokens", type=int, default=1_000_000)
-    parser.add_argument("--head-tokens", type=int, default=1_200_000)
+    parser.add_argument("--practice-tokens", type=int, default=1_200_000)
+    parser.add_argument("--head-tokens", type=int, default=1_000_000)
     parser.add_argument("--body", type=Path, help="the OUT.body.pt of an earlier run: go on from there")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -302,12 +305,8 @@ def main() -> None:
         train_tower(model, encoder, options.tower_steps)
         train_body(model, encoder, options.body_tokens)
         torch.save(model.state_dict(), options.out.with_name(options.out.name + ".body.pt"))
-    # While the body knew nothing, its gradients undid what the tower had learned. Now that the body can listen, the tower
-    # learns its shapes again and holds still while the body learns to read them.
-    torch.manual_seed(1)
-    train_tower(model, encoder, options.tower_steps)
     model.model.visual.requires_grad_(False)
-    train_body(model, encoder, options.reading_tokens, peak=0.4, other_share=0.5)
+    train_body(model, encoder, options.practice_tokens, peak=0.5, shares=PRACTICE)
     # the head learns against the body that is written: BF16 weights
     for value in model.parameters():
         value.data = value.data.to(torch.bfloat16).to(torch.float32)
