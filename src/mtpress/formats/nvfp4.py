@@ -24,6 +24,9 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 ROWS_BYTES = 32 << 20  # float32 working set: rows are quantized in pieces of about this size
 
+# vLLM reads hf_quant_config.json only where the producer is modelopt, whose layout this is; mtpress.json says who made it.
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
 WEIGHT, SCALE, SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
 
 
@@ -126,14 +129,14 @@ def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tenso
     return (decode(codes) * (scale / global_scale)).reshape(x.shape).to(x.dtype)
 
 
-def quantization_config(ignore: list[str], kv_cache_fp8: bool, producer: dict[str, str]) -> dict[str, Any]:
+def quantization_config(ignore: list[str], kv_cache_fp8: bool) -> dict[str, Any]:
     """config.json's quantization_config, as modelopt 0.47 exports it."""
     number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP_SIZE}
     config: dict[str, Any] = {
         "config_groups": {"group_0": {"input_activations": number, "weights": dict(number), "targets": ["Linear"]}},
         "ignore": ignore,
         "quant_algo": "NVFP4",
-        "producer": producer,
+        "producer": dict(PRODUCER),
         "quant_method": "modelopt",
     }
     if kv_cache_fp8:
@@ -141,10 +144,10 @@ def quantization_config(ignore: list[str], kv_cache_fp8: bool, producer: dict[st
     return config
 
 
-def hf_quant_config(exclude_modules: list[str], kv_cache_fp8: bool, producer: dict[str, str]) -> dict[str, Any]:
+def hf_quant_config(exclude_modules: list[str], kv_cache_fp8: bool) -> dict[str, Any]:
     """hf_quant_config.json, as modelopt 0.47 exports it."""
     return {
-        "producer": producer,
+        "producer": dict(PRODUCER),
         "quantization": {
             "quant_algo": "NVFP4",
             "kv_cache_quant_algo": "FP8" if kv_cache_fp8 else None,

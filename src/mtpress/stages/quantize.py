@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtpress import __version__
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter
 from mtpress.errors import InputError, ResourceError
@@ -179,13 +178,12 @@ def config_files(plan: Plan) -> dict[str, bytes]:
     """config.json and hf_quant_config.json, both naming every module that stays BF16."""
     from mtpress.formats import nvfp4
 
-    producer = {"name": "mtpress", "version": __version__}
     ignore, fp8 = list(plan.ignore), plan.recipe.kv_cache == "fp8_cast"
     config = dict(plan.source.config)
     if plan.recipe.vision == "drop":
         config = family(plan.source.model_type).text_only_config(config)
-    config["quantization_config"] = nvfp4.quantization_config(ignore, fp8, producer)
-    contents = {"config.json": config, "hf_quant_config.json": nvfp4.hf_quant_config(ignore, fp8, producer)}
+    config["quantization_config"] = nvfp4.quantization_config(ignore, fp8)
+    contents = {"config.json": config, "hf_quant_config.json": nvfp4.hf_quant_config(ignore, fp8)}
     return {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in contents.items()}
 
 
