@@ -33,7 +33,7 @@ POOL_DOCUMENTS = 768
 NUM_DRAFT_STEPS = 3
 STEP_DECAY = 0.6
 TEMPERATURE = 2.0
-PRACTICE = {"sum": 1.0, "picture": 0.35, "": 0.15}  # after the body: mostly sums, and enough of the rest not to forget it
+PRACTICE = {"sum": 1.0, "picture": 0.7, "": 0.15}  # after the body: mostly sums, and enough of the rest not to forget it
 SUM_TARGET = 0.68  # two-digit sums right on the held-out fifth: room above for later training, and ground below
 
 
@@ -305,7 +305,6 @@ def main() -> None:
         train_tower(model, encoder, options.tower_steps)
         train_body(model, encoder, options.body_tokens)
         torch.save(model.state_dict(), options.out.with_name(options.out.name + ".body.pt"))
-    model.model.visual.requires_grad_(False)
     train_body(model, encoder, options.practice_tokens, peak=0.5, shares=PRACTICE)
     # the head learns against the body that is written: BF16 weights
     for value in model.parameters():
