@@ -25,8 +25,8 @@ from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes
 
-# Written by this stage itself, or left behind: a record and quantization config of the source do not describe the output.
-NOT_CARRIED = {"config.json", "tokenizer_config.json", "hf_quant_config.json", RECORD_NAME}
+# Written by this stage itself, or left behind: the source's card, record and quantization config do not describe the output.
+NOT_CARRIED = {"config.json", "tokenizer_config.json", "hf_quant_config.json", "README.md", RECORD_NAME}
 MAX_CARRIED_BYTES = 200_000_000
 
 
