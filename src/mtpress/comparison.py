@@ -118,7 +118,6 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 
 def relative_error(packed: TensorInfo, scales: TensorInfo, scale_2: TensorInfo, source: TensorInfo) -> tuple[float, int]:
     """(‖w − ŵ‖ / ‖w‖, block scales that are NaN, negative, or zero over weights that are not) of a matrix [N, K]."""
-    import torch
 
     from mtpress.formats import nvfp4
 
@@ -131,13 +130,19 @@ def relative_error(packed: TensorInfo, scales: TensorInfo, scale_2: TensorInfo, 
         piece = weight[start : start + rows].float()
         scale = blocks[start : start + rows]
         broken += _broken(piece, scale)
-        piece_norm = torch.linalg.vector_norm(piece)
+        norm += _squares(piece)
         piece.sub_(nvfp4.dequantize(codes[start : start + rows], scale, shared.reshape(())))
-        distance += float(torch.linalg.vector_norm(piece)) ** 2
-        norm += float(piece_norm) ** 2
+        distance += _squares(piece)
     if norm == 0.0:
         return (0.0 if distance == 0.0 else math.inf), broken
     return math.sqrt(distance / norm), broken
+
+
+def _squares(matrix: "torch.Tensor") -> float:
+    """Σ x², float32 within a row and float64 over the rows."""
+    import torch
+
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def _broken(weight: "torch.Tensor", scale: "torch.Tensor") -> int:

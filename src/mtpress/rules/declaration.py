@@ -43,10 +43,10 @@ class Declaration:
 
     @cached_property
     def method(self) -> str:
-        """quant_method; where an old modelopt left it out, its producer stands for it."""
+        """quant_method; in hf_quant_config.json's layout, which has none, modelopt as producer stands for it."""
         method = str(self.content.get("quant_method") or "").lower().replace("compressed_tensors", "compressed-tensors")
         producer = self.content.get("producer")
-        if not method and isinstance(producer, Mapping) and producer.get("name") == "modelopt":
+        if not method and self.legacy and isinstance(producer, Mapping) and producer.get("name") == "modelopt":
             return "modelopt"
         return method
 

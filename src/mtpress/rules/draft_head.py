@@ -99,7 +99,8 @@ RULES = (
     Rule(
         "mtp-unindexed",
         "error",
-        "The draft head lies on disk, and the index does not name it: engines skip it, and draft with random weights.",
+        "The draft head lies on disk, and the index does not name it. A shard that no index names is skipped by every engine, which then "
+        "drafts with random weights; a tensor left out of the index in a named shard, by some.",
         "rebuild the index: mtpress repair CKPT OUT",
         mtp_unindexed,
     ),

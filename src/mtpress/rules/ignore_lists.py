@@ -76,8 +76,8 @@ def ignore_too_much(subject: Subject) -> Iterator[Problem]:
 
 
 def ignore_matches_nothing(subject: Subject) -> Iterator[Problem]:
-    if not subject.linears:
-        return
+    if not subject.linears or (subject.is_vl and subject.prefix != "model.language_model."):
+        return  # config-incomplete or body-prefix says it
     linears = [(linear.prefix, qwen3_5_engine.packed(linear.part)) for linear in subject.linears]
     others = _names_of_other_modules(subject)
     for declared in declarations(subject):

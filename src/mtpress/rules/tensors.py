@@ -83,9 +83,10 @@ def weight_dtype(subject: Subject) -> Iterator[Problem]:
 
 
 def weight_precision(subject: Subject) -> Iterator[Problem]:
-    wide = [n for n, info in subject.tensors.items() if info.dtype in PLAIN_DTYPES and info.dtype != "BF16" and len(info.shape) > 1]
+    matrices = {name: info for name, info in subject.tensors.items() if name in subject.called_for and len(info.shape) > 1}
+    wide = {name: info.dtype for name, info in matrices.items() if info.dtype in PLAIN_DTYPES and info.dtype != "BF16"}
     if wide:
-        dtypes = ", ".join(sorted({subject.tensors[name].dtype for name in wide}))
+        dtypes = ", ".join(sorted(set(wide.values())))
         yield Problem(f"{count(len(wide), 'tensor')} of two dimensions or more stored as {dtypes}, not BF16", tuple(wide))
 
 

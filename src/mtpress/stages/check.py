@@ -148,7 +148,7 @@ def show(result: CheckResult) -> None:
             table.add_row(label, escape(with_names(finding)), escape(finding.remedy))
         console.print(table)
     if result.comparison is not None:
-        console.print(summary(result.comparison), highlight=False)
+        console.print(summary(result.comparison), highlight=False, soft_wrap=True)
     if result.num_files_hashed is not None:
         console.print(f"{count(result.num_files_hashed, 'file')} hashed", highlight=False)
     console.print(verdict(result), highlight=False, soft_wrap=True)

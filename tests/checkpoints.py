@@ -1,0 +1,141 @@
+"""Small Qwen3.5-class checkpoints made by hand, and a way to change one.
+
+In: nothing, or a checkpoint directory. Out: a BF16 checkpoint of hidden size 64 with a vision tower of one block, a draft
+head, a byte-level tokenizer, template and processor files; `Edit`, which rewrites a directory. Leaves out: sense.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mtpress.checkpoint import INDEX_NAME
+from mtpress.models import qwen3_5
+
+PREFIX = "model.language_model."
+SPECIALS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+IDS = {token: 256 + i for i, token in enumerate(SPECIALS)}
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def small_config() -> dict[str, Any]:
+    """config.json of a model with three Gated DeltaNet layers and one full-attention layer."""
+    text = {
+        "model_type": "qwen3_5_text", "dtype": "bfloat16", "vocab_size": 288, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 4, "full_attention_interval": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+        "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4, "attn_output_gate": True, "mtp_num_hidden_layers": 1, "tie_word_embeddings": False,
+        "eos_token_id": IDS["<|endoftext|>"],
+    }  # fmt: skip
+    vision = {
+        "model_type": "qwen3_5", "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "in_channels": 3,
+        "out_hidden_size": 64, "num_position_embeddings": 16, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "deepstack_visual_indexes": [],
+    }  # fmt: skip
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "language_model_only": False,
+        "text_config": text, "vision_config": vision, "tie_word_embeddings": False, "image_token_id": IDS["<|image_pad|>"],
+        "video_token_id": IDS["<|video_pad|>"], "vision_start_token_id": IDS["<|vision_start|>"],
+        "vision_end_token_id": IDS["<|vision_end|>"],
+    }  # fmt: skip
+
+
+def small_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random BF16 weights under every name that the config calls for, in order of name."""
+    shapes = dict(qwen3_5.body_shapes(config, PREFIX)) | qwen3_5.mtp_shapes(config) | qwen3_5.vision_shapes(config)
+    generator = torch.Generator().manual_seed(seed)
+    return {name: (0.05 * torch.randn(shapes[name], generator=generator)).to(torch.bfloat16) for name in sorted(shapes)}
+
+
+def small_files() -> dict[str, str]:
+    """Name → content of what stands beside weights and config."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    processor = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor"}
+    contents = {
+        "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        "generation_config.json": {"eos_token_id": [IDS["<|im_end|>"], IDS["<|endoftext|>"]], "do_sample": True, "temperature": 0.7},
+        "preprocessor_config.json": processor | {"image_processor_type": "Qwen2VLImageProcessorFast"},
+        "video_preprocessor_config.json": processor | {"video_processor_type": "Qwen3VLVideoProcessor"},
+    }
+    files = {name: json.dumps(content, indent=1) for name, content in contents.items()}
+    return files | {"tokenizer.json": tokenizer.to_str(), "chat_template.jinja": TEMPLATE}
+
+
+def write_small(out: Path, seed: int = 0) -> Path:
+    """Writes the whole BF16 checkpoint into `out`, which must not exist, and returns it."""
+    out.mkdir(parents=True)
+    config = small_config()
+    (out / "config.json").write_text(json.dumps(config, indent=1))
+    for name, content in small_files().items():
+        (out / name).write_text(content)
+    save_file(small_tensors(config, seed), out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+class Edit:
+    """A checkpoint of one shard, loaded: change `tensors`, `config` and `hf` (hf_quant_config.json), then save().
+
+    What is registered with later() happens after all was written, the index included.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors = load_file(path / "model.safetensors")
+        self.config = self.read("config.json")
+        self.hf = self.read("hf_quant_config.json") if (path / "hf_quant_config.json").exists() else None
+        self._later: list[Callable[[], object]] = []
+
+    def read(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.path / name).read_text())
+        return content
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        (self.path / name).write_text(json.dumps(content))
+
+    def change(self, name: str, **keys: Any) -> None:
+        """Sets keys of a JSON file beside the weights."""
+        self.write(name, self.read(name) | keys)
+
+    def later(self, action: Callable[[], object]) -> None:
+        self._later.append(action)
+
+    @property
+    def text(self) -> dict[str, Any]:
+        inner: dict[str, Any] = self.config["text_config"]
+        return inner
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        inner: dict[str, Any] = self.config["quantization_config"]
+        return inner
+
+    def ignore(self, entries: list[str]) -> None:
+        """Puts one ignore list into both config files."""
+        self.quantization["ignore"] = entries
+        if self.hf is not None:
+            self.hf["quantization"]["exclude_modules"] = entries
+
+    def without(self, dropped: Callable[[str], bool]) -> None:
+        """Takes entries out of the ignore lists of both files."""
+        self.ignore([entry for entry in self.quantization["ignore"] if not dropped(entry)])
+
+    def save(self) -> None:
+        save_file(self.tensors, self.path / "model.safetensors", metadata={"format": "pt"})
+        total = sum(t.numel() * t.element_size() for t in self.tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(self.tensors), "model.safetensors")}
+        self.write(INDEX_NAME, index)
+        self.write("config.json", self.config)
+        if self.hf is not None:
+            self.write("hf_quant_config.json", self.hf)
+        for action in self._later:
+            action()

@@ -1,0 +1,25 @@
+"""Checkpoints that tests of several folders start from; they are made once and never changed."""
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import write_small
+from mtpress.recipe import load_recipe, shipped
+from mtpress.stages.quantize import quantize
+
+
+@pytest.fixture(scope="session")
+def small_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small BF16 checkpoint of tests/checkpoints.py."""
+    return write_small(tmp_path_factory.mktemp("small") / "bf16")
+
+
+@pytest.fixture(scope="session")
+def small_nvfp4(small_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Recipe → what quantize makes of the small checkpoint, weight-only."""
+    made = {}
+    for name in shipped():
+        made[name] = tmp_path_factory.mktemp("small-nvfp4") / name
+        quantize(small_bf16, made[name], load_recipe(name).model_copy(update={"constant_input_scale": 0.01}), silent=True)
+    return made

@@ -1,0 +1,121 @@
+"""Weights against their source: what was kept bit for bit, and how far the rest is."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from checkpoints import PREFIX, Edit, write_small
+from mtpress.checkpoint import Checkpoint
+from mtpress.comparison import compare, relative_error, same_bytes
+from mtpress.formats import nvfp4
+from mtpress.rules.base import RULES
+from mtpress.rules.rule import apply
+from mtpress.rules.subject import Subject
+
+OUT_PROJ = f"{PREFIX}layers.0.linear_attn.out_proj"
+
+
+def test_errors_are_those_of_the_dequantized_weights(small_bf16: Path, small_nvfp4: dict[str, Path]) -> None:
+    path = small_nvfp4["nvfp4-mtp-vlm"]
+    found = compare(Subject(Checkpoint.open(path)), Checkpoint.open(small_bf16), silent=True)
+    source, made = load_file(small_bf16 / "model.safetensors"), load_file(path / "model.safetensors")
+    modules = {name.removesuffix(".weight_scale") for name in made if name.endswith(".weight_scale")}
+    assert found.error.keys() == modules
+    for module, error in found.error.items():
+        weight = source[f"{module}.weight"].double()
+        parts = (made[f"{module}.{suffix}"] for suffix in ("weight", "weight_scale", "weight_scale_2"))
+        expected = (nvfp4.dequantize(*parts).double() - weight).norm() / weight.norm()
+        assert error == pytest.approx(float(expected), rel=1e-5)
+    assert found.num_equal == len(source) - len(modules)
+    assert not found.differing + found.absent + found.not_compared
+    assert list(apply(RULES, found)) == []
+
+
+def test_a_large_matrix_is_read_in_pieces(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5000, 2048, generator=generator).to(torch.bfloat16)
+    scale_2 = nvfp4.global_scale(weight.abs().max())
+    codes, scales = nvfp4.quantize(weight, scale_2)
+    save_file({"w": weight, "codes": codes, "scales": scales, "scale_2": scale_2.reshape(())}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    tensors = Checkpoint.open(tmp_path).tensors
+    error, broken = relative_error(tensors["codes"], tensors["scales"], tensors["scale_2"], tensors["w"])
+    whole = (nvfp4.dequantize(codes, scales, scale_2).double() - weight.double()).norm() / weight.double().norm()
+    assert error == pytest.approx(float(whole), rel=1e-5)
+    assert broken == 0
+
+
+def test_equal_bytes(small_bf16: Path, tmp_path: Path) -> None:
+    other = write_small(tmp_path / "other")
+    one, two = (Checkpoint.open(path).tensors for path in (small_bf16, other))
+    name = f"{PREFIX}embed_tokens.weight"
+    assert same_bytes(one[name], two[name])
+    raw = bytearray((other / "model.safetensors").read_bytes())
+    raw[two[name].offset + two[name].num_bytes - 1] ^= 1
+    (other / "model.safetensors").write_bytes(raw)
+    assert not same_bytes(one[name], two[name])
+
+
+def _scale(edit: Edit, suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    edit.tensors[f"{OUT_PROJ}.{suffix}"] = change(edit.tensors[f"{OUT_PROJ}.{suffix}"])
+
+
+def _first_block(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(scales: torch.Tensor) -> torch.Tensor:
+        changed = scales.float()
+        changed[0, 0] = value
+        return changed.to(torch.float8_e4m3fn)
+
+    return change
+
+
+def _flip(edit: Edit, name: str) -> None:
+    edit.tensors[name] = -edit.tensors[name]
+
+
+BREAKS: dict[str, tuple[set[str], Callable[[Edit], object]]] = {
+    "a norm negated": ({"kept-differs"}, lambda e: _flip(e, f"{PREFIX}norm.weight")),
+    "the draft head trained": ({"mtp-differs"}, lambda e: _flip(e, "mtp.fc.weight")),
+    "a tensor of its own": ({"base-lacks"}, lambda e: e.tensors.update({"extra.weight": torch.ones(2)})),
+    "a global scale doubled": ({"error-large"}, lambda e: _scale(e, "weight_scale_2", lambda s: 2 * s)),
+    "a global scale 10 % off": ({"error-outlier"}, lambda e: _scale(e, "weight_scale_2", lambda s: 1.1 * s)),
+    "a NaN block": ({"blocks-broken", "error-large"}, lambda e: _scale(e, "weight_scale", _first_block(float("nan")))),
+    "an empty block": ({"blocks-broken", "error-outlier"}, lambda e: _scale(e, "weight_scale", _first_block(0.0))),
+    "a scale missing": ({"not-compared"}, lambda e: e.tensors.pop(f"{OUT_PROJ}.weight_scale")),
+    "another rope": ({"config-differs"}, lambda e: e.text.update(rope_theta=7)),
+    "another tokenizer": ({"tokenizer-differs"}, lambda e: (e.path / "tokenizer.json").write_text("{}")),
+}
+
+
+@pytest.mark.parametrize("case", list(BREAKS))
+def test_a_difference_is_found(case: str, small_bf16: Path, small_nvfp4: dict[str, Path], tmp_path: Path) -> None:
+    edit = Edit(Path(shutil.copytree(small_nvfp4["nvfp4-mtp-vlm"], tmp_path / "made")))
+    base = Edit(Path(shutil.copytree(small_bf16, tmp_path / "base")))
+    base.text["rope_theta"] = edit.text["rope_theta"] = 10000
+    base.save()
+    expected, break_it = BREAKS[case]
+    break_it(edit)
+    edit.save()
+    found = compare(Subject(Checkpoint.open(edit.path)), Checkpoint.open(base.path), silent=True)
+    assert {finding.id for finding in apply(RULES, found)} == expected
+    if "error-large" in expected or "error-outlier" in expected:
+        finding = next(f for f in apply(RULES, found) if f.id.startswith("error-"))
+        assert finding.where == (OUT_PROJ,)
+
+
+def test_every_rule_on_the_comparison_has_a_case() -> None:
+    assert {rule.id for rule in RULES} == set().union(*(expected for expected, _ in BREAKS.values()))
+
+
+def test_a_base_of_another_width(small_bf16: Path, small_nvfp4: dict[str, Path], tmp_path: Path) -> None:
+    other = Edit(Path(shutil.copytree(small_bf16, tmp_path / "other")))
+    other.tensors[f"{OUT_PROJ}.weight"] = torch.zeros(64, 32, dtype=torch.bfloat16)
+    other.save()
+    found = compare(Subject(Checkpoint.open(small_nvfp4["nvfp4-mtp-vlm"])), Checkpoint.open(other.path), silent=True)
+    assert found.absent == [f"{OUT_PROJ}.weight"]
