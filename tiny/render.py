@@ -53,6 +53,17 @@ class DocumentEncoder:
         sample.pixel_values, sample.image_grid_thw = pixels["pixel_values"], pixels["image_grid_thw"]
         return sample
 
+    def is_answer(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """bool [T]: in a table of sums only what follows each equals sign, for the numbers added are anybody's guess; else all."""
+        tokens = self.chat.tokenizer.convert_ids_to_tokens(input_ids.tolist())
+        if not tokens[0].isdigit():
+            return torch.ones(len(tokens), dtype=torch.bool)
+        after, mask = False, []
+        for token in tokens:
+            mask.append(after)
+            after = (after or "=" in token) and "Ċ" not in token
+        return torch.tensor(mask)
+
     def spoken(self, input_ids: torch.Tensor) -> torch.Tensor:
         """bool [T]: True on tokens of assistant turns (and everywhere in plain text)."""
         ids = input_ids.tolist()

@@ -45,6 +45,7 @@ class Batch:
         self.input_ids = torch.stack([F.pad(s.input_ids, (0, length - len(s.input_ids))) for s in samples])
         inside = torch.stack([torch.arange(length) < len(s.input_ids) for s in samples])
         self.counted = inside & (self.input_ids != encoder.image_token_id)
+        self.answers = torch.stack([F.pad(encoder.is_answer(s.input_ids), (0, length - len(s.input_ids))) for s in samples])
         spoken = torch.stack([F.pad(encoder.spoken(s.input_ids), (0, length - len(s.input_ids))) for s in samples])
         self.spoken = spoken & inside
         seen = [s for s in samples if s.pixel_values is not None]
@@ -166,7 +167,8 @@ def train_tower(model: Any, encoder: DocumentEncoder, num_steps: int) -> None:
 
 
 def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int, peak: float = 1.0, shares: dict[str, float] | None = None) -> None:
-    """Next-token loss on the corpus. shares: the part of the documents of a kind that is kept ("" for kinds not named)."""
+    """Next-token loss on the corpus. shares: practice on that part of the documents of each kind ("" for kinds not named),
+    where tables of sums count by their answers alone."""
     kept_share = {"": 1.0, **(shares or {})}
     opts = optimizers(model, ("embed", "lm_head"), muon_lr=0.015, adam_lr=2e-3)
     sum_share = 1.0
@@ -183,7 +185,8 @@ def train_body(model: Any, encoder: DocumentEncoder, num_tokens: int, peak: floa
         set_rate(opts, done / num_tokens, peak)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model.lm_head(hidden_states(model, batch)[:, :-1])
-        targets = batch.input_ids[:, 1:].masked_fill(~batch.counted[:, 1:], -100)
+        counted = batch.counted & batch.answers if shares else batch.counted
+        targets = batch.input_ids[:, 1:].masked_fill(~counted[:, 1:], -100)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
