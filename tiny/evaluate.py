@@ -75,11 +75,11 @@ def answer(generator: Generator, encoder: DocumentEncoder, prompt: Document, sto
     return str(encoder.chat.tokenizer.decode([i for i in ids if i not in stop]))
 
 
-def acceptance(generator: Generator, encoder: DocumentEncoder, stop: frozenset[int]) -> tuple[list[float], float, bool]:
+def acceptance(generator: Generator, encoder: DocumentEncoder, stop: frozenset[int], num_prompts: int) -> tuple[list[float], float, bool]:
     """(accepted / drafts per position, tokens a step, same text with and without drafts) in greedy generation with three drafts."""
     accepted, drafts, tokens, steps, same = [0, 0, 0], 0, 0, 0, True
     prompts = (d for d in documents("held-out", 7_000_000) if d.messages and not d.tools)
-    for document in islice(prompts, NUM_PROMPTS):
+    for document in islice(prompts, num_prompts):
         start = next(i for i, m in enumerate(document.messages) if m["role"] == "assistant")
         prompt = Document(document.kind, "", document.messages[:start], None, document.enable_thinking, document.pictures)
         sample = encoder.encode(prompt, add_generation_prompt=True)
@@ -90,28 +90,32 @@ def acceptance(generator: Generator, encoder: DocumentEncoder, stop: frozenset[i
     return [a / drafts for a in accepted], tokens / steps, same
 
 
-def evaluate(directory: Path) -> dict[str, Any]:
+def evaluate(directory: Path, share: float = 1.0) -> dict[str, Any]:
+    """Everything the card states, on that share of the material."""
     checkpoint = Checkpoint.open(directory)
     generator, encoder = Generator(checkpoint), DocumentEncoder(directory)
     stop = frozenset({encoder.im_end})
-    texts = [encoder.encode(d).input_ids.tolist() for d in islice((d for d in documents("held-out") if not d.pictures), NUM_TEXTS)]
+    texts = [
+        encoder.encode(d).input_ids.tolist() for d in islice((d for d in documents("held-out") if not d.pictures), round(NUM_TEXTS * share))
+    ]
     model, bigram = perplexity(generator, texts), bigram_perplexity(encoder, texts, checkpoint.text_config["vocab_size"])
     pictures = 0
-    for i in range(NUM_PICTURES):
+    num_pictures, num_sums = round(NUM_PICTURES * share), round(NUM_SUMS * share)
+    for i in range(num_pictures):
         shown = see(random.Random(900_000 + i), num_items=1)
         said = answer(generator, encoder, Document("picture", "", shown.messages[:1], pictures=shown.pictures), stop)
         pictures += said == shown.messages[1]["content"]
     dice, sums = random.Random(31), 0
-    for _ in range(NUM_SUMS):
+    for _ in range(num_sums):
         a, b = sum_pair(dice, held_out=True)
         sums += answer(generator, encoder, Document("sum", "", [user(sum_question(a, b))]), stop) == sum_answer(a, b)
-    rates, tokens_per_step, same = acceptance(generator, encoder, stop)
+    rates, tokens_per_step, same = acceptance(generator, encoder, stop, round(NUM_PROMPTS * share))
     return {
         "perplexity": model,
         "bigram_perplexity": bigram,
         "perplexity_to_bigram": model / bigram,
-        "pictures_right": pictures / NUM_PICTURES,
-        "sums_right": sums / NUM_SUMS,
+        "pictures_right": pictures / num_pictures,
+        "sums_right": sums / num_sums,
         **{f"acceptance_{k}": rate for k, rate in enumerate(rates, 1)},
         "tokens_per_step": tokens_per_step,
         "same_text_with_and_without_drafts": same,
