@@ -106,8 +106,10 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
     types = text.get("layer_types")
     if types is None:
         interval = text.get("full_attention_interval", 4)
+        if type(interval) is not int or interval < 1:
+            raise InputError(f"config.json: full_attention_interval is {str(interval)[:40]!r}, must be a count of layers")
         types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)]
-    if not isinstance(types, list) or len(types) != count or set(types) - {"linear_attention", "full_attention"}:
+    if not isinstance(types, list) or len(types) != count or any(t not in ("linear_attention", "full_attention") for t in types):
         raise InputError(f"config.json: layer_types must name linear_attention or full_attention for each of the {count} layers")
     return types
 
@@ -211,6 +213,8 @@ def vision_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping) or any(type(vision.get(k)) is not int or not 0 < vision[k] < 1 << 31 for k in VISION_SIZES):
         raise InputError(f"config.json: vision_config must hold {', '.join(VISION_SIZES)} as positive sizes")
+    if vision["depth"] >= 10_000:
+        raise InputError(f"config.json: vision_config.depth is {vision['depth']}, must be a count of blocks")
     h, inter = vision["hidden_size"], vision["intermediate_size"]
     merged = h * vision["spatial_merge_size"] ** 2
     patch = (vision["in_channels"], vision["temporal_patch_size"], vision["patch_size"], vision["patch_size"])

@@ -72,7 +72,7 @@ class Subject:
     def architecture(self) -> str:
         """The class that the engine builds; where config.json names none that it knows, the one of the model_type."""
         said = self.config.get("architectures")
-        first = said[0] if isinstance(said, list) and said else None
+        first = said[0] if isinstance(said, list) and said and isinstance(said[0], str) else ""
         return first if first in qwen3_5_engine.RENAMES else qwen3_5_engine.ARCHITECTURE[self.checkpoint.model_type]
 
     @cached_property
@@ -87,10 +87,9 @@ class Subject:
     def _called_for(self) -> tuple[dict[str, tuple[int, ...]], str | None]:
         prefix = self.prefix or "model.language_model."
         try:
-            shapes = dict(self.model.body_shapes(self.config, prefix))
-            if self.stored_vision and "vision_config" in self.config:
-                shapes |= self.model.vision_shapes(self.config)
-            return shapes | self.model.mtp_shapes(self.config), None
+            shapes = dict(self.model.body_shapes(self.config, prefix)) | self.model.mtp_shapes(self.config)
+            vision = self.model.vision_shapes(self.config) if "vision_config" in self.config else {}
+            return shapes | (vision if self.stored_vision else {}), None
         except InputError as error:
             return {}, str(error)
 

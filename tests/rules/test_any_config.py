@@ -1,0 +1,58 @@
+"""Whatever stands in the JSON files, check says something: findings, or one line that there is nothing to check."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtpress.checkpoint import INDEX_NAME
+from mtpress.errors import InputError
+from mtpress.stages.check import check
+
+FILES = ("config.json", "hf_quant_config.json", "tokenizer_config.json", "generation_config.json", INDEX_NAME)
+VALUES: tuple[Any, ...] = (None, -1, 10**30, "x", [], [["a"], None], {"a": 1})
+REMOVED = object()
+
+
+def places(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON document, the whole first; of a long list or map the first few."""
+    yield at
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for number, (key, value) in enumerate(inner):
+        if len(at) == 0 or number < 24:
+            yield from places(value, (*at, key))
+
+
+def replaced(content: Any, at: tuple[Any, ...], value: Any) -> Any:
+    if not at:
+        return [] if value is REMOVED else value
+    changed = copy.deepcopy(content)
+    inner = changed
+    for key in at[:-1]:
+        inner = inner[key]
+    if value is REMOVED:
+        del inner[at[-1]]
+    else:
+        inner[at[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_value_is_too_odd(name: str, small_nvfp4: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(small_nvfp4["nvfp4-mtp-vlm"], tmp_path / "odd"))
+    content = json.loads((path / name).read_text())
+    if name == "config.json":
+        content["text_config"]["layer_types"] = ["linear_attention"] * 3 + ["full_attention"]
+    num_findings = 0
+    for at in places(content):
+        for value in (*VALUES, REMOVED):
+            (path / name).write_text(json.dumps(replaced(content, at, value)))
+            try:
+                num_findings += len(check(path).findings)
+            except InputError as error:
+                assert "model_type" in str(error)
+    assert num_findings > 0
