@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROWS_BYTES = 32 << 20  # float32 working set
 COMPARED_CONFIGS = ("text_config", "vision_config")
 # Keys that a build may change: how it is stored, and what it does not hold.
-FREE_KEYS = {"dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"}
+FREE_KEYS = {"model_type", "dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 

@@ -566,6 +566,11 @@ def num_nextn_predict_layers_only(e: Edit) -> None:
     e.text["num_nextn_predict_layers"] = e.text.pop("mtp_num_hidden_layers")
 
 
+@breaks()
+def mtp_num_hidden_layers_null_at_the_top(e: Edit) -> None:
+    e.config["mtp_num_hidden_layers"] = None
+
+
 # ---- vision
 
 

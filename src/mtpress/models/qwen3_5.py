@@ -116,7 +116,9 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
 
 def num_mtp_layers(config: Mapping[str, Any]) -> int:
     """mtp_num_hidden_layers as vLLM reads it: at top level, then in text_config."""
-    value = config.get("mtp_num_hidden_layers", text_config(config).get("mtp_num_hidden_layers", 0))
+    value = config.get("mtp_num_hidden_layers")
+    if value is None:
+        value = text_config(config).get("mtp_num_hidden_layers")
     return value if type(value) is int else 0
 
 

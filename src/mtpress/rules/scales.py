@@ -48,7 +48,7 @@ def scale_implausible(subject: Subject) -> Iterator[Problem]:
         values = {name: value for name, value in subject.scalars.items() if name.endswith(f".{suffix}") and math.isfinite(value)}
         odd = [name for name, value in values.items() if value > 0 and not low <= value <= high]
         if odd:
-            yield Problem(f"{count(len(odd), suffix)} far from any trained value ({values[odd[0]]:.3g}, …)", tuple(odd))
+            yield Problem(f"{count(len(odd), 'value')} of {suffix} far from any trained one ({values[odd[0]]:.3g}, …)", tuple(odd))
 
 
 def _fused(subject: Subject) -> Iterator[EngineLinear]:

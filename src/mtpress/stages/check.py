@@ -175,4 +175,4 @@ def verdict(result: CheckResult) -> str:
     numbers = Counter({severity: result.num(severity) for severity in SEVERITIES})
     said = ", ".join(count(number, severity) for severity, number in numbers.items() if number) or "nothing found"
     flags = f"; serve it with {' '.join(result.engine_flags)}" if result.engine_flags else ""
-    return f"{'sound' if result.sound else 'NOT SOUND'}: {said} by {result.num_rules} rules in {result.seconds:.2f} s{flags}"
+    return f"{'sound' if result.sound else 'NOT SOUND'}: {said} by {count(result.num_rules, 'rule')} in {result.seconds:.2f} s{flags}"
