@@ -135,7 +135,7 @@ def test_an_nvfp4_build_has_the_parameters_of_its_source(tmp_path: Path) -> None
     assert {k: v.num_params for k, v in before.components.items()} == {k: v.num_params for k, v in after.components.items()}
     assert after.components["mlp"].dtypes == {"F32": 24, "U8": 12, "F8_E4M3": 12}
     assert after.quantization is not None
-    assert after.quantization.declared == {"config.json": "modelopt NVFP4 (W4A4)", "hf_quant_config.json": "NVFP4"}
+    assert after.quantization.declared == {"config.json": "modelopt NVFP4 (W4A4)", "hf_quant_config.json": "modelopt NVFP4 (W4A4)"}
     assert after.quantization.modules == {"NVFP4": 12 + 3 * 3 + 4}
     assert after.quantization.agrees
     assert (after.draft_head.state, after.draft_head.ignored) == ("whole", True)
