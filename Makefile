@@ -30,7 +30,7 @@ tiny: $(STAMP)
 $(STAMP): locks/dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned dependencies into $(VENV) (about 1 GB, a minute or two)"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r locks/dev.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r locks/dev.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

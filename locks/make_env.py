@@ -34,7 +34,7 @@ def make_env(name: str) -> Path:
 
 def _make_env(env: Path, lock: Path) -> Path:
     python = env / "bin" / "python"
-    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--no-compile"]
     if not _is_made_from(lock, env / "lock.sha256"):
         print(f"making {env.relative_to(ROOT)} from {lock.relative_to(ROOT)}, some minutes", file=sys.stderr, flush=True)
         shutil.rmtree(env, ignore_errors=True)
