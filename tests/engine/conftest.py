@@ -28,10 +28,12 @@ def engine_python() -> Path:
 
 @pytest.fixture(scope="session")
 def probe(engine_python: Path) -> Probe:
-    """probe(checkpoint, request, folder): the result of mtpress.engine.probe; image paths are relative to folder."""
+    """probe(checkpoint, request, folder): the result of mtpress.engine.probe; image paths are relative to folder, where request
+    and result stay."""
 
     def run(checkpoint: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-        asked, answered = folder / "request.json", folder / "result.json"
+        name = f"{checkpoint.name}-mtp{request.get('mtp', 0)}"
+        asked, answered = folder / f"{name}.request.json", folder / f"{name}.result.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [str(engine_python), "-m", "mtpress.engine.probe", str(checkpoint), str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_SECONDS)
