@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,9 @@ def read_hub(source: CalibrationSource) -> Iterator[tuple[str, dict[str, Any]]]:
     except ImportError:
         raise InputError(f"{where}: Hub data sets need `pip install mtpress[hub]`; or {fallback}") from None
     try:
-        rows = datasets.load_dataset(source.dataset, name=source.subset, split=f"{source.split}[:{source.num_samples}]")
+        # streamed: a large set is not fetched whole for its first rows
+        streamed = datasets.load_dataset(source.dataset, name=source.subset, split=source.split, streaming=True)
+        rows = list(islice(streamed, source.num_samples))
     except Exception as error:  # datasets raises errors of every library below it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(f"{where}: cannot be fetched ({reason}); {fallback}") from None

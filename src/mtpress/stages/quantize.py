@@ -106,7 +106,11 @@ def quantize(
         seconds = {**streamed.seconds, "total": time.perf_counter() - started}
         entries: dict[str, Any] = {
             "recipe": chosen.canonical(),
-            "source": {"path": checkpoint.path.name, "identity": checkpoint.identity, "sha256": hasher.results()},
+            "source": {
+                "name": checkpoint.path.name if Path(source).is_dir() else str(source),
+                "identity": checkpoint.identity,
+                "sha256": hasher.results(),
+            },
             "calibration": calibrated.record() if calibrated else {"constant_input_scale": chosen.constant_input_scale},
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             "device": str(device_used),
