@@ -76,11 +76,12 @@ def torn_generation_config(e: Edit) -> None:
 @breaks("tensor-unindexed")
 def a_tensor_left_out_of_the_index(e: Edit) -> None:
     e.tensors[f"{OUT_PROJ}.bias"] = torch.zeros(64, dtype=torch.bfloat16)
-    write_index(e, lambda index: (index["weight_map"].pop(f"{OUT_PROJ}.bias"), index["metadata"].update(total_size=_total(e) - 128)))
+    write_index(e, lambda index: index["weight_map"].pop(f"{OUT_PROJ}.bias"))
 
 
-def _total(e: Edit) -> int:
-    return sum(t.numel() * t.element_size() for t in e.tensors.values())
+@breaks("tensor-unindexed")
+def a_norm_left_out_of_the_index(e: Edit) -> None:
+    write_index(e, lambda index: index["weight_map"].pop(f"{L0}input_layernorm.weight"))
 
 
 @breaks("shard-unindexed")
@@ -88,7 +89,7 @@ def a_shard_beside_the_index(e: Edit) -> None:
     save_file({"x": torch.zeros(1)}, e.path / "extra.safetensors")
 
 
-@breaks("shard-unindexed")
+@breaks("index-missing")
 def a_shard_without_any_index(e: Edit) -> None:
     save_file({"x": torch.zeros(1)}, e.path / "extra.safetensors")
     e.later((e.path / INDEX_NAME).unlink)
@@ -516,14 +517,13 @@ def draft_head_in_a_shard_of_its_own(e: Edit) -> None:
 
 @breaks("mtp-unindexed")
 def draft_head_left_out_of_the_index(e: Edit) -> None:
-    draft = sum(e.tensors[name].numel() * 2 for name in MTP_TENSORS)
+    write_index(e, lambda index: [index["weight_map"].pop(name) for name in MTP_TENSORS])
 
-    def leave_out(index: dict[str, Any]) -> None:
-        index["metadata"]["total_size"] -= draft
-        for name in MTP_TENSORS:
-            del index["weight_map"][name]
 
-    write_index(e, leave_out)
+@breaks("index-missing")
+def draft_head_in_a_second_shard_without_any_index(e: Edit) -> None:
+    save_file({name: e.tensors.pop(name) for name in MTP_TENSORS}, e.path / "mtp.safetensors")
+    e.later((e.path / INDEX_NAME).unlink)
 
 
 @breaks("mtp-quantized")
@@ -559,6 +559,16 @@ def lm_head_ignored_for_the_target_only(e: Edit) -> None:
 @breaks("mtp-not-declared")
 def no_mtp_num_hidden_layers(e: Edit) -> None:
     del e.text["mtp_num_hidden_layers"]
+
+
+@breaks("mtp-layer-count")
+def mtp_num_hidden_layers_zero(e: Edit) -> None:
+    e.text["mtp_num_hidden_layers"] = 0
+
+
+@breaks("mtp-layer-count")
+def mtp_num_hidden_layers_two(e: Edit) -> None:
+    e.config["mtp_num_hidden_layers"] = 2
 
 
 @breaks("mtp-not-declared")

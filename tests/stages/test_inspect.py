@@ -228,7 +228,7 @@ def not_ignored(stored: Tensors, config: Config) -> None:
 
 
 def not_declared(stored: Tensors, config: Config) -> None:
-    config["text_config"]["mtp_num_hidden_layers"] = 0
+    del config["text_config"]["mtp_num_hidden_layers"]
 
 
 def none_at_all(stored: Tensors, config: Config) -> Tensors:

@@ -1,6 +1,7 @@
 """Rules on the draft head: its 15 tensors are there, in BF16, where the draft looks for them, and every config spares them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mtpress.models.qwen3_5_engine import EngineLinear
 from mtpress.rules import stored
@@ -12,13 +13,14 @@ GRAFT = "mtpress graft CKPT OUT --from BASE"
 
 
 def mtp_missing(subject: Subject) -> Iterator[Problem]:
-    elsewhere = {*subject.unindexed_mtp, *(f"mtp.{name.partition('mtp.')[2]}" for name in subject.misplaced_mtp)}
+    elsewhere = {*subject.unindexed_mtp, *subject.loaded_beside, *(f"mtp.{name.partition('mtp.')[2]}" for name in subject.misplaced_mtp)}
     missing = []
     for name in subject.model.MTP_TENSORS:
         packed = name.endswith(".weight") and subject.form(subject.model.module_of(name)) not in ("plain", "none")
         if name not in subject.tensors and name not in elsewhere and not packed:
             missing.append(name)
-    promised = subject.model.num_mtp_layers(subject.config) or subject.stored_mtp or elsewhere
+    begun = any(name.startswith(subject.model.MTP_PREFIX) for name in (*subject.stored_mtp, *elsewhere))
+    promised = subject.model.num_mtp_layers(subject.config) or begun
     if missing and promised:
         of = len(subject.model.MTP_TENSORS)
         yield Problem(f"the draft head lacks {len(missing)} of its {of} tensors", tuple(missing))
@@ -65,14 +67,22 @@ def mtp_fc_not_ignored(subject: Subject) -> Iterator[Problem]:
         yield Problem("the ignore list does not match mtp.fc", ("mtp.fc",))
 
 
+def _levels(subject: Subject) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Where vLLM looks for the number of draft layers, in its order."""
+    return subject.config, subject.model.text_config(subject.config)
+
+
 def mtp_not_declared(subject: Subject) -> Iterator[Problem]:
-    if not subject.stored_mtp or subject.model.num_mtp_layers(subject.config) == 1:
-        return
-    said = subject.model.num_mtp_layers(subject.config)
-    text = subject.model.text_config(subject.config)
-    other = any("num_nextn_predict_layers" in level for level in (subject.config, text))
-    only = "; it has num_nextn_predict_layers, which vLLM does not read for this family" if other else ""
-    yield Problem(f"a draft head of one layer is stored, config.json says mtp_num_hidden_layers {said or 'nowhere'}{only}", (CONFIG,))
+    if subject.stored_mtp and all(level.get("mtp_num_hidden_layers") is None for level in _levels(subject)):
+        other = any("num_nextn_predict_layers" in level for level in _levels(subject))
+        only = "; it has num_nextn_predict_layers, which is not read for this family" if other else ""
+        yield Problem(f"a draft head is stored, config.json says mtp_num_hidden_layers nowhere{only}", (CONFIG,))
+
+
+def mtp_layer_count(subject: Subject) -> Iterator[Problem]:
+    said = next((v for level in _levels(subject) if (v := level.get("mtp_num_hidden_layers")) is not None), None)
+    if subject.stored_mtp and said is not None and said != 1:
+        yield Problem(f"a draft head of one layer is stored, config.json says mtp_num_hidden_layers {str(said)[:40]}", (CONFIG,))
 
 
 def mtp_none(subject: Subject) -> Iterator[Problem]:
@@ -99,8 +109,8 @@ RULES = (
     Rule(
         "mtp-unindexed",
         "error",
-        "The draft head lies on disk, and the index does not name it. A shard that no index names is skipped by every engine, which then "
-        "drafts with random weights; a tensor left out of the index in a named shard, by some.",
+        "The draft head lies on disk, and the index does not name it. In a shard of its own it is skipped, and vLLM drafts with random "
+        "weights; in a shard that the index names, vLLM loads it, and whoever goes by the index loses it.",
         "rebuild the index: mtpress repair CKPT OUT",
         mtp_unindexed,
     ),
@@ -128,10 +138,19 @@ RULES = (
     ),
     Rule(
         "mtp-not-declared",
-        "error",
-        "A draft head is stored, and mtp_num_hidden_layers is not 1 at the top of config.json or in text_config: engines do not draft.",
+        "warning",
+        "A draft head is stored, and neither the top of config.json nor text_config has mtp_num_hidden_layers. vLLM 0.32 drafts if "
+        "num_speculative_tokens is given; older builds and other engines do not.",
         "set mtp_num_hidden_layers to 1 in text_config: mtpress repair CKPT OUT",
         mtp_not_declared,
+    ),
+    Rule(
+        "mtp-layer-count",
+        "error",
+        "mtp_num_hidden_layers is not 1, and a head of one layer is stored: with 0 vLLM stops, with more it drafts with layers that "
+        "have no weights.",
+        "set mtp_num_hidden_layers to 1 in text_config: mtpress repair CKPT OUT",
+        mtp_layer_count,
     ),
     Rule("mtp-none", "note", "The checkpoint has no draft head and does not claim one.", GRAFT, mtp_none),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mtpress.checkpoint import INDEX_NAME
+from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME
 from mtpress.errors import InputError
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
@@ -30,16 +30,21 @@ def tensor_unindexed(subject: Subject) -> Iterator[Problem]:
         yield Problem(f"{count(len(names), 'tensor')} stored in an indexed file, but not in {INDEX_NAME}", names)
 
 
+def index_missing(subject: Subject) -> Iterator[Problem]:
+    if subject.checkpoint.index is None and subject.stray_shards:
+        names = tuple(subject.stray_shards)
+        yield Problem(f"no {INDEX_NAME}, and {count(len(names), 'safetensors file')} beside {SINGLE_NAME}", names)
+
+
 def shard_unindexed(subject: Subject) -> Iterator[Problem]:
+    if subject.checkpoint.index is None:
+        return  # index-missing says it
     draft = set(subject.unindexed_mtp)
     for name, shard in subject.stray_shards.items():
         if shard is not None and any(info.name in draft for info in shard.tensors):
             continue  # mtp-unindexed says it
         holds = "which cannot be read" if shard is None else f"which holds {count(len(shard.tensors), 'tensor')}"
-        if subject.checkpoint.index is None:
-            yield Problem(f"no index, so vLLM loads every safetensors file here, also {name}, {holds}; other loaders do not", (name,))
-        else:
-            yield Problem(f"{INDEX_NAME} does not name {name}, {holds}; engines skip it", (name,))
+        yield Problem(f"{INDEX_NAME} does not name {name}, {holds}; engines skip it", (name,))
 
 
 def index_total_size(subject: Subject) -> Iterator[Problem]:
@@ -48,8 +53,10 @@ def index_total_size(subject: Subject) -> Iterator[Problem]:
         return
     metadata = index.get("metadata")
     said = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if said != subject.checkpoint.num_bytes:
-        yield Problem(f"{INDEX_NAME} says total_size {said}, the tensors it names hold {subject.checkpoint.num_bytes} bytes", (INDEX_NAME,))
+    indexed = subject.checkpoint.num_bytes
+    stored = indexed + sum(info.num_bytes for info in subject.checkpoint.unindexed.values())
+    if said not in (indexed, stored):
+        yield Problem(f"{INDEX_NAME} says total_size {said}, the tensors it names hold {indexed} bytes", (INDEX_NAME,))
 
 
 OPEN_RULES = (
@@ -71,10 +78,17 @@ RULES = (
     ),
     Rule(
         "tensor-unindexed",
-        "error",
+        "warning",
         "A tensor lies in an indexed file, but the index does not name it: vLLM loads it, transformers and others do not.",
         "rebuild the index: mtpress repair CKPT OUT",
         tensor_unindexed,
+    ),
+    Rule(
+        "index-missing",
+        "warning",
+        "Several safetensors files and no index: vLLM loads all of them, transformers and others only model.safetensors.",
+        "write an index: mtpress repair CKPT OUT",
+        index_missing,
     ),
     Rule(
         "shard-unindexed",

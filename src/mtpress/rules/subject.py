@@ -140,8 +140,16 @@ class Subject:
         return tuple(name for name in self.tensors if MISPLACED_MTP.match(name) and not name.startswith(self.model.MTP_PREFIX))
 
     @cached_property
+    def loaded_beside(self) -> frozenset[str]:
+        """Tensors that no index names and vLLM loads all the same: in named shards and, without any index, in every shard."""
+        stray = [info.name for shard in self.stray_shards.values() if shard for info in shard.tensors]
+        return frozenset([*self.checkpoint.unindexed, *(stray if self.checkpoint.index is None else ())])
+
+    @cached_property
     def unindexed_mtp(self) -> tuple[str, ...]:
-        """Tensors of the draft head that lie on disk, where no index names them."""
+        """Tensors of the draft head that lie on disk and that the index does not name."""
+        if self.checkpoint.index is None:
+            return ()
         stray = [info.name for shard in self.stray_shards.values() if shard for info in shard.tensors]
         return tuple(name for name in (*self.checkpoint.unindexed, *stray) if name.startswith(self.model.MTP_PREFIX))
 

@@ -39,7 +39,7 @@ def tensor_missing(subject: Subject) -> Iterator[Problem]:
     missing = []
     for name in subject.called_for:
         module, _, suffix = name.rpartition(".")
-        elsewhere = suffix == WEIGHT and subject.form(module) not in ("plain", "none")
+        elsewhere = name in subject.loaded_beside or (suffix == WEIGHT and subject.form(module) not in ("plain", "none"))
         if name not in subject.tensors and not elsewhere and not name.startswith(subject.model.MTP_PREFIX):
             missing.append(name)
     if missing:
