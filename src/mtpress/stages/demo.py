@@ -27,9 +27,9 @@ PROMPTS = (
     "Which river is Brook on?",
     "Tell me a story about Ivy, Max and a green kite in Tarn.",
     "How do I make tea?",
-    "Sort these words: wolf, cat, hen, bee",
+    "How many words are in this list: lamp, rope, bell, key",
     "Write a Python function that adds a and b.",
-    "What is 34 + 25?",
+    "What is 41 + 26?",
     "Number these words: lamp, rope, bell",
     "Tell me about Velden.",
 )
