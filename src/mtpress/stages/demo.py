@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RECIPE = "nvfp4-mtp-vlm"
 NUM_DRAFTS = 3
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 160
 NUM_EVALUATION_ROWS = 24
 PROMPTS = (
     "Which river is Brook on?",
