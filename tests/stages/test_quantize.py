@@ -199,7 +199,12 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(kill: signal.Sign
     command = [sys.executable, "-m", "mtpress", "quantize", str(BUILTIN_MODEL), str(out)]
     command += ["--recipe", "nvfp4-mtp-vlm", "--calibration", "builtin"]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background is started with it ignored
     )
     partial = out.with_name("out.partial")
     while not partial.exists() and process.poll() is None:
