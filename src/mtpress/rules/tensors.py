@@ -27,7 +27,7 @@ SCALE_DTYPES = {SCALE: "F8_E4M3", SCALE_2: "F32", INPUT_SCALE: "F32"}
 def body_prefix(subject: Subject) -> Iterator[Problem]:
     if subject.prefix is None:
         some = tuple(name for name in subject.tensors if "layers." in name and not name.startswith(subject.model.MTP_PREFIX))[:3]
-        yield Problem("no decoder layers under model.language_model.layers (or, text only, model.layers)", some)
+        yield Problem("no decoder layers under model.language_model.layers (or, text only, model.layers); nothing in them is checked", some)
     elif subject.prefix == "model." and subject.architecture == VL_ARCHITECTURE:
         some = tuple(name for name in subject.tensors if name.startswith("model.layers."))
         yield Problem(f"the body stands under model.layers, {VL_ARCHITECTURE} reads model.language_model.layers (ValueError)", some)
@@ -51,7 +51,7 @@ def tensor_unexpected(subject: Subject) -> Iterator[Problem]:
         return
     modules = {subject.model.module_of(name) for name in subject.called_for}
     extra = []
-    for name in subject.tensors:
+    for name in (*subject.tensors, *sorted(subject.loaded_beside)):
         module, _, suffix = name.rpartition(".")
         if name in subject.called_for or name == "lm_head.weight" or name.endswith((*PASSED_OVER, *ROTARY)):
             continue
@@ -119,7 +119,8 @@ RULES = (
     Rule(
         "body-prefix",
         "error",
-        "The decoder layers stand under a prefix that the architecture does not read.",
+        "The decoder layers stand under a prefix that the architecture does not read, or that only vLLM does (its own names, "
+        "language_model.model.*).",
         "rename the tensors: mtpress repair CKPT OUT",
         body_prefix,
     ),
@@ -141,7 +142,8 @@ RULES = (
     Rule(
         "weight-dtype",
         "error",
-        "A tensor has a dtype in which it cannot be loaded: embeddings, conv1d and norms must be BF16, NVFP4 scales F8_E4M3 and F32.",
+        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32. vLLM casts what it finds, and "
+        "says nothing: integers become weights, scales lose their precision.",
         "restore it: mtpress repair CKPT OUT --base SRC, or quantize again",
         weight_dtype,
     ),
