@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/lock.stamp
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check engine bench soak tiny clean
+.PHONY: demo test check engine bench tiny clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mtpress demo
