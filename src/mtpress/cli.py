@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mtpress import __version__
-from mtpress.errors import MtpressError
+from mtpress.errors import InputError, MtpressError
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ STAGES = (
     Stage("recipes", "the shipped recipes, or one of them in full"),
     Stage("demo", "the whole line on the model that ships with mtpress"),
 )
+
+
+PLANNED = ("graft", "repair", "convert", "eval", "serve", "bench")  # named in remedies already; not in this version
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +60,8 @@ def build_parser(stage: str | None) -> Parser:
 def run_stage(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Runs one command line as main() does, but hands back (exit code, result) and lets errors through."""
     stage = next((a for a in arguments if not a.startswith("-")), None)
+    if stage in PLANNED:
+        raise InputError(f"not in this version yet; it has {', '.join(entry.name for entry in STAGES)}")
     options = build_parser(stage).parse_args(arguments)
     code, result = importlib.import_module(f"mtpress.stages.{options.stage}").run(options)
     return int(code), result
