@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from mtpress.checkpoint_writer import CheckpointWriter, OutputTensor, shard_head
 from mtpress.errors import InputError, MtpressError
 from mtpress.models import qwen3_5
 from mtpress.progress import Progress, human_bytes
+from mtpress.record import peak_memory_bytes
 from qwen3_6_files import MIN_VOCAB_SIZE, WIDTHS, Width
 
 PREFIX = "model.language_model."
@@ -93,7 +93,7 @@ def make_full_size(
         num_bytes=sum(tensor.num_bytes for tensor in planned),
         num_shards=len(shards),
         seconds=round(time.perf_counter() - started, 3),
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        peak_memory_bytes=peak_memory_bytes(),
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from mtpress.checkpoint import DTYPE_BITS, INDEX_NAME, SINGLE_NAME, TensorInfo, read_pieces, torch_dtype
+from mtpress.checkpoint import DTYPE_BITS, INDEX_NAME, SINGLE_NAME, TensorInfo, bytes_of, read_pieces, torch_dtype
 from mtpress.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
@@ -81,14 +81,6 @@ def disk_failure(path: Path, error: OSError) -> ResourceError:
     )
 
 
-def _bytes_of(tensor: "torch.Tensor") -> memoryview:
-    """The tensor's memory, row by row, on the CPU."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
 class CheckpointWriter:
     """Writes one checkpoint directory. Use as a context manager: leaving it by an exception removes the partial directory.
 
@@ -121,16 +113,22 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         if self.out.exists():
             raise InputError(f"{self.out}: exists already; name a directory that does not")
+        made = False
         try:
             if self.partial.exists():
                 if not (self.partial / PARTIAL_MARK).exists():
                     raise InputError(f"{self.partial}: is in the way and was not made by mtpress; move it")
                 shutil.rmtree(self.partial)
             self.partial.mkdir(parents=True)
+            made = True
             (self.partial / PARTIAL_MARK).touch()
-        except OSError as error:
-            raise disk_failure(self.partial, error) from None
-        self._thread.start()
+            self._thread.start()
+        except BaseException as error:  # Ctrl-C too: nobody else would clean up
+            if made:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise disk_failure(self.partial, error) from None
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -169,7 +167,7 @@ class CheckpointWriter:
         queued = 0
         for piece in pieces:
             assert piece.dtype == torch_dtype(planned.dtype), f"{name}: {piece.dtype} written, {planned.dtype} planned"
-            data = _bytes_of(piece)
+            data = bytes_of(piece.detach().cpu().contiguous())
             queued += len(data)
             assert queued <= planned.num_bytes, f"{name}: more than {planned.dtype} {planned.shape} written"
             self._enqueue(file, data)

@@ -10,6 +10,7 @@ import resource
 import shlex
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from mtpress import __version__
@@ -20,6 +21,10 @@ RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "nump
 
 def peak_memory_bytes() -> int:
     """The largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held when it started this process
+        found = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(found.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

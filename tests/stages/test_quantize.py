@@ -207,8 +207,8 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(kill: signal.Sign
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background is started with it ignored
     )
     partial = out.with_name("out.partial")
-    while not partial.exists() and process.poll() is None:
-        time.sleep(0.005)
+    while not (partial / "model.safetensors").exists() and process.poll() is None:
+        time.sleep(0.002)
     process.send_signal(kill)
     _, errors = process.communicate(timeout=60)
     assert not out.exists()
