@@ -22,11 +22,12 @@ from pathlib import Path
 
 import qwen3_6_files
 from mtpress.checkpoint import INDEX_NAME
-from mtpress.checkpoint_writer import CheckpointWriter, OutputTensor, shard_header, split_into_shards
+from mtpress.checkpoint_writer import CheckpointWriter, split_into_shards
 from mtpress.errors import InputError, MtpressError
 from mtpress.models import qwen3_5
 from mtpress.progress import Progress, human_bytes
 from mtpress.record import peak_memory_bytes
+from mtpress.shard_writer import OutputTensor, shard_header
 from qwen3_6_files import MIN_VOCAB_SIZE, WIDTHS, Width
 
 PREFIX = "model.language_model."
@@ -76,7 +77,7 @@ def make_full_size(
     if layers < 1 or min(asdict(chosen).values()) < 1 or chosen.vocab_size < MIN_VOCAB_SIZE:
         raise InputError(f"{layers} layers of {chosen}: sizes are at least 1, the vocabulary at least {MIN_VOCAB_SIZE}")
     planned = tensors(chosen, layers)
-    shards = split_into_shards(planned)
+    shards = split_into_shards([[tensor] for tensor in planned])
     files = qwen3_6_files.files(chosen, layers)
     target = Path(out)
     if target.exists():
@@ -111,7 +112,7 @@ def _write(
         for tensor in planned:
             writer.write_pieces(tensor.name, weights.pieces(tensor.name, tensor.shape))
             progress.advance(tensor.num_bytes, ".".join(tensor.name.split(".")[-4:-1])[:24])
-        writer.wait_for_shards()
+        writer.wait()
         for name, content in files.items():
             writer.write_file(name, content)
         writer.finish()

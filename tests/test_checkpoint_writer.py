@@ -9,8 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
-from mtpress.checkpoint_writer import PARTIAL_MARK, CheckpointWriter, OutputTensor, shard_header, split_into_shards
+from mtpress.checkpoint_writer import CheckpointWriter, split_into_shards
 from mtpress.errors import InputError, ResourceError
+from mtpress.journal import JOURNAL_NAME
+from mtpress.shard_writer import OutputTensor, shard_header
 
 TENSORS = {
     "z.weight": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -33,7 +35,7 @@ METADATA = {"format": "pt"}
 def write_all(writer: CheckpointWriter) -> None:
     for name, tensor in TENSORS.items():
         writer.write(name, tensor)
-    writer.wait_for_shards()
+    writer.wait()
     writer.write_file("config.json", b"{}")
     writer.finish()
 
@@ -97,8 +99,8 @@ def test_the_index_names_every_tensor(written: Path) -> None:
 
 def test_shards_are_filled_in_order_up_to_the_limit() -> None:
     tensors = [OutputTensor(f"t{size}", "U8", (size,)) for size in (40, 60, 1, 250, 99)]
-    assert list(split_into_shards(tensors[:2], max_bytes=100)) == [SINGLE_NAME]
-    split = split_into_shards(tensors, max_bytes=100)
+    assert list(split_into_shards([[t] for t in tensors[:2]], max_bytes=100)) == [SINGLE_NAME]
+    split = split_into_shards([[t] for t in tensors], max_bytes=100)
     assert {file: [t.name for t in group] for file, group in split.items()} == {
         "model-00001-of-00004.safetensors": ["t40", "t60"],
         "model-00002-of-00004.safetensors": ["t1"],
@@ -115,7 +117,7 @@ def test_pieces_end_to_end_are_the_tensor(max_queued_bytes: int, written: Path, 
     with CheckpointWriter(tmp_path / "pieces", SHARDS, METADATA, max_queued_bytes=max_queued_bytes) as writer:
         for name, tensor in TENSORS.items():
             writer.write_pieces(name, rows(tensor))
-        writer.wait_for_shards()
+        writer.wait()
         writer.finish()
     for file in SHARDS:
         assert (tmp_path / "pieces" / file).read_bytes() == (written / file).read_bytes()
@@ -132,7 +134,7 @@ def test_no_more_waits_in_memory_than_allowed(out: Path) -> None:
                 yield torch.zeros(1000, dtype=torch.uint8)
 
         writer.write_pieces("big", pieces())
-        writer.wait_for_shards()
+        writer.wait()
         writer.finish()
     assert most <= 5000
     assert (out / SINGLE_NAME).stat().st_size > 1_000_000
@@ -146,7 +148,7 @@ def test_a_copy_is_bit_for_bit(written: Path, tmp_path: Path) -> None:
                 writer.copy(source.tensors[name])
             else:
                 writer.write(name, tensor)
-        writer.wait_for_shards()
+        writer.wait()
         writer.finish()
     for file in SHARDS:
         assert (tmp_path / "copy" / file).read_bytes() == (written / file).read_bytes()
@@ -158,7 +160,7 @@ def test_a_copy_whose_source_is_gone(out: Path, tmp_path: Path) -> None:
         writer.copy(gone)
         for name in list(TENSORS)[1:]:
             writer.write(name, TENSORS[name])
-        writer.wait_for_shards()
+        writer.wait()
     assert left(out) == []
 
 
@@ -188,12 +190,12 @@ def test_a_partial_directory_of_someone_else_is_left_alone(out: Path) -> None:
 def test_a_partial_directory_of_an_earlier_run_is_replaced(out: Path) -> None:
     partial = out.with_name("out.partial")
     partial.mkdir(parents=True)
-    (partial / PARTIAL_MARK).touch()
+    (partial / JOURNAL_NAME).mkdir()
     (partial / "model-1.safetensors").write_bytes(b"half")
     with CheckpointWriter(out, SHARDS, METADATA) as writer:
         write_all(writer)
     assert left(out) == ["out"]
-    assert not (out / PARTIAL_MARK).exists()
+    assert not (out / JOURNAL_NAME).exists()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), InputError("bad source")])
@@ -209,7 +211,7 @@ def test_an_exception_after_the_shards_leaves_nothing(out: Path) -> None:
     with pytest.raises(RuntimeError), CheckpointWriter(out, SHARDS, METADATA) as writer:
         for name, tensor in TENSORS.items():
             writer.write(name, tensor)
-        writer.wait_for_shards()
+        writer.wait()
         raise RuntimeError
     assert left(out) == []
 
@@ -217,12 +219,12 @@ def test_an_exception_after_the_shards_leaves_nothing(out: Path) -> None:
 def test_a_failure_of_the_disk_is_told_by_the_next_call(out: Path) -> None:
     shards = {"no/such/place.safetensors": [OutputTensor("a", "U8", (4,)), OutputTensor("b", "U8", (4,))]}
     with (
-        pytest.raises(ResourceError, match=r"cannot be written .* nothing was left behind"),
+        pytest.raises(ResourceError, match=r"cannot be written .* no unfinished output was left"),
         CheckpointWriter(out, shards, METADATA) as writer,
     ):
         for name in "ab":
             writer.write(name, torch.zeros(4, dtype=torch.uint8))
-        writer.wait_for_shards()
+        writer.wait()
     assert left(out) == []
 
 
@@ -244,7 +246,7 @@ def test_bugs_of_the_caller_are_asserted(out: Path) -> None:
             lambda: writer.write_pieces("z.weight", [z, z]),
             lambda: writer.write_pieces("z.weight", [z[:3]]),
             lambda: writer.copy(info),
-            writer.wait_for_shards,  # tensors are missing
+            writer.wait,  # tensors are missing
         ):
             writer._next = 0
             with pytest.raises(AssertionError):

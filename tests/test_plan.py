@@ -7,12 +7,13 @@ import pytest
 
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import Checkpoint
-from mtpress.checkpoint_writer import OutputTensor, split_into_shards
+from mtpress.checkpoint_writer import split_into_shards
 from mtpress.errors import InputError
 from mtpress.formats import nvfp4
 from mtpress.models.qwen3_5 import MTP_TENSORS, component
 from mtpress.plan import make_plan
 from mtpress.recipe import load_recipe, parse_recipe, shipped
+from mtpress.shard_writer import OutputTensor
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,10 @@ def test_components_that_the_recipe_leaves_out_stay_and_are_ignored(source: Chec
 
 def test_shards_are_filled_in_order_up_to_their_limit() -> None:
     tensors = [OutputTensor(f"t{i}", "U8", (size,)) for i, size in enumerate((40, 40, 40, 500, 10))]
-    shards = split_into_shards(tensors, max_bytes=100)
+    shards = split_into_shards([[tensor] for tensor in tensors], max_bytes=100)
     assert [[t.name for t in group] for group in shards.values()] == [["t0", "t1"], ["t2"], ["t3"], ["t4"]]
     assert next(iter(shards)) == "model-00001-of-00004.safetensors"
-    assert list(split_into_shards(tensors)) == ["model.safetensors"]
+    assert list(split_into_shards([tensors])) == ["model.safetensors"]
 
 
 def test_a_source_whose_head_was_lost_is_refused(tmp_path: Path) -> None:

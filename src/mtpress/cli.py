@@ -1,13 +1,16 @@
 """The command line: a table of stages, each imported only when it is called.
 
 In: arguments. Out: the stage's result as text or, with --json, as JSON on stdout; progress and errors on stderr.
-Exit codes: 0 done and sound, 1 it ran and found something wrong, 2 the input or the call is bad, 130 interrupted.
+Exit codes: 0 done and sound, 1 it ran and found something wrong, 2 the input or the call is bad, 128 + n ended by
+signal n (130: Ctrl-C).
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on missing GPU kernels are not news to the user
     stage = next((a for a in arguments if not a.startswith("-")), None)
+    _Signals.take_over()
     try:
         code, result = run_stage(arguments)
         if "--json" in arguments:
@@ -79,16 +83,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except MtpressError as error:
         return _fail(stage, str(error), error.exit_code, "--json" in arguments)
-    except KeyboardInterrupt:
-        return _fail(stage, "interrupted; the source is untouched and no unfinished output was left", 130, "--json" in arguments)
+    except KeyboardInterrupt as stopped:
+        left = str(stopped) or "the source is untouched and no unfinished output was left"
+        return _fail(stage, f"ended by {_Signals.received.name}; {left}", 128 + _Signals.received, "--json" in arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
+class _Signals:
+    """Ctrl-C, a polite kill and a closed terminal all end the work the same way: KeyboardInterrupt in the main thread."""
+
+    received: signal.Signals = signal.SIGINT
+
+    @classmethod
+    def take_over(cls) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup's choice stands
+                signal.signal(number, cls._stop)
+
+    @classmethod
+    def _stop(cls, number: int, frame: object) -> None:
+        cls.received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+
 def _fail(stage: str | None, message: str, code: int, as_json: bool) -> int:
-    if as_json:
-        document: dict[str, Any] = {"error": message, "exit_code": code}
-        print(json.dumps(document, ensure_ascii=False))
-    print(f"mtpress{f' {stage}' if stage else ''}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        if as_json:
+            document: dict[str, Any] = {"error": message, "exit_code": code}
+            print(json.dumps(document, ensure_ascii=False), flush=True)
+        print(f"mtpress{f' {stage}' if stage else ''}: {message}", file=sys.stderr, flush=True)
     return code

@@ -5,7 +5,7 @@
     ├── ResourceError  2    the machine cannot do it: memory, disk, a missing device
     └── FindingError   1    the work ran, and what it was to prove is not so
 
-Ctrl-C exits with 130. Anything else that escapes is a bug of ours and keeps its traceback.
+A signal ends with 128 + its number: Ctrl-C with 130. Anything else that escapes is a bug of ours and keeps its traceback.
 A message says what, where and what to try, on one line.
 """
 

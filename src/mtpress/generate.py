@@ -183,7 +183,7 @@ class _Run:
             entry.see({n.removeprefix(prefix): owner.checkpoint.read(n) for n in names})
         positions = entry.positions[0]
         self.position = int(positions.max()) + 1
-        return self._body(entry.states[0], positions), positions
+        return self._body(entry.states.get(0), positions), positions
 
     def _body(self, embeds: Tensor, positions: Tensor) -> Tensor:
         out = self.owner.body(inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True)

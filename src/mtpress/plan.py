@@ -14,13 +14,13 @@ from functools import cached_property
 from typing import Literal
 
 from mtpress.checkpoint import Checkpoint, TensorInfo
-from mtpress.checkpoint_writer import OutputTensor, split_into_shards
+from mtpress.checkpoint_writer import split_into_shards
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.recipe import Recipe
+from mtpress.shard_writer import OutputTensor
 
-# Layout of an NVFP4 linear without importing torch; formats/nvfp4.py asserts that it agrees.
-NVFP4_GROUP_SIZE = 16
+NVFP4_GROUP_SIZE = 16  # formats/nvfp4.py has it too, with torch; tests/test_plan.py holds them together
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Step:
     jobs: tuple[Job, ...]
 
     @cached_property
+    def outputs(self) -> list[OutputTensor]:
+        return [tensor for job in self.jobs for tensor in job.outputs]
+
+    @cached_property
     def read_bytes(self) -> int:
         return sum(info.num_bytes for job in self.jobs if job.kind != "drop" for info in job.sources)
 
@@ -65,7 +69,7 @@ class Plan:
 
     @cached_property
     def shards(self) -> dict[str, list[OutputTensor]]:
-        return split_into_shards([tensor for job in self.jobs for tensor in job.outputs])
+        return split_into_shards([step.outputs for step in self.steps])
 
     @cached_property
     def bytes_by_component(self) -> dict[str, int]:

@@ -48,6 +48,10 @@ class Progress:
         if kind is None or self.live:
             self._show(end="\n")
 
+    def skip(self, amount: float) -> None:
+        """Takes away work that is done already; rate and time left are those of what remains."""
+        self.total -= amount
+
     def advance(self, amount: float, note: str = "") -> None:
         self.done += amount
         self.note = note or self.note
@@ -66,5 +70,8 @@ class Progress:
         memory = human_bytes(self.process.memory_info().rss)
         text = f"{self.label}  {share:4.0%}  {self.note:<24} {amount}  {timing}  RAM {memory}"
         start = "\r\x1b[2K" if self.live else ""
-        self.stream.write(start + text + end)
-        self.stream.flush()
+        try:
+            self.stream.write(start + text + end)
+            self.stream.flush()
+        except OSError:  # the terminal is gone; the work is not
+            self.silent = True

@@ -1,108 +1,117 @@
 """Runs a plan: read a step, pass the calibration activations through it, choose scales and codes, write, free.
 
-In: a Plan, a CheckpointWriter open for it and, for a calibrated build, the samples. Out: all planned tensors written in
-planned order, and `StreamResult`. Leaves out: config files and the record (stages/quantize.py).
+In: a Plan, a ShardWriter for all or some of its shards and, for a calibrated build, what moves the samples. Out: the planned
+tensors of those shards in planned order, steps that the writer's journal knows left out. Leaves out: config files and the
+record (stages/quantize.py), and spreading the work over processes (workers.py).
 
-Memory holds two steps' weights, the hidden states of all samples, and what waits for the disk; never the model.
+Memory holds two groups of tensors (a whole decoder layer each where activations pass through it, else the linears of one
+fused group) and what waits for the disk; never the model.
 """
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Protocol
 
 import torch
 
-from mtpress.calibration import CalibrationSet, InputAmax
-from mtpress.checkpoint import TensorInfo, read_rows, read_tensor
-from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.calibration import InputAmax
+from mtpress.checkpoint import TensorInfo
 from mtpress.errors import InputError
 from mtpress.formats import nvfp4
-from mtpress.models import family
-from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.hidden_states import NUM_SLOTS
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
 from mtpress.rounding.max import round_group
+from mtpress.shard_writer import ShardWriter
+from mtpress.source_guard import SourceGuard
+
+Tensors = Mapping[str, torch.Tensor]
 
 
-@dataclass
-class StreamResult:
-    """What running a plan measured: seconds spent per kind of work, and the input amax of every quantized module."""
+class Forward(Protocol):
+    """What moves the samples through the body: CalibrationPass here, WorkerPool in other processes."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "forward": 0.0, "round": 0.0, "write": 0.0})
-    input_amax: dict[str, float] = field(default_factory=dict)
+    whole_layers: bool
+
+    def layer(self, step: Step, tensors: Tensors) -> InputAmax: ...
+
+    def sync(self, step: Step) -> None: ...
+
+
+def unfinished_steps(plan: Plan, writer: ShardWriter) -> list[Step]:
+    """The steps of the writer's shards that it has not finished, in order."""
+    mine = {tensor.name for tensors in writer.shards.values() for tensor in tensors}
+    return [s for s in plan.steps if s.outputs and s.outputs[0].name in mine and s.title not in writer.finished]
 
 
 def run(
-    plan: Plan,
-    writer: CheckpointWriter,
-    device: torch.device,
-    calibration: CalibrationSet | None,
-    progress: Progress,
-) -> StreamResult:
-    """Writes every tensor of the plan. Without calibration, input_scale is the recipe's constant_input_scale."""
-    result = StreamResult()
-    body = StreamedBody(plan.source.config, device) if calibration else None
-    wanted = [_needed(step, calibrated=body is not None) for step in plan.steps]
+    plan: Plan, writer: ShardWriter, device: torch.device, forward: Forward | None, guard: SourceGuard, progress: Progress
+) -> dict[str, float]:
+    """Writes every unfinished step; the seconds that this thread spent per kind of work.
+
+    Without `forward`, input_scale is the recipe's constant_input_scale.
+    """
+    steps = unfinished_steps(plan, writer)
+    groups = [group for step in steps for group in _groups(step, forward)]
+    spent = {"read": 0.0, "forward": 0.0, "round": 0.0, "write": 0.0}
     clock = time.perf_counter()
-    for step, tensors in zip(plan.steps, Prefetch(wanted, device), strict=True):
-        clock = _lap(result, "read", clock)
-        amax = _forward(plan, step, tensors, body, calibration)
-        clock = _lap(result, "forward", clock)
-        for job in step.jobs:
-            if job.kind == "drop":
-                continue
-            if job.kind == "quantize":
-                rounded = _round(plan, job, tensors, amax, result)
-                clock = _lap(result, "round", clock)
-                for output in job.outputs:
-                    writer.write(output.name, rounded[output.name])
-            elif job.sources[0].name in tensors:
-                writer.write(job.sources[0].name, tensors[job.sources[0].name])
-            else:
-                writer.copy(job.sources[0])
-            clock = _lap(result, "write", clock)
-        progress.advance(step.read_bytes, step.title)
-    writer.wait_for_shards()
-    _lap(result, "write", clock)
-    return result
+
+    def lap(kind: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        spent[kind] += now - clock
+        clock = now
+
+    with closing(Prefetch(groups, device).load()) as weights:
+        for step in steps:
+            whole = next(weights) if _in_one_piece(step, forward) else {}
+            lap("read")
+            amax = None
+            if forward is not None and step.layer is not None:
+                if step.layer >= NUM_SLOTS - 1:  # its states take the place of those that this step needs to be done again
+                    writer.wait_for_step(_layer_title(plan, step.layer - NUM_SLOTS + 1))
+                lap("write")
+                amax = forward.layer(step, whole)
+                lap("forward")
+            for job in step.jobs:
+                if job.kind == "keep":
+                    writer.copy(job.sources[0])
+                elif job.kind == "quantize":
+                    tensors = whole or next(weights)
+                    lap("read")
+                    rounded = _round(plan, job, tensors, amax)
+                    lap("round")
+                    for output in job.outputs:
+                        writer.write(output.name, rounded[output.name])
+                lap("write")
+            guard.look({info.file for job in step.jobs for info in job.sources})
+            writer.end_step(step.title, partial(forward.sync, step) if forward is not None and step.layer is not None else None)
+            progress.advance(step.read_bytes, step.title)
+        assert next(weights, None) is None
+    writer.wait()
+    lap("write")
+    return spent
 
 
-def _lap(result: StreamResult, kind: str, since: float) -> float:
-    now = time.perf_counter()
-    result.seconds[kind] += now - since
-    return now
+def _layer_title(plan: Plan, layer: int) -> str:
+    return next(step.title for step in plan.steps if step.layer == layer)
 
 
-def _needed(step: Step, calibrated: bool) -> list[TensorInfo]:
-    """What must be in memory: a whole decoder layer where activations pass through it, else only what is quantized."""
-    whole = calibrated and step.layer is not None
-    return [info for job in step.jobs if job.kind == "quantize" or (whole and job.kind == "keep") for info in job.sources]
+def _in_one_piece(step: Step, forward: Forward | None) -> bool:
+    return forward is not None and forward.whole_layers and step.layer is not None
 
 
-def _forward(
-    plan: Plan, step: Step, tensors: Mapping[str, torch.Tensor], body: StreamedBody | None, calibration: CalibrationSet | None
-) -> InputAmax | None:
-    """Moves the samples through this step, if it is one that they pass, and returns what its linears read."""
-    if body is None or calibration is None:
-        return None
-    if step.layer is not None:
-        amax = InputAmax()
-        start = f"{plan.prefix}layers.{step.layer}."
-        body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax)
-        return amax
-    if step.title == "embeddings":
-        embeddings = step.jobs[0].sources[0]
-        body.embed(calibration.samples, lambda ids: read_rows(embeddings, ids))
-    elif step.title == "vision tower" and any(s.pixel_values is not None for s in calibration.samples):
-        prefix = family(plan.source.model_type).VISION_PREFIX
-        body.see({i.name.removeprefix(prefix): read_tensor(i) for job in step.jobs for i in job.sources})
-    return None
+def _groups(step: Step, forward: Forward | None) -> Sequence[Sequence[TensorInfo]]:
+    """What must be in memory at a time: a whole decoder layer where activations pass through it here, else one fused group."""
+    if _in_one_piece(step, forward):
+        return [[info for job in step.jobs for info in job.sources]]
+    return [job.sources for job in step.jobs if job.kind == "quantize"]
 
 
-def _round(
-    plan: Plan, job: Job, tensors: Mapping[str, torch.Tensor], amax: InputAmax | None, result: StreamResult
-) -> dict[str, torch.Tensor]:
+def _round(plan: Plan, job: Job, tensors: Tensors, amax: InputAmax | None) -> dict[str, torch.Tensor]:
     """Output name → tensor for the linears of one fused group."""
     modules = [info.name.removesuffix(".weight") for info in job.sources]
     weights = {module: tensors[f"{module}.weight"] for module in modules}
@@ -118,7 +127,6 @@ def _round(
             raise InputError(f"{modules[0]}: the calibration activations are {float(seen)}; the source weights are damaged")
         # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
         input_scale = nvfp4.global_scale(torch.where(seen == 0, nvfp4.E2M1_MAX, seen))
-        result.input_amax |= dict.fromkeys(modules, float(seen))
     rounded = {}
     for module, parts in round_group(weights).items():
         for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items():

@@ -2,11 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -190,33 +185,3 @@ def test_dry_run_writes_nothing_and_tells_the_truth(built: dict[str, Path], tmp_
 def test_an_existing_output_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
         quantize(BUILTIN_MODEL, tmp_path, "nvfp4-mtp-vlm")
-
-
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_leaves_nothing_that_looks_finished(kill: signal.Signals, tmp_path: Path) -> None:
-    before = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in BUILTIN_MODEL.iterdir()}
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "mtpress", "quantize", str(BUILTIN_MODEL), str(out)]
-    command += ["--recipe", "nvfp4-mtp-vlm", "--calibration", "builtin"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background is started with it ignored
-    )
-    partial = out.with_name("out.partial")
-    while not (partial / "model.safetensors").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(kill)
-    _, errors = process.communicate(timeout=60)
-    assert not out.exists()
-    assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in BUILTIN_MODEL.iterdir()} == before
-    if kill == signal.SIGINT:
-        assert process.returncode == 130
-        assert not partial.exists()
-        assert "interrupted" in errors and "Traceback" not in errors
-    quantize(BUILTIN_MODEL, out, "nvfp4-mtp-vlm", calibration=["builtin"], silent=True)
-    assert not partial.exists()
-    assert out.exists()

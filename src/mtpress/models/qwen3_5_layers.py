@@ -1,7 +1,8 @@
 """The forward of the body, one decoder layer at a time, with transformers' own layer modules and weights streamed in.
 
 In: token ids and pixels of samples (batch 1, no padding), then each layer's weights as they come from disk. Out: the
-hidden states of every sample and, through a callback, what each linear reads. Leaves out: lm_head and the draft head.
+hidden states of every sample and, through a callback, what each linear reads. Leaves out: lm_head and the draft head, and
+where the hidden states wait between two layers (hidden_states.py).
 
 On CPU the final hidden states equal those of transformers' whole model bit for bit: same modules, same dtype, same order.
 """
@@ -23,6 +24,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 
 from mtpress.chat import Sample
 from mtpress.errors import InputError
+from mtpress.hidden_states import DiskStates, MemoryStates
 
 InputSeen = Callable[[str, Tensor], None]  # (linear's name within the layer, its input [1, T, K])
 
@@ -51,24 +53,39 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.
 class StreamedBody:
     """Hidden states of all samples, moved through the body layer by layer.
 
-    embed() first, see() next if any sample has pictures, then layer() for every layer in order, final_norm() last.
+    embed() first, see() next if any sample has pictures, then layer() for every layer in order, final_norm() last. A run that
+    was stopped calls place() instead of the first two: its states are on disk.
     """
 
-    def __init__(self, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        states: MemoryStates | DiskStates | None = None,
+    ) -> None:
         self.config = model_config(config)
         self.text_config: Qwen3_5TextConfig = self.config.text_config
         self.device, self.dtype = device, dtype
         self.rotary = Qwen3_5TextRotaryEmbedding(config=self.text_config).to(device)
         self.samples: list[Sample] = []
-        self.states: list[Tensor] = []
+        self.states = states or MemoryStates()
         self.positions: list[Tensor] = []
+        self._begun = False
+
+    def place(self, samples: Sequence[Sample]) -> None:
+        """Says which samples these are; their hidden states stand in front of the layer that comes next."""
+        self.samples = list(samples)
+        self.positions = [self._positions(s) for s in samples]
+        self._begun = True
 
     @torch.no_grad()
     def embed(self, samples: Sequence[Sample], rows: Callable[[Tensor], Tensor]) -> None:
         """Starts the samples: rows(token ids) gives their embeddings [T, hidden]."""
-        self.samples = list(samples)
-        self.states = [rows(s.input_ids).to(self.dtype).unsqueeze(0) for s in samples]
-        self.positions = [self._positions(s) for s in samples]
+        self.place(samples)
+        self._begun = False
+        for i, sample in enumerate(samples):
+            self.states.put(i, rows(sample.input_ids).to(self.dtype).unsqueeze(0))
 
     def _positions(self, sample: Sample) -> Tensor:
         """int64 [3, 1, T]: M-RoPE positions, transformers' own rule."""
@@ -89,14 +106,17 @@ class StreamedBody:
             tower = Qwen3_5VisionModel(self.config.vision_config)
         tower.rotary_pos_emb = type(tower.rotary_pos_emb)(self.config.vision_config)
         tower = with_weights(tower, weights, self.dtype).to(self.device)
-        for sample, states in zip(self.samples, self.states, strict=True):
+        self.states.settle()
+        for i, sample in enumerate(self.samples):
             if sample.pixel_values is None:
                 continue
             pixels = sample.pixel_values.to(self.device, self.dtype)
             assert sample.image_grid_thw is not None
             seen = tower(pixels, grid_thw=sample.image_grid_thw.to(self.device)).pooler_output
             place = sample.input_ids == self.config.image_token_id
+            states = self.states.get(i)
             states[0, place] = seen.to(states.device, states.dtype)
+            self.states.put(i, states)
 
     @torch.no_grad()
     def layer(self, index: int, weights: Mapping[str, Tensor], input_seen: InputSeen | None = None) -> None:
@@ -108,10 +128,14 @@ class StreamedBody:
             for name, linear in module.named_modules():
                 if isinstance(linear, nn.Linear):
                     linear.register_forward_pre_hook(lambda _, args, name=name: input_seen(name, args[0]))
-        for i, (states, positions) in enumerate(zip(self.states, self.positions, strict=True)):
-            moved = states.to(self.device, non_blocking=True)
-            rope = self.rotary(moved, positions.to(self.device))
-            self.states[i] = module(moved, position_embeddings=rope, attention_mask=None).to(states.device)
+        if not self._begun:
+            self.states.advance()
+            self._begun = True
+        for i, positions in enumerate(self.positions):
+            states = self.states.get(i).to(self.device, non_blocking=True)
+            rope = self.rotary(states, positions.to(self.device))
+            self.states.put(i, module(states, position_embeddings=rope, attention_mask=None))
+        self.states.advance()
 
     @torch.no_grad()
     def final_norm(self, weight: Tensor) -> list[Tensor]:
@@ -119,4 +143,4 @@ class StreamedBody:
         with torch.device("meta"):
             norm = Qwen3_5RMSNorm(self.text_config.hidden_size, eps=self.text_config.rms_norm_eps)
         norm = with_weights(norm, {"weight": weight}, self.dtype)
-        return [norm(states.to(self.device)).to(states.device) for states in self.states]
+        return [norm(self.states.get(i).to(self.device)).cpu() for i in range(len(self.samples))]

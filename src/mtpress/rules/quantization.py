@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+from mtpress.plan import NVFP4_GROUP_SIZE
 from mtpress.rules import stored
 from mtpress.rules.declaration import MODELOPT_ALGOS, Declaration
 from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.stored import NVFP4_GROUP_SIZE
 from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
 
 # Names that vLLM 0.32 knows, and those its own configs take over (auto-round → inc).

@@ -17,7 +17,6 @@ TITLES: dict[Form, str] = {
 }  # fmt: skip
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 
-NVFP4_GROUP_SIZE = 16  # without importing torch; a test holds it against formats/nvfp4.py
 WEIGHT, SCALE, SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
 NVFP4_SCALES = (SCALE, SCALE_2, INPUT_SCALE)
 KV_SCALES = ("k_scale", "v_scale")

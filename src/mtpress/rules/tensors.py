@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE
+from mtpress.plan import NVFP4_GROUP_SIZE
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.stored import (
     INPUT_SCALE,
     KV_SCALES,
-    NVFP4_GROUP_SIZE,
     PLAIN_DTYPES,
     SCALE,
     SCALE_2,

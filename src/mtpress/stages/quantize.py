@@ -10,20 +10,23 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mtpress.checkpoint import Checkpoint, read_json_object
-from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
 from mtpress.errors import InputError, ResourceError
 from mtpress.hashing import FileHasher
+from mtpress.journal import difference
 from mtpress.models import family
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import Plan, make_plan
 from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe
-from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes
+from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
+from mtpress.source_guard import SourceGuard
 
 # Written by this stage itself, or left behind: the source's card, record and quantization config do not describe the output.
 NOT_CARRIED = {"config.json", "tokenizer_config.json", "hf_quant_config.json", "README.md", RECORD_NAME}
@@ -70,16 +73,18 @@ def quantize(
     calibration: Sequence[str] = (),
     device: str = "auto",
     dry_run: bool = False,
+    resume: bool = False,
     silent: bool = False,
 ) -> QuantizeResult:
     """Makes `out` from `source`. calibration: JSON-lines files, or "builtin"; empty means what the recipe names.
 
-    Raises InputError before anything is written if source, recipe or calibration cannot work, ResourceError if the
-    machine lacks disk or device; nothing half-written stays behind.
+    resume: go on with what a stopped run of the same source, recipe and calibration left in OUT.partial, if there is any.
+    Raises InputError before anything is written if source, recipe or calibration cannot work, ResourceError if the machine
+    lacks disk or device. Nothing that looks finished stays behind.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = Path(out)
-    if target.exists():
+    if target.exists() and not resume:
         raise InputError(f"{target}: exists already; name a directory that does not")
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, chosen)
@@ -89,29 +94,51 @@ def quantize(
         return result
     _refuse_full_disk(target, plan)
     device_used = choose_device(device)
-    from mtpress.calibration import load_calibration  # torch from here on
-    from mtpress.stream import run
+    from mtpress.stream import run, unfinished_steps  # torch from here on
 
     started = time.perf_counter()
-    calibrated = None if chosen.constant_input_scale else load_calibration(checkpoint.path, chosen.calibration, calibration)
-    metadata = checkpoint.shards[0].metadata
+    guard = SourceGuard(checkpoint)
+    calibrated = None
+    if not chosen.constant_input_scale:
+        from mtpress.calibration import load_calibration
+
+        calibrated = load_calibration(checkpoint.path, chosen.calibration, calibration)
+    metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
+    made_of = run_identity(plan, guard, calibrated, device_used)
+    made_from = {
+        "recipe": chosen.canonical(),
+        "calibration": calibrated.record() if calibrated else {"constant_input_scale": chosen.constant_input_scale},
+    }
+    if target.exists():
+        record = finished_record(target, made_from, checkpoint)
+        return replace(result, **{key: record[key] for key in ("calibration", "seconds", "peak_memory_bytes")})
     with (
-        FileHasher([shard.path for shard in checkpoint.shards]) as hasher,
-        CheckpointWriter(target, plan.shards, metadata or {"format": "pt"}) as writer,
+        FileHasher(in_order_of_use(plan)) as hasher,
+        CheckpointWriter(target, plan.shards, metadata, run=made_of, resume=resume) as writer,
         Progress("quantize", plan.read_bytes, silent=silent) as progress,
+        ExitStack() as stack,
     ):
-        streamed = run(plan, writer, device_used, calibrated, progress)
+        steps_before = len(writer.finished)
+        progress.skip(sum(step.read_bytes for step in plan.steps if step.title in writer.finished))
+        layers = [step.layer for step in unfinished_steps(plan, writer) if step.layer is not None]
+        forward = None
+        if calibrated and layers:
+            from mtpress.calibration_pass import CalibrationPass
+
+            forward = CalibrationPass(plan, calibrated.samples, device_used, writer.lock.directory, first_layer=layers[0])
+            stack.callback(forward.close)
+        spent = run(plan, writer, device_used, forward, guard, progress)
+        guard.look_closely()
         for name, content in {**carried, **config_files(plan)}.items():
             writer.write_file(name, content)
-        seconds = {**streamed.seconds, "total": time.perf_counter() - started}
+        seconds = {**spent, "total": time.perf_counter() - started}
         entries: dict[str, Any] = {
-            "recipe": chosen.canonical(),
+            **made_from,
             "source": {
                 "name": checkpoint.path.name if Path(source).is_dir() else str(source),
                 "identity": checkpoint.identity,
-                "sha256": hasher.results(),
+                "sha256": dict(sorted(hasher.results().items())),
             },
-            "calibration": calibrated.record() if calibrated else {"constant_input_scale": chosen.constant_input_scale},
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             "device": str(device_used),
             "seconds": {kind: round(value, 3) for kind, value in seconds.items()},
@@ -119,12 +146,41 @@ def quantize(
             "bytes_by_component": plan.bytes_by_component,
             "output_sha256": dict(sorted(writer.sha256.items())),
         }
+        if steps_before:
+            entries["resumed"] = {"steps_before": steps_before}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
         writer.finish()
-    return QuantizeResult(
-        **{**asdict(result), "calibration": entries["calibration"], "seconds": entries["seconds"]}
-        | {"peak_memory_bytes": entries["peak_memory_bytes"], "ignore": plan.ignore}
-    )
+    return replace(result, **{key: entries[key] for key in ("calibration", "seconds", "peak_memory_bytes")})
+
+
+def finished_record(out: Path, made_from: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The record of an output that --resume finds finished; InputError that names what it was made of, if that differs."""
+    remove_journal(out)
+    record = read_json_object(out / RECORD_NAME) if (out / RECORD_NAME).exists() else {}
+    old = {"recipe": record.get("recipe"), "calibration": record.get("calibration"), "source": record.get("source", {}).get("identity")}
+    different = difference(old, json.loads(json.dumps({**made_from, "source": checkpoint.identity})))
+    if different:
+        raise InputError(f"{out}: exists already and was made with {different}; name a directory that does not")
+    return record
+
+
+def run_identity(plan: Plan, guard: SourceGuard, calibrated: Any, device: Any) -> dict[str, Any]:
+    """What the bytes of the output depend on: two runs with equal values write equal weights."""
+    packages = ("mtpress", "torch", "transformers", "tokenizers") if calibrated else ("mtpress", "torch")
+    identity = {
+        "recipe": plan.recipe.canonical(),
+        "source": guard.fingerprints(),
+        "config": plan.source.identity,
+        "calibration": calibrated.record() if calibrated else None,
+        "versions": {name: version for name, version in versions().items() if name in packages},
+        "shards": {file: sum(tensor.num_bytes for tensor in tensors) for file, tensors in plan.shards.items()},
+    }
+    return {**identity, "device": device.type} if calibrated else identity
+
+
+def in_order_of_use(plan: Plan) -> list[Path]:
+    """The source's shards in the order in which the plan first reads them."""
+    return list(dict.fromkeys([*(info.file for job in plan.jobs for info in job.sources), *(s.path for s in plan.source.shards)]))
 
 
 def describe(plan: Plan, target: Path, dry_run: bool) -> QuantizeResult:
@@ -201,6 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--weight-only", type=float, metavar="SCALE", help="no calibration: this input_scale for every linear")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the forward and the packing run")
+    parser.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
     parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, write nothing")
 
 
@@ -215,7 +272,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         recipe = recipe.model_copy(update={"constant_input_scale": options.weight_only})
     result = quantize(
         options.source, options.out, recipe, calibration=options.calibration, device=options.device, dry_run=options.dry_run,
-        silent=options.json,
+        resume=options.resume, silent=options.json,
     )  # fmt: skip
     if not options.json:
         show(result)

@@ -1,0 +1,73 @@
+"""The calibration samples on their way through the body: one decoder layer at a time, with what its linears read.
+
+In: the samples, a place for their hidden states, each layer's weights. Out: an `InputAmax` a layer. Leaves out: reading the
+weights (prefetch.py), what is made of the statistics (stream.py), and spreading the samples over workers (workers.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from mtpress.calibration import InputAmax
+from mtpress.chat import Sample
+from mtpress.checkpoint import read_rows, read_tensor
+from mtpress.hidden_states import DiskStates
+from mtpress.models import family
+from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.plan import Plan, Step
+
+
+class CalibrationPass:
+    """layer() for every decoder layer from `first_layer` on, in order; close() at the end.
+
+    directory holds the hidden states. first_layer: 0, or the layer that a stopped run goes on with. members: the samples to
+    move, of all; a worker has some of them.
+    """
+
+    whole_layers = True  # layer() wants every tensor of its layer
+
+    def __init__(
+        self,
+        plan: Plan,
+        samples: Sequence[Sample],
+        device: torch.device,
+        directory: Path,
+        *,
+        first_layer: int = 0,
+        members: Sequence[int] | None = None,
+    ) -> None:
+        self.plan = plan
+        lengths = [len(sample.input_ids) for sample in samples]
+        hidden_size = plan.source.text_config["hidden_size"]
+        self.states = DiskStates(directory, lengths, hidden_size, boundary=first_layer, members=members)
+        self.body = StreamedBody(plan.source.config, device, states=self.states)
+        mine = [samples[i] for i in self.states.members]
+        if first_layer:
+            self.body.place(mine)
+        else:
+            self._embed(mine)
+
+    def _embed(self, samples: Sequence[Sample]) -> None:
+        tensors, model = self.plan.source.tensors, family(self.plan.source.model_type)
+        embeddings = tensors[f"{self.plan.prefix}embed_tokens.weight"]
+        self.body.embed(samples, lambda ids: read_rows(embeddings, ids))
+        if any(sample.pixel_values is not None for sample in samples):
+            tower = {n.removeprefix(model.VISION_PREFIX): i for n, i in tensors.items() if n.startswith(model.VISION_PREFIX)}
+            self.body.see({name: read_tensor(info) for name, info in tower.items()})
+
+    def layer(self, step: Step, tensors: Mapping[str, torch.Tensor]) -> InputAmax:
+        """Moves the samples through the layer of this step; what its linears read, on the CPU."""
+        assert step.layer is not None
+        amax = InputAmax()
+        start = f"{self.plan.prefix}layers.{step.layer}."
+        self.body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax)
+        return amax
+
+    def sync(self, step: Step) -> None:
+        """Waits until the states behind the layer of this step are on the disk."""
+        assert step.layer is not None
+        self.states.sync(step.layer + 1)
+
+    def close(self) -> None:
+        self.states.close()

@@ -1,0 +1,151 @@
+"""Hidden states of all calibration samples at a layer boundary, in memory or on disk.
+
+In: the states of one sample after another, as a layer makes them. Out: the same states, when the next layer asks for them.
+Leaves out: the layers (models/). On disk, states are written behind and read ahead by threads of their own, the page cache
+is what holds them as long as memory allows, and three boundaries stay in three files, so that a run which was stopped finds
+the last finished one whole.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtpress.checkpoint import bytes_of
+from mtpress.errors import InputError
+from mtpress.shard_writer import disk_failure
+
+NUM_SLOTS = 3  # the boundary a layer reads, the one it writes, and the one before, until the layer behind it is journaled
+NUM_WAITING = 2  # samples that may wait in memory to be written
+
+
+class MemoryStates:
+    """States in memory: put() in order of samples, get() any of them, advance() once every sample has passed a layer."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def put(self, sample: int, states: Tensor) -> None:
+        if sample == len(self.states):
+            self.states.append(states.cpu())
+        else:
+            self.states[sample] = states.cpu()
+
+    def get(self, sample: int) -> Tensor:
+        return self.states[sample]
+
+    def settle(self) -> None:
+        """Nothing waits here."""
+
+    def advance(self) -> None:
+        """The states of the last layer have taken the place of those in front of it."""
+
+
+class DiskStates:
+    """States in `hidden-{boundary % 3}.bin` of a directory; sample i of the whole set always has the same place in the file.
+
+    members: the samples of the set that are moved here, in order; workers share the files. boundary: the one to start from,
+    0 in front of the first layer; it is on disk already if it is not 0.
+    """
+
+    def __init__(
+        self, directory: Path, lengths: Sequence[int], hidden_size: int, *, boundary: int = 0, members: Sequence[int] | None = None
+    ) -> None:
+        self.directory, self.hidden_size, self.boundary = directory, hidden_size, boundary
+        self.lengths = lengths
+        self.members = list(range(len(lengths))) if members is None else list(members)
+        self.starts = [0, *accumulate(2 * length * hidden_size for length in lengths)]
+        self.pinned = torch.cuda.is_available()
+        self._read = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-states-read")
+        self._write = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-states-write")
+        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._written: list[Future[None]] = []
+        self._room = threading.Semaphore(NUM_WAITING)
+        self._embedded = boundary > 0
+        try:
+            self.files = [os.open(directory / f"hidden-{slot}.bin", os.O_RDWR | os.O_CREAT, 0o644) for slot in range(NUM_SLOTS)]
+        except OSError as error:
+            raise disk_failure(directory, error) from None
+        if boundary and os.fstat(self.files[boundary % NUM_SLOTS]).st_size < self.starts[-1]:
+            raise InputError(
+                f"{directory}: the hidden states in front of layer {boundary} are not there; delete {directory.parent} to start over"
+            )
+
+    def close(self) -> None:
+        self._read.shutdown(wait=True, cancel_futures=True)
+        self._write.shutdown(wait=True, cancel_futures=True)
+        for file in self.files:
+            os.close(file)
+
+    def get(self, sample: int) -> Tensor:
+        """bfloat16 [1, T, hidden] of a member, in memory of its own; the next member's are read meanwhile."""
+        wanted = self._ahead[1] if self._ahead and self._ahead[0] == sample else self._read.submit(self._load, sample)
+        states = wanted.result()
+        following = sample + 1
+        self._ahead = (following, self._read.submit(self._load, following)) if self._embedded and following < len(self.members) else None
+        return states
+
+    def put(self, sample: int, states: Tensor) -> None:
+        """Queues the states of a member behind the layer (before the first advance(): in front of the first layer)."""
+        self._room.acquire()
+        ready = None
+        if states.is_cuda:
+            host = torch.empty(states.shape, dtype=torch.bfloat16, pin_memory=True)
+            host.copy_(states, non_blocking=True)
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        else:
+            host = states.to(torch.bfloat16).contiguous()
+        slot = (self.boundary + self._embedded) % NUM_SLOTS
+        self._written.append(self._write.submit(self._store, sample, host, slot, ready))
+
+    def settle(self) -> None:
+        """Returns when every queued sample is written; raises what went wrong there."""
+        for written in self._written:
+            written.result()
+        self._written.clear()
+
+    def advance(self) -> None:
+        """Every member has passed a layer: what was put is what get() gives from now on."""
+        self.settle()
+        self._ahead = None
+        if self._embedded:
+            self.boundary += 1
+        self._embedded = True
+
+    def sync(self, boundary: int) -> None:
+        """Waits until the states at a boundary are on the disk."""
+        os.fdatasync(self.files[boundary % NUM_SLOTS])
+
+    def _place(self, sample: int) -> tuple[int, tuple[int, int, int]]:
+        member = self.members[sample]
+        return self.starts[member], (1, self.lengths[member], self.hidden_size)
+
+    def _load(self, sample: int) -> Tensor:
+        start, shape = self._place(sample)
+        states = torch.empty(shape, dtype=torch.bfloat16, pin_memory=self.pinned)
+        view, position = bytes_of(states), 0
+        while position < len(view):
+            count = os.preadv(self.files[self.boundary % NUM_SLOTS], [view[position:]], start + position)
+            if count == 0:
+                raise InputError(f"{self.directory}: hidden states end early; delete {self.directory.parent} to start over")
+            position += count
+        return states
+
+    def _store(self, sample: int, states: Tensor, slot: int, ready: "torch.cuda.Event | None") -> None:
+        try:
+            if ready is not None:
+                ready.synchronize()
+            start, _ = self._place(sample)
+            view, position = bytes_of(states), 0
+            while position < len(view):
+                position += os.pwritev(self.files[slot], [view[position:]], start + position)
+        except OSError as error:
+            raise disk_failure(self.directory, error) from None
+        finally:
+            self._room.release()

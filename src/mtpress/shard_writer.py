@@ -1,0 +1,299 @@
+"""Writes safetensors shards into a directory: tensors in planned order, hashed as they are written, finished steps journaled.
+
+In: the planned content of some shards, then their tensors in exactly that order. Out: the files and their SHA-256. Leaves
+out: the directory itself, the index and the rename (checkpoint_writer.py).
+
+Computing, hashing and writing, and waiting for the disk overlap: one thread hashes and writes, another waits until a step's
+bytes are on the disk and then adds its line to the journal. At most `max_queued_bytes` wait in memory.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtpress.checkpoint import DTYPE_BITS, PIECE_BYTES, TensorInfo, bytes_of, read_pieces, torch_dtype
+from mtpress.errors import InputError, ResourceError
+from mtpress.journal import Finished, Journal
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_QUEUED_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: safetensors dtype name and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        bits = DTYPE_BITS[self.dtype]
+        for size in self.shape:
+            bits *= size
+        return bits // 8
+
+
+def shard_header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header of a safetensors file, padded with spaces so that the data starts at a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.num_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def disk_failure(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another disk")
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """Queued behind the tensors of a step. `settle` puts on the disk what else the step needs to count as finished."""
+
+    step: str
+    num_tensors: int
+    settle: Callable[[], None] | None
+
+
+Queued = tuple[str, memoryview | TensorInfo | StepEnd | None]
+
+
+class ShardWriter:
+    """start(), then the planned tensors in planned order (anything else is a bug of the caller), then wait(); or stop().
+
+    With a journal that knows finished steps, the plan begins behind them: `finished` names them, and what is on disk is
+    read again and held against the journal's hashes before it is added to.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shards: Mapping[str, Sequence[OutputTensor]],
+        metadata: Mapping[str, str],
+        *,
+        journal: Journal | None = None,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+    ) -> None:
+        self.directory, self.shards, self.metadata, self.journal = directory, shards, metadata, journal
+        self.max_queued_bytes = max_queued_bytes
+        self.sha256: dict[str, str] = {}
+        self.finished: set[str] = set()
+        self._planned = [(file, tensor) for file, tensors in shards.items() for tensor in tensors]
+        self._starts: dict[str, int] = {}  # file → place of its first tensor in the plan
+        for place, (file, _) in enumerate(self._planned):
+            self._starts.setdefault(file, place)
+        self._next = 0
+        self._begun: dict[str, Finished] = {}
+        self._failure: BaseException | None = None
+        self._queue: queue.Queue[Queued] = queue.Queue()
+        self._queued_bytes = 0
+        self._room = threading.Condition()
+        self._thread = threading.Thread(target=self._drain, name="mtpress-writer", daemon=True)
+        self._settling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-settle")
+        self._file = -1
+        if journal is not None:
+            self._take_up(journal)
+
+    def _take_up(self, journal: Journal) -> None:
+        """Goes behind what the journal says is finished."""
+        for file, tensors in self.shards.items():
+            steps = journal.finished(file)
+            if not steps:
+                break
+            last = steps[-1]
+            end = len(shard_header(tensors, self.metadata)) + sum(tensor.num_bytes for tensor in tensors[: last.num_tensors])
+            path = self.directory / file
+            if end != last.end or not path.exists() or path.stat().st_size < end:
+                raise InputError(f"{path}: is not what its journal says; delete {self.directory} to start over")
+            self._next += last.num_tensors
+            self.finished |= {step.step for step in steps}
+            if last.num_tensors == len(tensors):
+                self.sha256[file] = last.sha256
+            else:
+                self._begun[file] = last
+                break
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _take(self, name: str) -> tuple[str, OutputTensor]:
+        file, planned = self._planned[self._next]
+        assert planned.name == name, f"{name} written where {planned.name} was planned"
+        self._next += 1
+        return file, planned
+
+    def copy(self, info: TensorInfo) -> None:
+        """Queues the next planned tensor as a copy of a stored one, bit for bit; it never is in memory whole."""
+        file, planned = self._take(info.name)
+        assert (info.dtype, info.shape) == (planned.dtype, planned.shape), f"{info.name}: copied where another layout was planned"
+        self._raise_failure()
+        self._queue.put((file, info))
+
+    def write(self, name: str, tensor: "torch.Tensor") -> None:
+        """Queues the next planned tensor; its memory must not change afterwards."""
+        _, planned = self._planned[self._next]
+        assert tuple(tensor.shape) == planned.shape, f"{name}: {tuple(tensor.shape)} written, {planned.shape} planned"
+        self.write_pieces(name, (tensor,))
+
+    def write_pieces(self, name: str, pieces: "Iterable[torch.Tensor]") -> None:
+        """Queues the next planned tensor, handed over in consecutive pieces, so that it never is in memory whole.
+
+        The pieces end to end are the tensor; the memory of none may change afterwards.
+        """
+        file, planned = self._take(name)
+        queued = 0
+        for piece in pieces:
+            assert piece.dtype == torch_dtype(planned.dtype), f"{name}: {piece.dtype} written, {planned.dtype} planned"
+            data = bytes_of(piece.detach().cpu().contiguous())
+            queued += len(data)
+            assert queued <= planned.num_bytes, f"{name}: more than {planned.dtype} {planned.shape} written"
+            self._enqueue(file, data)
+        assert queued == planned.num_bytes, f"{name}: {queued} bytes written, {planned.dtype} {planned.shape} planned"
+
+    def _enqueue(self, file: str, data: memoryview) -> None:
+        with self._room:
+            self._room.wait_for(lambda: self._failure or self._queued_bytes == 0 or self._queued_bytes + len(data) <= self.max_queued_bytes)
+            self._raise_failure()
+            self._queued_bytes += len(data)
+        self._queue.put((file, data))
+
+    def end_step(self, step: str, settle: Callable[[], None] | None = None) -> None:
+        """Says that all tensors of a step are queued. It counts as finished when they, and what `settle` writes, are on the disk."""
+        file = self._planned[self._next - 1][0]
+        self._queue.put((file, StepEnd(step, self._next - self._starts[file], settle)))
+
+    def wait_for_step(self, step: str) -> None:
+        """Returns when the step is finished."""
+        with self._room:
+            self._room.wait_for(lambda: self._failure or step in self.finished)
+            self._raise_failure()
+
+    def wait(self) -> None:
+        """Returns when every planned tensor is on disk and hashed."""
+        assert self._next == len(self._planned), f"{len(self._planned) - self._next} planned tensors were not written"
+        self._queue.put(("", None))
+        self._thread.join()
+        self._settling.shutdown(wait=True)
+        self._raise_failure()
+
+    def stop(self, error: BaseException | None) -> None:
+        """Gives up: nothing more is written; a step whose bytes are all written is still journaled."""
+        if self._thread.is_alive():
+            self._failure = self._failure or error or RuntimeError("left before wait()")
+            self._queue.put(("", None))
+            self._thread.join()
+        self._settling.shutdown(wait=True)
+
+    def _raise_failure(self) -> None:
+        if self._failure is None:
+            return
+        if isinstance(self._failure, OSError):
+            raise disk_failure(self.directory, self._failure) from None
+        raise self._failure
+
+    def _fail(self, error: BaseException) -> None:
+        with self._room:
+            self._failure = self._failure or error
+            self._room.notify_all()
+
+    def _drain(self) -> None:
+        current, digest, end = "", hashlib.sha256(), 0
+        try:
+            while True:
+                file, data = self._queue.get()
+                if self._failure is not None:
+                    return
+                if file != current:
+                    self._close(current, digest)
+                    current = file
+                    if file:
+                        digest, end = self._open(file)
+                if data is None:
+                    return
+                if isinstance(data, StepEnd):
+                    finished = Finished(data.step, data.num_tensors, end, digest.copy().hexdigest())
+                    self._settling.submit(self._settle, os.dup(self._file), file, finished, data.settle)
+                    continue
+                for piece in read_pieces(data) if isinstance(data, TensorInfo) else (data,):
+                    if self._failure is not None:
+                        return
+                    self._put(piece, digest)
+                    end += len(piece)
+                if not isinstance(data, TensorInfo):
+                    with self._room:
+                        self._queued_bytes -= len(data)
+                        self._room.notify_all()
+        except BaseException as error:  # handed to the thread that writes
+            self._fail(error)
+        finally:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+    def _open(self, file: str) -> "tuple[hashlib._Hash, int]":
+        """Opens a shard and returns the hash and the count of the bytes it begins with: its header, or all that is finished."""
+        path, digest = self.directory / file, hashlib.sha256()
+        begun = self._begun.get(file)
+        if begun is None:
+            # what stands there without a line in the journal is of a step that did not finish
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if self.journal else os.O_EXCL), 0o644)
+            header = shard_header(self.shards[file], self.metadata)
+            self._put(memoryview(header), digest)
+            return digest, len(header)
+        self._file = os.open(path, os.O_RDWR)
+        left, buffer = begun.end, bytearray(PIECE_BYTES)
+        while left and (count := os.readv(self._file, [memoryview(buffer)[: min(left, PIECE_BYTES)]])):
+            digest.update(memoryview(buffer)[:count])
+            left -= count
+        if digest.hexdigest() != begun.sha256:
+            raise InputError(f"{path}: its bytes are not those the journal tells of; delete {self.directory} to start over")
+        os.ftruncate(self._file, begun.end)
+        return digest, begun.end
+
+    def _put(self, data: memoryview, digest: "hashlib._Hash") -> None:
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            digest.update(piece)
+            written = 0
+            while written < len(piece):
+                written += os.write(self._file, piece[written:])
+
+    def _close(self, name: str, digest: "hashlib._Hash") -> None:
+        if self._file < 0:
+            return
+        self.sha256[name] = digest.hexdigest()
+        self._settling.submit(self._settle, self._file, name, None, None)
+        self._file = -1
+
+    def _settle(self, file: int, shard: str, finished: Finished | None, settle: Callable[[], None] | None) -> None:
+        """In the settling thread: waits for the disk, then journals the step. Owns the file descriptor."""
+        try:
+            os.fdatasync(file)
+            if finished is None:
+                return
+            if settle is not None:
+                settle()
+            if self.journal is not None:
+                self.journal.append(shard, finished)
+            with self._room:
+                self.finished.add(finished.step)
+                self._room.notify_all()
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            os.close(file)
