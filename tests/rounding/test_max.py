@@ -21,6 +21,15 @@ def test_amax_is_the_largest_magnitude_of_the_group(largest: float) -> None:
     assert amax.dtype == torch.float32 and amax.shape == () and float(amax) == 7.5
 
 
+@pytest.mark.parametrize("damage", [math.inf, -math.inf, math.nan])
+def test_one_number_that_is_none_shows_in_the_amax(damage: float) -> None:
+    group = {"gate": matrix(32, 0.1, 0), "up": matrix(16, 0.1, 1)}
+    assert torch.isfinite(weight_amax(group))
+    group["gate"][31, 63] = damage
+    amax = float(weight_amax(group))
+    assert math.isnan(amax) if math.isnan(damage) else amax == math.inf
+
+
 def test_a_group_shares_one_global_scale() -> None:
     group = {"gate": matrix(32, 1.0, 0), "up": matrix(48, 0.01, 1)}
     rounded = round_group(group)

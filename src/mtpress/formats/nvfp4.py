@@ -9,11 +9,16 @@ Arithmetic, bit for bit modelopt 0.47's "max" (torch/quantization/qtensor/nvfp4_
     code    = nearest E2M1 of w / (float32(scale)·scale_2); ties to the even code; above 6 saturates; sign from w < 0
 Where modelopt goes wrong mtpress does not follow: for matrices of zeros it writes scale_2 0, NaN block scales and codes 7
 (measured), here scale_2 is 1 / (6·448), block scales 1 and codes 0.
+
+The functions below define the arithmetic and run on any device. A compiled kernel gives the same bits of a BF16 matrix on
+the CPU (nvfp4_packing.py); `amax` and `quantize` use it where it is installed.
 """
 
 from typing import Any
 
 import torch
+
+from mtpress.formats import nvfp4_packing
 
 GROUP_SIZE = 16
 E2M1_MAX = 6.0
@@ -23,6 +28,7 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # A value above BOUNDS[i] takes at least code i+1; on the bound itself only where i is odd, so that ties go to even codes.
 BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 ROWS_BYTES = 32 << 20  # float32 working set: rows are quantized in pieces of about this size
+EAGER = "eager"  # the kernel that is none: these functions themselves
 
 # vLLM reads hf_quant_config.json only where the producer is modelopt, whose layout this is; mtpress.json says who made it.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -41,13 +47,21 @@ def output_tensors(shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ..
     }
 
 
-def refusal(shape: tuple[int, ...]) -> str | None:
-    """Why a linear of this shape cannot be NVFP4, or None where it can."""
-    if len(shape) != 2:
-        return f"has {len(shape)} dimensions, a linear has 2"
-    if shape[1] % GROUP_SIZE:
-        return f"has K = {shape[1]}, which {GROUP_SIZE} does not divide"
-    return None
+def kernel() -> str:
+    """What packs a BF16 matrix on this machine's CPU: "avx512", "avx2", "generic" (compiled, plain C) or "eager" (PyTorch)."""
+    return nvfp4_packing.KERNELS[0] if nvfp4_packing.KERNELS else EAGER
+
+
+def amax(weight: torch.Tensor, by: str | None = None) -> torch.Tensor:
+    """float32 scalar: the largest |w| of a matrix; infinite or NaN where one of its numbers is, so one look tells both.
+
+    by: a kernel's name; without it the fastest that takes the matrix.
+    """
+    by = by or (kernel() if nvfp4_packing.takes(weight) else EAGER)
+    if by != EAGER:
+        return nvfp4_packing.amax(weight, by)
+    least, most = torch.aminmax(weight.view(-1))
+    return most.float().maximum(-least.float())
 
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -84,8 +98,17 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)
 
 
-def quantize(weight: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed codes uint8 [N, K/2], block scales float8_e4m3fn [N, K/16]) of a matrix [N, K], in pieces of rows."""
+def quantize(weight: torch.Tensor, scale_2: torch.Tensor, by: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(packed codes uint8 [N, K/2], block scales float8_e4m3fn [N, K/16]) of a matrix [N, K] under a float32 global scale.
+
+    by: a kernel's name; without it the fastest that takes the matrix. The bits are the same.
+    """
+    by = by or (kernel() if nvfp4_packing.takes(weight) else EAGER)
+    return _quantize_eagerly(weight, scale_2) if by == EAGER else nvfp4_packing.quantize(weight, scale_2, by)
+
+
+def _quantize_eagerly(weight: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantize in PyTorch, in pieces of rows."""
     n, k = weight.shape
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(n, k // GROUP_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)

@@ -11,10 +11,8 @@ from mtpress.formats import nvfp4
 
 
 def weight_amax(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """float32 scalar: the largest |w| over all matrices of the group."""
-    return torch.stack(
-        [torch.aminmax(w.view(-1)).max.float().maximum(-torch.aminmax(w.view(-1)).min.float()) for w in weights.values()]
-    ).max()
+    """float32 scalar: the largest |w| over all matrices of the group; infinite or NaN where one of them holds such a number."""
+    return torch.stack([nvfp4.amax(weight) for weight in weights.values()]).max()
 
 
 def round_group(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -1,0 +1,303 @@
+/* The arithmetic of nvfp4.py (block_scales, encode, pack) and the largest magnitude of a matrix, compiled.
+ *
+ * In: buffers of BF16 numbers, and which level of vector instructions to use. Out: the same bits as the eager PyTorch
+ * definition, for every input; tests/formats/test_nvfp4_packing.py holds the two together. Leaves out: tensors and threads
+ * (nvfp4_packing.py); the interpreter lock is released, so pieces of one matrix can be packed at once.
+ *
+ * The loops are plain C with fixed trip counts, written so that compilers turn them into vector code; each level compiles
+ * the same source for another target. Every float32 operation rounds as in PyTorch: no fast-math, no fused multiply-add.
+ */
+#define Py_LIMITED_API 0x030B0000 /* one binary for every CPython from 3.11 on */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __FAST_MATH__
+#error "fast-math changes the bits"
+#endif
+#if FLT_EVAL_METHOD != 0
+#error "float32 operations must round to float32"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "two BF16 numbers are read as one little-endian word"
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+enum {
+    BLOCK = 16,               /* numbers that share a scale */
+    WORDS = BLOCK / 2,        /* 32-bit words of two numbers; a word becomes a byte of two codes */
+    BLOCK_BYTES = 2 * BLOCK,
+    TILE = 64,                /* blocks at once: long enough to vectorize over blocks, short enough for the first cache */
+};
+
+INLINE float as_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t as_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* Word i of a piece of the matrix, which may start at any address. */
+INLINE uint32_t load(const uint8_t *weight, int i)
+{
+    uint32_t word;
+    memcpy(&word, weight + sizeof word * (size_t)i, sizeof word);
+    return word;
+}
+
+/* The larger BF16 magnitude of a word's two numbers, as an integer: NaN > infinity > every number, as torch.amax has it. */
+INLINE int32_t larger_magnitude(uint32_t word)
+{
+    int32_t even = (int32_t)(word & 0x7fffu), odd = (int32_t)(word >> 16 & 0x7fffu);
+    return even > odd ? even : odd;
+}
+
+/* E2M1 code of a number that is divided by its scales; a NaN becomes 0. */
+INLINE uint32_t encode(float scaled)
+{
+    float size = fabsf(scaled);
+    uint32_t code = size > 0.25f;
+    code += size >= 0.75f;
+    code += size > 1.25f;
+    code += size >= 1.75f;
+    code += size > 2.5f;
+    code += size >= 3.5f;
+    code += size > 5.0f;
+    return code + (scaled < 0.0f ? 8u : 0u);
+}
+
+/* E4M3 code of a scale between 2^-9 and 448 or NaN, to nearest, ties to even; *value is the scale that the code stands for. */
+INLINE uint32_t encode_scale(float scale, float *value)
+{
+    const float shift = 16384.0f; /* its float32 neighbours are 2^-9 apart, as E4M3's subnormals are: the sum is rounded for us */
+    uint32_t bits = as_bits(scale);
+    uint32_t normal = bits + 0x7ffffu + (bits >> 20 & 1u);
+    float shifted = scale + shift;
+    uint32_t code = scale < 0x1p-6f ? as_bits(shifted) - as_bits(shift) : (normal >> 20) - ((127 - 7) << 3);
+    float rounded = scale < 0x1p-6f ? shifted - shift : as_float(normal & 0xfff00000u);
+    *value = scale != scale ? scale : rounded;
+    return scale != scale ? 0x7fu | (bits >> 24 & 0x80u) : code;
+}
+
+INLINE void pack_tile(const uint8_t *restrict weight, uint8_t *restrict packed, uint8_t *restrict scales, float scale_2)
+{
+    float step[TILE], divisor = 6.0f * scale_2;
+    int32_t amax[TILE];
+    uint32_t codes[TILE * WORDS];
+    for (int b = 0; b < TILE; b++) {
+        int32_t largest = 0;
+        for (int i = 0; i < WORDS; i++) {
+            int32_t size = larger_magnitude(load(weight, b * WORDS + i));
+            largest = size > largest ? size : largest;
+        }
+        amax[b] = largest;
+    }
+    for (int b = 0; b < TILE; b++) {
+        float value, scale = as_float((uint32_t)amax[b] << 16) / divisor;
+        scale = scale == 0.0f ? 1.0f : scale;
+        scale = scale < 0x1p-9f ? 0x1p-9f : scale;
+        scale = scale > 448.0f ? 448.0f : scale;
+        scales[b] = (uint8_t)encode_scale(scale, &value);
+        step[b] = value * scale_2;
+    }
+    for (int b = 0; b < TILE; b++) {
+        for (int i = 0; i < WORDS; i++) {
+            uint32_t word = load(weight, b * WORDS + i);
+            uint32_t even = encode(as_float(word << 16) / step[b]), odd = encode(as_float(word & 0xffff0000u) / step[b]);
+            codes[b * WORDS + i] = even | odd << 4;
+        }
+    }
+    for (int i = 0; i < TILE * WORDS; i++)
+        packed[i] = (uint8_t)codes[i];
+}
+
+INLINE void pack_blocks(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float scale_2)
+{
+    size_t b = 0;
+    for (; b + TILE <= blocks; b += TILE)
+        pack_tile(weight + b * BLOCK_BYTES, packed + b * WORDS, scales + b, scale_2);
+    if (b < blocks) {
+        uint8_t last[TILE * BLOCK_BYTES] = {0}, last_packed[TILE * WORDS], last_scales[TILE];
+        memcpy(last, weight + b * BLOCK_BYTES, (blocks - b) * BLOCK_BYTES);
+        pack_tile(last, last_packed, last_scales, scale_2);
+        memcpy(packed + b * WORDS, last_packed, (blocks - b) * WORDS);
+        memcpy(scales + b, last_scales, blocks - b);
+    }
+}
+
+INLINE uint32_t largest_bits(const uint8_t *weight, size_t numbers)
+{
+    uint16_t piece[1024];
+    int16_t largest[64] = {0}; /* 16-bit lanes; signed, which SSE2 can compare too */
+    const size_t at_once = sizeof piece / sizeof *piece;
+    for (size_t start = 0; start < numbers; start += at_once) {
+        size_t count = numbers - start < at_once ? numbers - start : at_once;
+        if (count < at_once)
+            memset(piece, 0, sizeof piece);
+        memcpy(piece, weight + start * sizeof *piece, count * sizeof *piece);
+        for (size_t i = 0; i < at_once; i += 64) {
+            for (int lane = 0; lane < 64; lane++) {
+                int16_t size = (int16_t)(piece[i + lane] & 0x7fffu);
+                largest[lane] = size > largest[lane] ? size : largest[lane];
+            }
+        }
+    }
+    uint32_t result = 0;
+    for (int lane = 0; lane < 64; lane++)
+        result = (uint32_t)largest[lane] > result ? (uint32_t)largest[lane] : result;
+    return result;
+}
+
+typedef void pack_function(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float scale_2);
+typedef uint32_t amax_function(const uint8_t *weight, size_t numbers);
+
+#define LEVEL(name, target)                                                                                        \
+    target static void pack_##name(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float s) \
+    {                                                                                                              \
+        pack_blocks(weight, packed, scales, blocks, s);                                                            \
+    }                                                                                                              \
+    target static uint32_t amax_##name(const uint8_t *weight, size_t numbers)                                      \
+    {                                                                                                              \
+        return largest_bits(weight, numbers);                                                                      \
+    }
+
+LEVEL(generic, )
+#if defined(__GNUC__) && defined(__x86_64__)
+#define X86
+LEVEL(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))))
+LEVEL(avx2, __attribute__((target("avx2"))))
+#endif
+
+static const struct {
+    const char *name;
+    pack_function *pack;
+    amax_function *amax;
+} levels[] = {
+#ifdef X86
+    {"avx512", pack_avx512, amax_avx512},
+    {"avx2", pack_avx2, amax_avx2},
+#endif
+    {"generic", pack_generic, amax_generic},
+};
+enum { LEVELS = sizeof levels / sizeof *levels };
+
+static int runs_here(int level)
+{
+#ifdef X86
+    __builtin_cpu_init();
+    if (level == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+    if (level == 1)
+        return !!__builtin_cpu_supports("avx2");
+#endif
+    return level == LEVELS - 1;
+}
+
+/* Index of the level of that name, or -1 with ValueError set where this machine has none. */
+static int find_level(const char *name)
+{
+    for (int level = 0; level < LEVELS; level++)
+        if (strcmp(levels[level].name, name) == 0 && runs_here(level))
+            return level;
+    PyErr_Format(PyExc_ValueError, "no kernel '%s' on this machine", name);
+    return -1;
+}
+
+static PyObject *py_pack(PyObject *module, PyObject *args)
+{
+    const char *name;
+    double scale_2;
+    Py_buffer weight, packed, scales;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sdy*w*w*", &name, &scale_2, &weight, &packed, &scales))
+        return NULL;
+    PyObject *result = NULL;
+    int level = find_level(name);
+    if (level < 0)
+        goto done;
+    if (weight.len != scales.len * BLOCK_BYTES || packed.len != scales.len * WORDS) {
+        PyErr_SetString(PyExc_ValueError, "a block is 32 bytes of weight, 8 of codes and 1 of scales");
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    levels[level].pack(weight.buf, packed.buf, scales.buf, (size_t)scales.len, (float)scale_2);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    PyBuffer_Release(&weight);
+    PyBuffer_Release(&packed);
+    PyBuffer_Release(&scales);
+    return result;
+}
+
+static PyObject *py_amax(PyObject *module, PyObject *args)
+{
+    const char *name;
+    Py_buffer weight;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sy*", &name, &weight))
+        return NULL;
+    PyObject *result = NULL;
+    int level = find_level(name);
+    if (level >= 0) {
+        uint32_t bits;
+        Py_BEGIN_ALLOW_THREADS
+        bits = levels[level].amax(weight.buf, (size_t)weight.len / 2);
+        Py_END_ALLOW_THREADS
+        result = PyLong_FromUnsignedLong(bits);
+    }
+    PyBuffer_Release(&weight);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"pack", py_pack, METH_VARARGS, "pack(level, scale_2, weight, packed, scales): fills packed and scales, buffers of bytes."},
+    {"amax", py_amax, METH_VARARGS, "amax(level, weight): BF16 bits of the largest magnitude; from 0x7f80 on infinite or NaN."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_nvfp4", .m_size = 0, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__nvfp4(void)
+{
+    PyObject *module = PyModule_Create(&definition), *names = PyList_New(0), *tuple = NULL;
+    if (module == NULL || names == NULL)
+        goto failed;
+    for (int level = 0; level < LEVELS; level++) {
+        if (!runs_here(level))
+            continue;
+        PyObject *name = PyUnicode_FromString(levels[level].name);
+        int bad = name == NULL || PyList_Append(names, name) < 0;
+        Py_XDECREF(name);
+        if (bad)
+            goto failed;
+    }
+    tuple = PyList_AsTuple(names);
+    if (tuple == NULL || PyModule_AddObjectRef(module, "LEVELS", tuple) < 0)
+        goto failed;
+    Py_DECREF(tuple);
+    Py_DECREF(names);
+    return module;
+failed:
+    Py_XDECREF(tuple);
+    Py_XDECREF(names);
+    Py_XDECREF(module);
+    return NULL;
+}

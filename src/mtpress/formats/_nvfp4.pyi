@@ -1,0 +1,7 @@
+import numpy as np
+from numpy.typing import NDArray
+
+LEVELS: tuple[str, ...]
+
+def pack(level: str, scale_2: float, weight: NDArray[np.uint8], packed: NDArray[np.uint8], scales: NDArray[np.uint8], /) -> None: ...
+def amax(level: str, weight: NDArray[np.uint8], /) -> int: ...
