@@ -7,7 +7,7 @@ layers themselves (models/) and what is made of the statistics (rounding/, strea
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin"
 
-MAX_LINE_BYTES = 64_000_000
+MAX_LINE_BYTES = 16_000_000  # parsed, a line takes up to twenty times as much memory
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -75,19 +75,39 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: message {i}: content must be a string or a list of parts")
         if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
             raise InputError(f"{where}: message {i}: each content part must be an object")
-    if not isinstance(row.get("tools", []), list | None):
-        raise InputError(f"{where}: tools must be a list")
+        for part in content if isinstance(content, list) else ():
+            if not _is_picture(part) and (part.get("type", "text") != "text" or not isinstance(part.get("text"), str)):
+                raise InputError(f"{where}: message {i}: a content part must be a text or an image, got {str(part)[:80]}")
+        calls = message.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(_is_tool_call(call) for call in calls)):
+            raise InputError(f"{where}: message {i}: tool_calls must be a list of objects with a function or a name")
+    tools = row.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(f"{where}: tools must be a list of objects")
     return row
+
+
+def _is_picture(part: dict[str, Any]) -> bool:
+    return part.get("type", "image") in ("image", "image_url") and ("image" in part or "image_url" in part)
+
+
+def _is_tool_call(call: Any) -> bool:
+    return (
+        isinstance(call, dict) and isinstance(call.get("function", call), dict) and isinstance(call.get("function", call).get("name"), str)
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of every line of a calibration or evaluation file; blank lines are skipped."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a file; name one of JSON lines")
         with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+            # a file without line ends must not come into memory whole
+            for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
                 where = f"{path}:{number}"
                 if len(raw) > MAX_LINE_BYTES:
-                    raise InputError(f"{where}: line of {len(raw) // 1_000_000} MB; name images by path instead of inlining them")
+                    raise InputError(f"{where}: line over {MAX_LINE_BYTES // 1_000_000} MB; name images by path instead of inlining them")
                 if not raw.strip():
                     continue
                 try:
@@ -160,7 +180,7 @@ def load_calibration(directory: Path, source: CalibrationSource, files: Sequence
 def encode_row(encoder: Any, row: dict[str, Any], where: str) -> "Sample":
     """One row as a Sample; messages go through the chat template, text is taken as it is."""
     if "messages" not in row:
-        return encoder.encode_text(row["text"])  # type: ignore[no-any-return]
+        return encoder.encode_text(row["text"], where=where)  # type: ignore[no-any-return]
     options = {key: row[key] for key in ("tools", "enable_thinking") if row.get(key) is not None}
     return encoder.encode(row["messages"], where=where, **options)  # type: ignore[no-any-return]
 
@@ -175,6 +195,13 @@ class InputAmax:
         low, high = inputs.aminmax()
         largest = high.float().maximum(-low.float())
         self.amax[name] = largest if name not in self.amax else self.amax[name].maximum(largest)
+
+    def merge(self, amax: Mapping[str, float]) -> None:
+        """Takes in what another worker's samples showed."""
+        import torch
+
+        for name, value in amax.items():
+            self.amax[name] = torch.tensor(value).maximum(self.amax.get(name, torch.tensor(0.0)))
 
     def of_group(self, names: Iterable[str]) -> "torch.Tensor":
         """One amax for linears that are fused, on the CPU."""

@@ -21,8 +21,8 @@ from mtpress.plan import Plan, Step
 class CalibrationPass:
     """layer() for every decoder layer from `first_layer` on, in order; close() at the end.
 
-    directory holds the hidden states. first_layer: 0, or the layer that a stopped run goes on with. members: the samples to
-    move, of all; a worker has some of them.
+    directory holds the hidden states. A worker has some of the samples: `lengths` are those of all, and `members` says which of
+    all its own are. first_layer: 0, or the layer that a stopped run goes on with.
     """
 
     whole_layers = True  # layer() wants every tensor of its layer
@@ -33,20 +33,20 @@ class CalibrationPass:
         samples: Sequence[Sample],
         device: torch.device,
         directory: Path,
+        lengths: Sequence[int] | None = None,
         *,
-        first_layer: int = 0,
         members: Sequence[int] | None = None,
+        first_layer: int = 0,
     ) -> None:
         self.plan = plan
-        lengths = [len(sample.input_ids) for sample in samples]
+        lengths = lengths or [len(sample.input_ids) for sample in samples]
         hidden_size = plan.source.text_config["hidden_size"]
         self.states = DiskStates(directory, lengths, hidden_size, boundary=first_layer, members=members)
         self.body = StreamedBody(plan.source.config, device, states=self.states)
-        mine = [samples[i] for i in self.states.members]
         if first_layer:
-            self.body.place(mine)
+            self.body.place(samples)
         else:
-            self._embed(mine)
+            self._embed(samples)
 
     def _embed(self, samples: Sequence[Sample]) -> None:
         tensors, model = self.plan.source.tensors, family(self.plan.source.model_type)

@@ -77,7 +77,7 @@ class CheckpointWriter(ShardWriter):
             if self.run is not None:
                 self.lock.begin(self.run)
                 self.journal = self.lock
-                self._take_up(self.lock)
+                self.take_up()
             self.start()
         except BaseException as error:  # Ctrl-C too: nobody else would clean up
             if made:
@@ -136,8 +136,8 @@ class CheckpointWriter(ShardWriter):
 
     def finish(self) -> None:
         """Writes the index and renames the partial directory to its final name."""
-        weight_map = {tensor.name: file for file, tensor in self._planned}
-        total = sum(tensor.num_bytes for _, tensor in self._planned)
+        weight_map = {tensor.name: file for file, tensors in self.shards.items() for tensor in tensors}
+        total = sum(tensor.num_bytes for tensors in self.shards.values() for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_file(INDEX_NAME, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
         try:

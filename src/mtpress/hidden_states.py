@@ -24,6 +24,20 @@ NUM_SLOTS = 3  # the boundary a layer reads, the one it writes, and the one befo
 NUM_WAITING = 2  # samples that may wait in memory to be written
 
 
+def slot_file(directory: Path, boundary: int) -> Path:
+    """The file that holds the states at a boundary."""
+    return directory / f"hidden-{boundary % NUM_SLOTS}.bin"
+
+
+def sync_states(directory: Path, boundary: int) -> None:
+    """Waits until the states at a boundary, whichever process wrote them, are on the disk."""
+    file = os.open(slot_file(directory, boundary), os.O_RDWR)
+    try:
+        os.fdatasync(file)
+    finally:
+        os.close(file)
+
+
 class MemoryStates:
     """States in memory: put() in order of samples, get() any of them, advance() once every sample has passed a layer."""
 
@@ -68,7 +82,7 @@ class DiskStates:
         self._room = threading.Semaphore(NUM_WAITING)
         self._embedded = boundary > 0
         try:
-            self.files = [os.open(directory / f"hidden-{slot}.bin", os.O_RDWR | os.O_CREAT, 0o644) for slot in range(NUM_SLOTS)]
+            self.files = [os.open(slot_file(directory, slot), os.O_RDWR | os.O_CREAT, 0o644) for slot in range(NUM_SLOTS)]
         except OSError as error:
             raise disk_failure(directory, error) from None
         if boundary and os.fstat(self.files[boundary % NUM_SLOTS]).st_size < self.starts[-1]:
@@ -120,7 +134,7 @@ class DiskStates:
 
     def sync(self, boundary: int) -> None:
         """Waits until the states at a boundary are on the disk."""
-        os.fdatasync(self.files[boundary % NUM_SLOTS])
+        sync_states(self.directory, boundary)
 
     def _place(self, sample: int) -> tuple[int, tuple[int, int, int]]:
         member = self.members[sample]

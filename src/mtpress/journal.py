@@ -6,7 +6,7 @@ A directory `.mtpress-partial` in OUT.partial, small, and gone when the output g
                          {"step": "layer 7", "num_tensors": 96, "end": 1270874112, "sha256": "…"}
                          num_tensors and end (bytes, header included) count from the start of the file, and sha256 is of those bytes
     hidden-0…2.bin       hidden states of the samples at three layer boundaries (hidden_states.py)
-    lock                 held by the process that writes here
+    lock, SHARD.lock     held by the process that writes here, and by the worker that writes a shard
 A line is appended only when all that it tells of is on the disk, so what it says holds after a kill or a power cut; a torn
 last line counts as not written. In: steps as they finish. Out: what is finished, or how two runs differ.
 """
@@ -43,9 +43,9 @@ class Journal:
         self.directory = partial / JOURNAL_NAME
         self._lock: int | None = None
 
-    def lock(self) -> None:
-        """Keeps other processes out until unlock() or the end of this process."""
-        self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def lock(self, name: str = "lock") -> None:
+        """Keeps other processes out until unlock() or the end of this process; workers lock the shards that they write."""
+        self._lock = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -93,10 +93,7 @@ class ShardWriter:
         self.max_queued_bytes = max_queued_bytes
         self.sha256: dict[str, str] = {}
         self.finished: set[str] = set()
-        self._planned = [(file, tensor) for file, tensors in shards.items() for tensor in tensors]
-        self._starts: dict[str, int] = {}  # file → place of its first tensor in the plan
-        for place, (file, _) in enumerate(self._planned):
-            self._starts.setdefault(file, place)
+        self._planned: list[tuple[str, int, OutputTensor]] = []  # what is still to be written: file, place in the file, tensor
         self._next = 0
         self._begun: dict[str, Finished] = {}
         self._failure: BaseException | None = None
@@ -106,33 +103,35 @@ class ShardWriter:
         self._thread = threading.Thread(target=self._drain, name="mtpress-writer", daemon=True)
         self._settling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-settle")
         self._file = -1
-        if journal is not None:
-            self._take_up(journal)
+        self.take_up()
 
-    def _take_up(self, journal: Journal) -> None:
-        """Goes behind what the journal says is finished."""
+    def take_up(self) -> None:
+        """Plans what the journal does not know as finished; all of it where there is no journal."""
+        self._planned, self._next, self._begun = [], 0, {}
         for file, tensors in self.shards.items():
-            steps = journal.finished(file)
-            if not steps:
-                break
-            last = steps[-1]
-            end = len(shard_header(tensors, self.metadata)) + sum(tensor.num_bytes for tensor in tensors[: last.num_tensors])
-            path = self.directory / file
-            if end != last.end or not path.exists() or path.stat().st_size < end:
-                raise InputError(f"{path}: is not what its journal says; delete {self.directory} to start over")
-            self._next += last.num_tensors
+            steps = self.journal.finished(file) if self.journal is not None else []
+            done = self._done(file, steps[-1]) if steps else 0
             self.finished |= {step.step for step in steps}
-            if last.num_tensors == len(tensors):
-                self.sha256[file] = last.sha256
-            else:
-                self._begun[file] = last
-                break
+            self._planned += [(file, place, tensor) for place, tensor in enumerate(tensors[done:], done)]
+            if steps and done == len(tensors):
+                self.sha256[file] = steps[-1].sha256
+            elif steps:
+                self._begun[file] = steps[-1]
+
+    def _done(self, file: str, last: Finished) -> int:
+        """How many tensors of a shard are finished; InputError where file and journal do not go together."""
+        tensors = self.shards[file][: last.num_tensors]
+        end = len(shard_header(self.shards[file], self.metadata)) + sum(tensor.num_bytes for tensor in tensors)
+        path = self.directory / file
+        if end != last.end or not path.exists() or path.stat().st_size < end:
+            raise InputError(f"{path}: is not what its journal says; delete {self.directory} to start over")
+        return len(tensors)
 
     def start(self) -> None:
         self._thread.start()
 
     def _take(self, name: str) -> tuple[str, OutputTensor]:
-        file, planned = self._planned[self._next]
+        file, _, planned = self._planned[self._next]
         assert planned.name == name, f"{name} written where {planned.name} was planned"
         self._next += 1
         return file, planned
@@ -146,7 +145,7 @@ class ShardWriter:
 
     def write(self, name: str, tensor: "torch.Tensor") -> None:
         """Queues the next planned tensor; its memory must not change afterwards."""
-        _, planned = self._planned[self._next]
+        _, _, planned = self._planned[self._next]
         assert tuple(tensor.shape) == planned.shape, f"{name}: {tuple(tensor.shape)} written, {planned.shape} planned"
         self.write_pieces(name, (tensor,))
 
@@ -174,8 +173,8 @@ class ShardWriter:
 
     def end_step(self, step: str, settle: Callable[[], None] | None = None) -> None:
         """Says that all tensors of a step are queued. It counts as finished when they, and what `settle` writes, are on the disk."""
-        file = self._planned[self._next - 1][0]
-        self._queue.put((file, StepEnd(step, self._next - self._starts[file], settle)))
+        file, place, _ = self._planned[self._next - 1]
+        self._queue.put((file, StepEnd(step, place + 1, settle)))
 
     def wait_for_step(self, step: str) -> None:
         """Returns when the step is finished."""

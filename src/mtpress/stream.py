@@ -115,9 +115,6 @@ def _round(plan: Plan, job: Job, tensors: Tensors, amax: InputAmax | None) -> di
     """Output name → tensor for the linears of one fused group."""
     modules = [info.name.removesuffix(".weight") for info in job.sources]
     weights = {module: tensors[f"{module}.weight"] for module in modules}
-    for module, weight in weights.items():
-        if not bool(torch.isfinite(weight.aminmax().max - weight.aminmax().min)):
-            raise InputError(f"{module}.weight holds NaN or infinite values; the source is damaged, fetch it again")
     if amax is None:
         assert plan.recipe.constant_input_scale is not None
         input_scale = torch.tensor(plan.recipe.constant_input_scale, dtype=torch.float32)
@@ -129,6 +126,9 @@ def _round(plan: Plan, job: Job, tensors: Tensors, amax: InputAmax | None) -> di
         input_scale = nvfp4.global_scale(torch.where(seen == 0, nvfp4.E2M1_MAX, seen))
     rounded = {}
     for module, parts in round_group(weights).items():
+        if not bool(torch.isfinite(parts[nvfp4.SCALE_2])):
+            damaged = next(name for name, weight in weights.items() if not bool(torch.isfinite(weight).all()))
+            raise InputError(f"{damaged}.weight holds NaN or infinite values; the source is damaged, fetch it again")
         for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items():
             rounded[f"{module}.{suffix}"] = tensor
     return rounded

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,14 @@ def quantize(
     device: str = "auto",
     dry_run: bool = False,
     resume: bool = False,
+    workers: int = 1,
+    ray: str | None = None,
     silent: bool = False,
 ) -> QuantizeResult:
     """Makes `out` from `source`. calibration: JSON-lines files, or "builtin"; empty means what the recipe names.
 
+    workers: processes to spread the samples (weight-only: the shards) over, on this machine or on the Ray cluster at `ray`;
+    the bytes are the same for any number.
     resume: go on with what a stopped run of the same source, recipe and calibration left in OUT.partial, if there is any.
     Raises InputError before anything is written if source, recipe or calibration cannot work, ResourceError if the machine
     lacks disk or device. Nothing that looks finished stays behind.
@@ -94,8 +98,6 @@ def quantize(
         return result
     _refuse_full_disk(target, plan)
     device_used = choose_device(device)
-    from mtpress.stream import run, unfinished_steps  # torch from here on
-
     started = time.perf_counter()
     guard = SourceGuard(checkpoint)
     calibrated = None
@@ -116,18 +118,10 @@ def quantize(
         FileHasher(in_order_of_use(plan)) as hasher,
         CheckpointWriter(target, plan.shards, metadata, run=made_of, resume=resume) as writer,
         Progress("quantize", plan.read_bytes, silent=silent) as progress,
-        ExitStack() as stack,
     ):
         steps_before = len(writer.finished)
         progress.skip(sum(step.read_bytes for step in plan.steps if step.title in writer.finished))
-        layers = [step.layer for step in unfinished_steps(plan, writer) if step.layer is not None]
-        forward = None
-        if calibrated and layers:
-            from mtpress.calibration_pass import CalibrationPass
-
-            forward = CalibrationPass(plan, calibrated.samples, device_used, writer.lock.directory, first_layer=layers[0])
-            stack.callback(forward.close)
-        spent = run(plan, writer, device_used, forward, guard, progress)
+        spent, memory = write_weights(plan, writer, calibrated, device_used, guard, progress, Spread(source, workers, ray))
         guard.look_closely()
         for name, content in {**carried, **config_files(plan)}.items():
             writer.write_file(name, content)
@@ -142,15 +136,53 @@ def quantize(
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             "device": str(device_used),
             "seconds": {kind: round(value, 3) for kind, value in seconds.items()},
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes() + sum(memory),
             "bytes_by_component": plan.bytes_by_component,
             "output_sha256": dict(sorted(writer.sha256.items())),
         }
+        if memory:
+            entries["workers"] = {"count": len(memory), "ray": ray is not None, "peak_memory_bytes": memory}
         if steps_before:
             entries["resumed"] = {"steps_before": steps_before}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
         writer.finish()
     return replace(result, **{key: entries[key] for key in ("calibration", "seconds", "peak_memory_bytes")})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over how many workers a run is spread: processes of this machine or, with the address of a cluster, Ray actors."""
+
+    source: str | Path
+    workers: int
+    ray: str | None
+
+
+def write_weights(
+    plan: Plan, writer: CheckpointWriter, calibrated: Any, device: Any, guard: SourceGuard, progress: Progress, spread: Spread
+) -> tuple[dict[str, float], list[int]]:
+    """Every unfinished tensor: seconds spent per kind of work, and the peak memory of each worker in bytes."""
+    from mtpress.stream import run, unfinished_steps
+
+    first_layer = next((step.layer for step in unfinished_steps(plan, writer) if step.layer is not None), None)
+    if spread.workers == 1 and spread.ray is None:
+        if calibrated is None or first_layer is None:
+            return run(plan, writer, device, None, guard, progress), []
+        from mtpress.calibration_pass import CalibrationPass
+
+        with closing(CalibrationPass(plan, calibrated.samples, device, writer.lock.directory, first_layer=first_layer)) as forward:
+            return run(plan, writer, device, forward, guard, progress), []
+    from mtpress.workers import WorkerPool
+
+    with closing(WorkerPool(plan, writer, spread.source, device, spread.workers, spread.ray)) as pool:
+        if calibrated is None:
+            spent = pool.write_shards(progress)
+            writer.wait()
+        else:
+            if first_layer is not None:
+                pool.begin(calibrated.samples, first_layer)
+            spent = run(plan, writer, device, pool, guard, progress)
+        return spent, pool.peak_memory_bytes()
 
 
 def finished_record(out: Path, made_from: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
@@ -258,6 +290,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weight-only", type=float, metavar="SCALE", help="no calibration: this input_scale for every linear")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the forward and the packing run")
     parser.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="spread the samples (weight-only: the shards) over N processes")
+    parser.add_argument(
+        "--ray", nargs="?", const="auto", metavar="ADDRESS",
+        help='put the workers on a Ray cluster that sees SRC and OUT: an address, "auto" (the default), or "local" for one of this machine',
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="validate, print the plan, write nothing")
 
 
@@ -270,9 +307,11 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
                 f"--weight-only {options.weight_only}: an input_scale must be positive; 1/2688 times the largest activation is usual"
             )
         recipe = recipe.model_copy(update={"constant_input_scale": options.weight_only})
+    if not 1 <= options.workers <= 1024:
+        raise InputError(f"--workers {options.workers}: from 1 to 1024")
     result = quantize(
         options.source, options.out, recipe, calibration=options.calibration, device=options.device, dry_run=options.dry_run,
-        resume=options.resume, silent=options.json,
+        resume=options.resume, workers=options.workers, ray=options.ray, silent=options.json,
     )  # fmt: skip
     if not options.json:
         show(result)

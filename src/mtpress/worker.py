@@ -1,0 +1,128 @@
+"""One worker of a run that is spread over processes or machines: a share of the samples, or some of the shards.
+
+In: the source and the recipe, from which it makes the same plan as everyone, and its share. Out: what the linears have read
+of its samples, or shards in the partial directory with their lines in the journal. Leaves out: who does what (workers.py).
+
+    python -m mtpress.worker FD        serves calls that arrive on an open connection, until it is closed
+"""
+
+import ctypes
+import json
+import pickle
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtpress.checkpoint import Checkpoint
+from mtpress.errors import InputError
+from mtpress.journal import Journal
+from mtpress.plan import Plan, make_plan
+from mtpress.recipe import Recipe
+from mtpress.record import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from mtpress.chat import Sample
+
+PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """Its methods are called from workers.py, over a connection or as a Ray actor; arguments and results are plain values."""
+
+    def __init__(self, source: str, identity: str, recipe: dict[str, Any], partial: str, device: str, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        checkpoint = Checkpoint.open(source)
+        if checkpoint.identity != identity:
+            raise InputError(f"{source}: is not the same checkpoint on every worker; put it where all of them see it")
+        if not (Path(partial) / ".").is_dir():
+            raise InputError(f"{partial}: a worker does not see it; OUT must lie on a disk that all workers share")
+        self.plan: Plan = make_plan(checkpoint, Recipe.model_validate_json(json.dumps(recipe)))
+        self.partial, self.device = Path(partial), torch.device(device)
+        self.forward: Any = None
+        self.weights: Any = None
+
+    def begin(self, samples: "Sequence[Sample]", lengths: Sequence[int], members: Sequence[int], first_layer: int) -> None:
+        """Takes a share of the calibration samples: `members` says which of all, whose lengths are `lengths`, they are."""
+        from mtpress.calibration_pass import CalibrationPass
+        from mtpress.prefetch import Prefetch
+
+        directory = Journal(self.partial).directory
+        self.forward = CalibrationPass(self.plan, samples, self.device, directory, lengths, members=members, first_layer=first_layer)
+        layers = [step for step in self.plan.steps if step.layer is not None and step.layer >= first_layer]
+        self.weights = Prefetch([[info for job in step.jobs for info in job.sources] for step in layers], self.device).load()
+
+    def layer(self, layer: int) -> dict[str, float]:
+        """Moves its samples through the next layer; the largest |x| that each of its linears has read."""
+        step = next(step for step in self.plan.steps if step.layer == layer)
+        amax = self.forward.layer(step, next(self.weights))
+        return {name: float(value) for name, value in amax.amax.items()}
+
+    def sync(self, layer: int) -> None:
+        """Waits until the states behind a layer are on the disk."""
+        self.forward.states.sync(layer + 1)
+
+    def write_shard(self, file: str, metadata: dict[str, str]) -> dict[str, float]:
+        """Writes what is unfinished of one shard, weight-only; the seconds spent per kind of work."""
+        from mtpress.progress import Progress
+        from mtpress.shard_writer import ShardWriter
+        from mtpress.source_guard import SourceGuard
+        from mtpress.stream import run
+
+        journal = Journal(self.partial)
+        journal.lock(f"{file}.lock")
+        writer = ShardWriter(self.partial, {file: self.plan.shards[file]}, metadata, journal=journal)
+        writer.start()
+        try:
+            with Progress("", 0, silent=True) as progress:
+                return run(self.plan, writer, self.device, None, SourceGuard(self.plan.source), progress)
+        finally:
+            writer.stop(None)
+            journal.unlock()
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes()
+
+    def end(self) -> None:
+        if self.weights is not None:
+            self.weights.close()
+            self.forward.close()
+
+
+def serve(connection: Connection) -> None:
+    """Answers (method, arguments) with (True, result) or (False, exception), one after another.
+
+    Pickled here and not by the connection, for which torch would put tensors into shared memory.
+    """
+    worker: Worker | None = None
+    while True:
+        try:
+            method, arguments = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if method == "__init__":
+                worker, answer = Worker(*arguments), None
+            else:
+                answer = getattr(worker, method)(*arguments)
+            connection.send_bytes(pickle.dumps((True, answer)))
+        except Exception as error:  # told to the process that asked
+            connection.send_bytes(pickle.dumps((False, error)))
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the process that started this one decides
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if sys.platform == "linux":  # a worker must not write on when that process was killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with closing(Connection(int(sys.argv[1]))) as connection:
+        serve(connection)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Spreads a run over processes of this machine, or over machines with Ray: the same bytes as one process writes.
+
+A calibrated run gives each worker a share of the samples: the largest |x| over all samples is the largest of the shares, and
+no sample's activations depend on another's. A weight-only run gives them the shards of the output, one after another. Every
+worker reads the source itself and sees the partial directory. In: a plan and its writer. Out: what stream.run wants of a
+forward, or finished shards. Leaves out: what a worker does (worker.py).
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mtpress.calibration import InputAmax
+from mtpress.chat import Sample
+from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.errors import InputError, MtpressError, ResourceError
+from mtpress.hidden_states import sync_states
+from mtpress.plan import Plan, Step
+from mtpress.progress import Progress
+from mtpress.worker import Worker
+
+POLL_SECONDS = 0.2
+
+
+class Handle(Protocol):
+    """A worker somewhere: call() begins a method, result() waits for it; one call at a time."""
+
+    def call(self, method: str, *arguments: Any) -> None: ...
+
+    def done(self) -> bool: ...
+
+    def result(self) -> Any: ...
+
+    def stop(self) -> None: ...
+
+
+class ProcessWorker:
+    """A worker in a process of its own on this machine."""
+
+    def __init__(self, threads: int) -> None:
+        self.connection, theirs = Pipe()
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, "-m", "mtpress.worker", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        theirs.close()
+
+    def call(self, method: str, *arguments: Any) -> None:
+        with suppress(BrokenPipeError):  # result() says what became of it
+            self.connection.send_bytes(pickle.dumps((method, arguments)))
+
+    def done(self) -> bool:
+        return self.connection.poll(0)
+
+    def result(self) -> Any:
+        try:
+            well, value = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            code = self.process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            raise ResourceError(f"a worker process {how}; is there memory for as many? Try a smaller --workers") from None
+        if not well:
+            raise value
+        return value
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class RayWorker:
+    """A worker that Ray puts on some machine of its cluster."""
+
+    def __init__(self, threads: int) -> None:
+        import ray
+
+        self.ray = ray
+        self.remote: Any = ray.remote(num_cpus=threads)(Worker)
+        self.actor: Any = None
+        self.pending: Any = None
+
+    def call(self, method: str, *arguments: Any) -> None:
+        if method == "__init__":
+            self.actor = self.remote.remote(*arguments)
+            self.pending = self.actor.peak_memory_bytes.remote()  # answers once the actor is made
+        else:
+            self.pending = getattr(self.actor, method).remote(*arguments)
+
+    def done(self) -> bool:
+        return bool(self.ray.wait([self.pending], timeout=0)[0])
+
+    def result(self) -> Any:
+        try:
+            return self.ray.get(self.pending)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, MtpressError):
+                raise error.cause from None
+            raise
+        except self.ray.exceptions.RayActorError as error:
+            reason = str(error).strip().splitlines()[-1][:160]
+            raise ResourceError(f"a Ray worker died ({reason}); is there memory for as many? Try a smaller --workers") from None
+
+    def stop(self) -> None:
+        if self.actor is not None:
+            self.ray.kill(self.actor)
+
+
+class WorkerPool:
+    """Workers that all have made the plan; close() ends them."""
+
+    whole_layers = False  # the workers read the layers themselves
+
+    def __init__(self, plan: Plan, writer: CheckpointWriter, source: str | Path, device: torch.device, count: int, ray: str | None) -> None:
+        self.plan, self.writer = plan, writer
+        threads = max(1, torch.get_num_threads() // count) if ray is None else 1
+        if ray is not None:
+            connect(ray)
+            threads = max(1, ray_threads() // count)
+        self.on_ray = ray is not None
+        self.handles: list[Handle] = [RayWorker(threads) if ray is not None else ProcessWorker(threads) for _ in range(count)]
+        path = str(Path(source).absolute()) if Path(source).is_dir() else str(source)
+        recipe, partial = plan.recipe.canonical(), str(writer.partial.absolute())
+        try:
+            for number, handle in enumerate(self.handles):
+                place = f"cuda:{number % torch.cuda.device_count()}" if device.type == "cuda" and ray is None else str(device)
+                handle.call("__init__", path, plan.source.identity, recipe, partial, place, threads)
+            self._results()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.stop()
+
+    def _results(self) -> list[Any]:
+        return [handle.result() for handle in self.handles]
+
+    def begin(self, samples: Sequence[Sample], first_layer: int) -> None:
+        """Deals the samples out, longest first to the worker that has the fewest tokens."""
+        lengths = [len(sample.input_ids) for sample in samples]
+        shares: list[list[int]] = [[] for _ in self.handles]
+        for member in sorted(range(len(samples)), key=lambda i: -lengths[i]):
+            min(shares, key=lambda share: sum(lengths[i] for i in share)).append(member)
+        for handle, share in zip(self.handles, shares, strict=True):
+            share.sort()
+            handle.call("begin", [samples[i] for i in share], lengths, share, first_layer)
+        self._results()
+
+    def layer(self, step: Step, tensors: object) -> InputAmax:
+        """What the linears of a layer read of all samples."""
+        for handle in self.handles:
+            handle.call("layer", step.layer)
+        merged = InputAmax()
+        for amax in self._results():
+            merged.merge(amax)
+        if self.on_ray:  # the files may be written on other machines
+            for handle in self.handles:
+                handle.call("sync", step.layer)
+            self._results()
+        return merged
+
+    def sync(self, step: Step) -> None:
+        assert step.layer is not None
+        if not self.on_ray:
+            sync_states(self.writer.lock.directory, step.layer + 1)
+
+    def write_shards(self, progress: Progress) -> dict[str, float]:
+        """Every unfinished shard of a weight-only run; the seconds that the workers spent per kind of work, together."""
+        waiting = [file for file in self.plan.shards if file not in self.writer.sha256]
+        waiting.sort(key=lambda file: sum(tensor.num_bytes for tensor in self.plan.shards[file]))
+        idle, busy = list(self.handles), list[Handle]()
+        spent: dict[str, float] = {}
+        seen = set(self.writer.finished)
+        while waiting or busy:
+            while waiting and idle:
+                handle = idle.pop()
+                handle.call("write_shard", waiting.pop(), dict(self.writer.metadata))
+                busy.append(handle)
+            time.sleep(POLL_SECONDS)
+            for handle in [handle for handle in busy if handle.done()]:
+                for kind, seconds in handle.result().items():
+                    spent[kind] = spent.get(kind, 0.0) + seconds
+                busy.remove(handle)
+                idle.append(handle)
+            self.writer.take_up()
+            for step in self.plan.steps:
+                if step.title in self.writer.finished - seen:
+                    progress.advance(step.read_bytes, step.title)
+            seen = set(self.writer.finished)
+        return spent
+
+    def peak_memory_bytes(self) -> list[int]:
+        """Of each worker."""
+        for handle in self.handles:
+            handle.call("peak_memory_bytes")
+        return self._results()
+
+
+def connect(address: str) -> None:
+    """Joins a Ray cluster: "local" starts one of this machine, "auto" finds the one this machine belongs to."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray: Ray is not installed; `pip install mtpress[ray]`, or use --workers alone on this machine") from None
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or ["no answer"])[0][:160]
+        raise ResourceError(
+            f"--ray {address}: no cluster there ({reason}); start one with `ray start --head`, or use --ray local"
+        ) from None
+
+
+def ray_threads() -> int:
+    """CPUs of the smallest machine of the cluster: an actor's must fit on one."""
+    import ray
+
+    return int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
