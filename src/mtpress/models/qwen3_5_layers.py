@@ -4,16 +4,21 @@ In: token ids and pixels of samples (batch 1, no padding), then each layer's wei
 hidden states of every sample and, through a callback, what each linear reads. Leaves out: lm_head and the draft head, and
 where the hidden states wait between two layers (hidden_states.py).
 
-On CPU the final hidden states equal those of transformers' whole model bit for bit: same modules, same dtype, same order.
+On CPU, with delta_rule="transformers", the final hidden states equal those of transformers' whole model bit for bit: same
+modules, same dtype, same order. By default linear-attention layers use the faster rule of gated_delta_rule.py, which differs
+from transformers' in the order of float32 operations only.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3_5Config, Qwen3_5TextConfig
+from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5DecoderLayer,
     Qwen3_5Model,
@@ -25,6 +30,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 from mtpress.chat import Sample
 from mtpress.errors import InputError
 from mtpress.hidden_states import DiskStates, MemoryStates
+from mtpress.models.gated_delta_rule import chunk_gated_delta_rule
 
 InputSeen = Callable[[str, Tensor], None]  # (linear's name within the layer, its input [1, T, K])
 
@@ -50,11 +56,31 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.
     return module.eval().requires_grad_(False)
 
 
+@contextmanager
+def fast_delta_rule(layer: nn.Module) -> Iterator[None]:
+    """While it lasts, a linear-attention layer's forward calls mtpress's rule; afterwards transformers' own is back in place."""
+    mixer: Any = layer.linear_attn
+    mixer.num_v_heads = mixer.num_k_heads  # keys are repeated for value heads only where these differ; our rule needs no copies
+    if hasattr(mixer, "chunk_gated_delta_rule"):  # transformers 5.14 keeps the rule in the module, 5.19 calls a global name
+        mixer.chunk_gated_delta_rule = chunk_gated_delta_rule
+        yield
+        return
+    theirs = modeling_qwen3_5.torch_chunk_gated_delta_rule
+    modeling_qwen3_5.torch_chunk_gated_delta_rule = chunk_gated_delta_rule
+    try:
+        yield
+    finally:
+        modeling_qwen3_5.torch_chunk_gated_delta_rule = theirs
+
+
 class StreamedBody:
     """Hidden states of all samples, moved through the body layer by layer.
 
     embed() first, see() next if any sample has pictures, then layer() for every layer in order, final_norm() last. A run that
     was stopped calls place() instead of the first two: its states are on disk.
+
+    delta_rule: "mtpress" for the fast chunked rule (on CUDA only where flash-linear-attention's kernel is missing),
+    "transformers" for whatever transformers takes.
     """
 
     def __init__(
@@ -63,10 +89,13 @@ class StreamedBody:
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
         states: MemoryStates | DiskStates | None = None,
+        delta_rule: Literal["mtpress", "transformers"] = "mtpress",
     ) -> None:
         self.config = model_config(config)
         self.text_config: Qwen3_5TextConfig = self.config.text_config
         self.device, self.dtype = device, dtype
+        has_kernel = device.type == "cuda" and importlib.util.find_spec("fla") is not None
+        self._own_delta_rule = delta_rule == "mtpress" and not has_kernel
         self.rotary = Qwen3_5TextRotaryEmbedding(config=self.text_config).to(device)
         self.samples: list[Sample] = []
         self.states = states or MemoryStates()
@@ -131,10 +160,12 @@ class StreamedBody:
         if not self._begun:
             self.states.advance()
             self._begun = True
-        for i, positions in enumerate(self.positions):
-            states = self.states.get(i).to(self.device, non_blocking=True)
-            rope = self.rotary(states, positions.to(self.device))
-            self.states.put(i, module(states, position_embeddings=rope, attention_mask=None))
+        fast = self._own_delta_rule and hasattr(module, "linear_attn")
+        with fast_delta_rule(module) if fast else nullcontext():
+            for i, positions in enumerate(self.positions):
+                states = self.states.get(i).to(self.device, non_blocking=True)
+                rope = self.rotary(states, positions.to(self.device))
+                self.states.put(i, module(states, position_embeddings=rope, attention_mask=None))
         self.states.advance()
 
     @torch.no_grad()
