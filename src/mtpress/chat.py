@@ -2,12 +2,18 @@
 
 In: OpenAI-style messages (text, `image_url` parts whose URL is a local path or a data URI, `image` parts that hold a
 path or a PIL image) or plain text. Out: `Sample`. Leaves out: video decoding, padding, batching.
+
+Templates, tokenizers and pictures come from strangers: each is held to limits of time, memory or size.
 """
 
 import base64
-import binascii
 import io
+import resource
+import signal
+import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +23,13 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
 
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would hand others to programs of the system
+MAX_PICTURE_PIXELS = 50_000_000
+MAX_TEXT_CHARS = 4_000_000  # of one sample; the longest sequence of a recipe has a million tokens
+MAX_RENDER_SECONDS, MAX_RENDER_BYTES = 5.0, 400_000_000
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
 
@@ -50,10 +61,51 @@ def open_image(source: Any, where: str) -> Image.Image:
             data: Any = io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
         else:
             data = Path(source.removeprefix("file://"))
-        with Image.open(data) as image:
-            return image.convert("RGB")
-    except (OSError, binascii.Error, ValueError, Image.DecompressionBombError, SyntaxError) as error:
-        raise InputError(f"{where}: image {source[:80]!r} does not open ({str(error)[:120]})") from None
+            if data.exists() and not data.is_file():
+                raise ValueError("it is not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are refused here
+            with Image.open(data, formats=PICTURE_FORMATS) as image:
+                if image.width * image.height > MAX_PICTURE_PIXELS:
+                    raise ValueError(f"{image.width}×{image.height} pixels are over {MAX_PICTURE_PIXELS:,}; make it smaller")
+                return image.convert("RGB")
+    except Exception as error:  # decoders of damaged pictures raise errors of every kind
+        raise InputError(f"{where}: image {source[:80]!r} does not open ({reason(error)[:120]})") from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+class _TooLong(BaseException):
+    """Not an Exception: Jinja's optimizer swallows those."""
+
+
+@contextmanager
+def _within_limits() -> Iterator[None]:
+    """Ends what runs too long with _TooLong and refuses it memory with MemoryError; the clock needs the main thread."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    status = Path("/proc/self/statm")
+    if status.exists():
+        now = int(status.read_text().split()[0]) * resource.getpagesize()
+        limit = now + MAX_RENDER_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
+    timed = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    try:
+        if timed:
+
+            def ring(number: int, frame: object) -> None:
+                raise _TooLong
+
+            signal.signal(signal.SIGALRM, ring)
+            signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_SECONDS)
+        yield
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
@@ -72,9 +124,8 @@ class ChatEncoder:
     def __init__(self, directory: Path) -> None:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, Exception) as error:  # tokenizers raises bare Exception
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise InputError(f"{directory}: its tokenizer does not load ({reason}); check tokenizer.json") from None
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"{directory}: its tokenizer does not load ({reason(error)}); check tokenizer.json") from None
         self.directory = directory
         self._image_processor: Qwen2VLImageProcessorPil | None = None
 
@@ -83,35 +134,87 @@ class ChatEncoder:
         if self._image_processor is None:
             if not (self.directory / "preprocessor_config.json").is_file():
                 raise InputError(f"{self.directory}: no preprocessor_config.json, so images cannot be read; copy it from the base")
-            self._image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(self.directory), local_files_only=True)
+            try:
+                processor = Qwen2VLImageProcessorPil.from_pretrained(str(self.directory), local_files_only=True)
+            except Exception as error:  # transformers validates with exceptions of many kinds
+                raise InputError(
+                    f"{self.directory}: preprocessor_config.json does not load ({reason(error)}); copy it from the base"
+                ) from None
+            self._refuse_other_tower(processor)
+            self._image_processor = processor
         return self._image_processor
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **kwargs: Any) -> str:
+    def _refuse_other_tower(self, processor: Qwen2VLImageProcessorPil) -> None:
+        """The processor cuts the patches that config.json's tower takes, and both mean the same token."""
+        config = read_json_object(self.directory / "config.json")
+        vision = config.get("vision_config")
+        for key, mine in (
+            ("patch_size", "patch_size"),
+            ("temporal_patch_size", "temporal_patch_size"),
+            ("spatial_merge_size", "merge_size"),
+        ):
+            calls_for, has = vision.get(key) if isinstance(vision, Mapping) else None, getattr(processor, mine, None)
+            if type(has) is not int or has < 1 or has != calls_for:
+                raise InputError(
+                    f"{self.directory}: preprocessor_config.json has {mine} {str(has)[:40]!r}, config.json's vision_config {key} "
+                    f"{str(calls_for)[:40]!r}; copy both from the base"
+                )
+        token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        said = config.get("image_token_id")
+        if type(said) is not int or said != token:
+            raise InputError(
+                f"{self.directory}: config.json has image_token_id {str(said)[:40]!r}, the tokenizer {token} for {IMAGE_TOKEN}; "
+                "copy both from the base"
+            )
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, where: str = "messages", **kwargs: Any
+    ) -> str:
         """The text of a conversation; `kwargs` (tools, enable_thinking, …) go to the template."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs)
-            )
+            with _within_limits():
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+                    )
+                )
+        except _TooLong:
+            raise InputError(f"{where}: the chat template ran for {MAX_RENDER_SECONDS:.0f} s; look for a loop without end in it") from None
+        except MemoryError:
+            raise InputError(
+                f"{where}: the chat template wants over {MAX_RENDER_BYTES // 1_000_000} MB; look for text that it repeats"
+            ) from None
         except Exception as error:  # jinja's errors share no base with transformers' own
-            raise InputError(f"the chat template refuses this conversation: {str(error).splitlines()[0][:160]}") from None
+            raise InputError(f"{where}: the chat template refuses this conversation: {reason(error)}") from None
 
-    def encode_text(self, text: str) -> Sample:
-        return Sample(torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64))
+    def encode_text(self, text: str, *, where: str = "text") -> Sample:
+        if len(text) > MAX_TEXT_CHARS:
+            raise InputError(f"{where}: {len(text):,} characters, over {MAX_TEXT_CHARS:,}; split it")
+        try:
+            return Sample(torch.tensor(self.tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64))
+        except TypeError:  # JSON can spell half of a surrogate pair, which is no text
+            if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise
+            raise InputError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; take it out") from None
 
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, where: str = "messages", add_generation_prompt: bool = False, **kwargs: Any
     ) -> Sample:
         """One conversation as a `Sample`; each image placeholder becomes as many tokens as the image has merged patches."""
-        text = self.render(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+        text = self.render(messages, add_generation_prompt=add_generation_prompt, where=where, **kwargs)
         images = [open_image(source, where) for source in image_sources(messages)]
         if not images:
-            return self.encode_text(text)
+            return self.encode_text(text, where=where)
         if (found := text.count(IMAGE_TOKEN)) != len(images):
             raise InputError(f"{where}: the template wrote {found} image placeholders for {len(images)} images")
-        pixels = self.image_processor(images=images, return_tensors="pt")
-        merged = self.image_processor.merge_size**2
-        for grid in pixels["image_grid_thw"].tolist():
-            text = text.replace(IMAGE_TOKEN, "\0" * (grid[0] * grid[1] * grid[2] // merged), 1)
-        sample = self.encode_text(text.replace("\0", IMAGE_TOKEN))
+        processor = self.image_processor
+        try:
+            pixels = processor(images=images, return_tensors="pt")
+        except Exception as error:  # it refuses pictures of odd sides by more than one library's errors
+            raise InputError(f"{where}: the image processor refuses an image ({reason(error)}); take another") from None
+        first, *others = text.split(IMAGE_TOKEN)
+        for grid, rest in zip(pixels["image_grid_thw"].tolist(), others, strict=True):
+            first += IMAGE_TOKEN * (grid[0] * grid[1] * grid[2] // processor.merge_size**2) + rest
+        sample = self.encode_text(first, where=where)
         sample.pixel_values, sample.image_grid_thw = pixels["pixel_values"], pixels["image_grid_thw"]
         return sample

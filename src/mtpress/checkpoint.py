@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-MAX_JSON_BYTES = 64_000_000
+# Parsed JSON takes up to twenty times its text in memory. The tokenizer of the family has 20 MB; a header of 32 MB names 200,000 tensors.
+MAX_HEADER_BYTES = 32_000_000
+MAX_JSON_BYTES = 32_000_000
 PIECE_BYTES = 16 << 20
 
 DTYPE_BITS = {
@@ -70,7 +71,8 @@ def torch_dtype(name: str) -> "torch.dtype":
     return {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-        "U8": torch.uint8, "BOOL": torch.bool,
+        "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+        "F8_E8M0": torch.float8_e8m0fnu,
     }[name]  # fmt: skip
 
 
@@ -86,6 +88,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file; InputError if it is missing, too large, not UTF-8, or not JSON without repeated keys."""
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: cannot be read (it is not a file)")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: larger than {MAX_JSON_BYTES // 1_000_000} MB, which no config or index is; is it the right file?")
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)

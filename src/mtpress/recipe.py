@@ -15,7 +15,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mtpress.errors import InputError
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
-MAX_RECIPE_BYTES = 1_000_000
+MAX_RECIPE_BYTES = 64_000  # one screen of YAML; the parser reads 100 kB a second
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without what a recipe does not need: aliases, which can stand for billions of items, and keys that stand twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) != len(node.value):
+            raise yaml.MarkedYAMLError(problem="a key stands twice", problem_mark=node.start_mark)
+        return found
 
 
 class Strict(BaseModel):
@@ -77,15 +92,19 @@ def load_recipe(name_or_file: str | Path) -> Recipe:
     """A shipped recipe by name, or a YAML file by path."""
     path = recipe_file(name_or_file)
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is not a file; name a YAML file, or a shipped recipe (`mtpress recipes`)")
         if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise InputError(f"{path}: too large for a recipe")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raise InputError(f"{path}: too large for a recipe; `mtpress recipes nvfp4-mtp-vlm` shows one")
+        content = yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); `mtpress recipes` lists the shipped ones") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # YAML's constructors of numbers, dates and truth values raise errors of every kind
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0][:100]
+        reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise InputError(f"{path}: not valid YAML{line} ({reason})") from None
     return parse_recipe(content, str(path))
 
@@ -115,5 +134,12 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the key {key} is missing; every recipe needs it"
     if first["type"] == "literal_error":
-        return f"{key}: {str(first['input'])[:60]!r} is not one of {first['ctx']['expected']}"
-    return f"{key}: {first['msg']} (got {str(first['input'])[:60]!r})"
+        return f"{key}: {_shown(first['input'])} is not one of {first['ctx']['expected']}"
+    return f"{key[:80]}: {first['msg']} (got {_shown(first['input'])})"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(str(value)[:60])
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "an integer of thousands of digits"

@@ -119,7 +119,7 @@ def num_mtp_layers(config: Mapping[str, Any]) -> int:
     value = config.get("mtp_num_hidden_layers")
     if value is None:
         value = text_config(config).get("mtp_num_hidden_layers")
-    return value if type(value) is int else 0
+    return value if type(value) is int and value > 0 else 0
 
 
 REQUIRED_SIZES = (
@@ -135,7 +135,45 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         value = text.get(key)
         if type(value) is not int or not 0 < value < 1 << 31:
             raise InputError(f"config.json: {key} is {str(value)[:40]!r}, must be a positive size")
+    _refuse_arithmetic(text)
     return {key: text[key] for key in REQUIRED_SIZES}
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def _refuse_arithmetic(text: Mapping[str, Any]) -> None:
+    """Keys that no shape depends on and that a forward computes with: InputError names one that cannot be. Missing ones have defaults."""
+
+    def refuse(key: str, value: Any, must: str) -> InputError:
+        return InputError(f"config.json: {key} is {str(value)[:40]!r}, must be {must}")
+
+    def positive(value: Any) -> bool:
+        return type(value) in (int, float) and 0 < value < 1e12
+
+    if (eps := text.get("rms_norm_eps")) is not None and not (positive(eps) and eps < 1):
+        raise refuse("rms_norm_eps", eps, "a small positive number")
+    if (act := text.get("hidden_act")) is not None and act != "silu":
+        raise refuse("hidden_act", act, "'silu' in this family")
+    if (rope := text.get("rope_parameters")) is None:
+        return
+    if not isinstance(rope, Mapping):
+        raise refuse("rope_parameters", rope, "an object")
+    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
+        raise refuse("rope_type", kind, f"one of {', '.join(ROPE_TYPES)}")
+    if not positive(theta := rope.get("rope_theta", 1e4)):
+        raise refuse("rope_theta", theta, "a positive number")
+    factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
+    if not positive(factor) or factor > 1:
+        raise refuse("partial_rotary_factor", factor, "a number over 0, at most 1")
+    num_pairs = int(text["head_dim"] * factor) // 2
+    section = rope.get("mrope_section")
+    if section is not None and not (
+        isinstance(section, list) and len(section) == 3 and all(type(n) is int and n >= 0 for n in section) and sum(section) == num_pairs
+    ):
+        raise refuse(
+            "mrope_section", section, f"three counts whose sum is {num_pairs}, half of what head_dim × partial_rotary_factor rotates"
+        )
 
 
 def layer_shapes(config: Mapping[str, Any], layer_type: str) -> dict[str, tuple[int, ...]]:
