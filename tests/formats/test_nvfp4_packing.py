@@ -1,5 +1,6 @@
 """The compiled kernel at every level this machine has, bit for bit against the eager definition."""
 
+import gc
 import importlib
 import math
 import shutil
@@ -116,6 +117,19 @@ def test_pieces_and_threads_give_the_same_bits(threads: int, piece: int, monkeyp
     weight[36, 143] = -9
     assert_equal_bits(weight, torch.tensor(0.002), KERNELS[0])
     assert float(nvfp4.amax(weight, KERNELS[0])) == 9
+
+
+@compiled
+def test_outputs_in_huge_pages_hold_the_same_bits_and_outlive_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [torch.randn(65, 48, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16) for seed in range(4)]
+    scale_2 = torch.tensor(0.001)
+    expected = [nvfp4.quantize(weight, scale_2, nvfp4.EAGER) for weight in weights]
+    monkeypatch.setattr(nvfp4_packing, "HUGE_FROM", 1)
+    found = [nvfp4.quantize(weight, scale_2, KERNELS[0]) for weight in weights]
+    gc.collect()
+    for (packed, scales), (expected_packed, expected_scales) in zip(found, expected, strict=True):
+        assert torch.equal(packed, expected_packed)
+        assert torch.equal(scales.view(torch.uint8), expected_scales.view(torch.uint8))
 
 
 @compiled

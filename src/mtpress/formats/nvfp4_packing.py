@@ -6,8 +6,10 @@ _nvfp4.c repeats. A file of its own, so that nvfp4.py stays the definition and k
 The extension is optional: without it KERNELS is empty and nvfp4.py does the work itself.
 """
 
+import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +25,7 @@ else:
 
 BLOCK = 16
 PIECE_BLOCKS = 1 << 16  # 2 MiB of BF16: threads that are held up elsewhere leave their pieces to the others
+HUGE_FROM = 4 << 20  # bytes; a huge page is 2 MiB
 
 Result = TypeVar("Result")
 
@@ -37,8 +40,8 @@ def quantize(weight: torch.Tensor, scale_2: torch.Tensor, kernel: str) -> tuple[
     """(packed codes, block scales) of a matrix that the kernel takes; ValueError where KERNELS has no such kernel."""
     n, k = weight.shape
     assert k % BLOCK == 0 and scale_2.dtype == torch.float32
-    packed = torch.empty(n, k // 2, dtype=torch.uint8)
-    scales = torch.empty(n, k // BLOCK, dtype=torch.float8_e4m3fn)
+    packed = _empty(n, k // 2)
+    scales = _empty(n, k // BLOCK).view(torch.float8_e4m3fn)
     weight_bytes, packed_bytes, scale_bytes = (_as_bytes(tensor) for tensor in (weight, packed, scales))
     global_scale = float(scale_2)
 
@@ -60,6 +63,19 @@ def amax(weight: torch.Tensor, kernel: str) -> torch.Tensor:
     # magnitudes order as their bits do, infinity above every number and NaN above infinity
     bits = max(_on_threads(largest, -(-weight.numel() // BLOCK)))
     return torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).float()
+
+
+def _empty(rows: int, columns: int) -> torch.Tensor:
+    """uint8 [rows, columns] of any content; in huge pages if it is large and Linux grants them.
+
+    The first touch of fresh memory in pages of 4 KiB takes about as long as packing into it.
+    """
+    if rows * columns < HUGE_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(rows, columns, dtype=torch.uint8)
+    pages = mmap.mmap(-1, rows * columns, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel built without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(rows, columns)
 
 
 def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
