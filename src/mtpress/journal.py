@@ -3,8 +3,9 @@
 A directory `.mtpress-partial` in OUT.partial, small, and gone when the output gets its name:
     run.json             what the bytes of the output depend on: recipe, source files, calibration, versions
     SHARD.jsonl          one line for each finished step of a shard, in order:
-                         {"step": "layer 7", "num_tensors": 96, "end": 1270874112, "sha256": "…"}
-                         num_tensors and end (bytes, header included) count from the start of the file, and sha256 is of those bytes
+                         {"step": "layer 7", "num_tensors": 96, "end": 1270874112, "sha256": "…", "sources": {…}}
+                         num_tensors and end (bytes, header included) count from the start of the file, sha256 is of those
+                         bytes, sources are the SHA-256 of the stored matrices that the step has quantized
     hidden-0…2.bin       hidden states of the samples at three layer boundaries (hidden_states.py)
     lock, SHARD.lock     held by the process that writes here, and by the worker that writes a shard
 A line is appended only when all that it tells of is on the disk, so what it says holds after a kill or a power cut; a torn
@@ -34,6 +35,7 @@ class Finished:
     num_tensors: int
     end: int
     sha256: str
+    sources: dict[str, str]
 
 
 class Journal:

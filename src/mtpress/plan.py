@@ -49,6 +49,11 @@ class Step:
         return [tensor for job in self.jobs for tensor in job.outputs]
 
     @cached_property
+    def quantized(self) -> list[str]:
+        """Names of the stored matrices that are quantized."""
+        return [info.name for job in self.jobs if job.kind == "quantize" for info in job.sources]
+
+    @cached_property
     def read_bytes(self) -> int:
         return sum(info.num_bytes for job in self.jobs if job.kind != "drop" for info in job.sources)
 

@@ -3,32 +3,43 @@
 In: groups of tensors in the order they are needed. Out: a generator of dicts name → tensor on the compute device, at most one
 group ahead. On a GPU a group lands in pinned memory and is copied on a stream of its own, so disk, copy and compute overlap.
 
-A tensor is valid until the next group is asked for: then its buffer is filled with the group after that.
+A tensor is valid until the next group is asked for: then its buffer is filled with the group after that. The SHA-256 of those
+that are named `hashed` is in `digests` as soon as they are handed out.
 """
 
-from collections.abc import Generator, Sequence
+import hashlib
+from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from mtpress.checkpoint import TensorInfo, bytes_of, read_bytes, torch_dtype
+from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
+from mtpress.disk import BLOCK_BYTES, aligned_buffer, opened, read_range, round_up
 
-ALIGNMENT = 64  # bytes; a cache line, and no dtype wants more
-Loaded = tuple[dict[str, torch.Tensor], "torch.cuda.Event | None"]
+Loaded = tuple[dict[str, torch.Tensor], dict[str, str], "torch.cuda.Event | None"]
 
 
 class Prefetch:
     """load() is asked once; closing it, or coming to its end, stops the reading thread."""
 
-    def __init__(self, groups: Sequence[Sequence[TensorInfo]], device: torch.device) -> None:
-        self.groups, self.device = groups, device
+    def __init__(self, groups: Sequence[Sequence[TensorInfo]], device: torch.device, hashed: Collection[str] = ()) -> None:
+        self.groups, self.device, self.hashed = groups, device, hashed
+        self.digests: dict[str, str] = {}
         self.on_gpu = device.type == "cuda"
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-prefetch")
         self.copy_stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
-        size = max((sum(_aligned(info.num_bytes) for info in group) for group in groups), default=0)
-        num_buffers = min(2, len(groups))
-        self.host = [torch.empty(size, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(num_buffers)]
-        self.device_memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(num_buffers)] if self.on_gpu else self.host
+        size = max((sum(_end(0, info) for info in group) for group in groups), default=0)
+        self.host = [self._buffer(size) for _ in range(min(2, len(groups)))]
+        if self.on_gpu:
+            self.device_memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in self.host]
+        else:
+            self.device_memory = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self.host]
+
+    def _buffer(self, size: int) -> memoryview:
+        if not self.on_gpu:
+            return aligned_buffer(size)
+        pinned = torch.empty(size + BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+        return bytes_of(pinned)[-pinned.data_ptr() % BLOCK_BYTES :][:size]
 
     def load(self) -> Generator[dict[str, torch.Tensor], None, None]:
         waiting: list[Future[Loaded]] = []
@@ -37,7 +48,8 @@ class Prefetch:
             for number in range(len(self.groups)):
                 if not waiting:
                     waiting.append(self.pool.submit(self._load, number, None))
-                tensors, ready = waiting.pop().result()
+                tensors, digests, ready = waiting.pop().result()
+                self.digests |= digests
                 if number + 1 < len(self.groups):
                     waiting.append(self.pool.submit(self._load, number + 1, free[(number + 1) % 2]))
                 if ready is not None:
@@ -51,27 +63,36 @@ class Prefetch:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
     def _load(self, number: int, free: "torch.cuda.Event | None") -> Loaded:
-        group, host, device_memory = self.groups[number], self.host[number % 2], self.device_memory[number % 2]
-        places, end = {}, 0
+        group, buffer, device_memory = self.groups[number], self.host[number % 2], self.device_memory[number % 2]
+        places, end = dict[str, tuple[int, TensorInfo]](), 0
+        digests = {}
         for info in sorted(group, key=lambda i: (i.file, i.offset)):
-            places[info.name] = (end, info)
-            read_bytes(info, bytes_of(host[end : end + info.num_bytes]))
-            end += _aligned(info.num_bytes)
+            start = end + info.offset % BLOCK_BYTES  # where in its block it stands on disk, it stands in memory
+            end = _end(end, info)
+            places[info.name] = (start, info)
+            with opened(info) as file:
+                read_range(file, buffer[start - info.offset % BLOCK_BYTES : end], info.offset, info.offset + info.num_bytes, info)
+            if info.name in self.hashed:
+                digests[info.name] = hashlib.sha256(buffer[start : start + info.num_bytes]).hexdigest()
         ready = None
         if self.copy_stream is not None:
             with torch.cuda.stream(self.copy_stream):
                 if free is not None:
                     self.copy_stream.wait_event(free)
-                device_memory[:end].copy_(host[:end], non_blocking=True)
+                device_memory[:end].copy_(torch.frombuffer(buffer[:end], dtype=torch.uint8), non_blocking=True)
                 ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record()
             ready.synchronize()  # in this thread: the pinned buffer is filled again two groups on
-        tensors = {
-            name: device_memory[start : start + info.num_bytes].view(torch_dtype(info.dtype)).view(info.shape)
-            for name, (start, info) in places.items()
-        }
-        return tensors, ready
+        return {name: self._tensor(device_memory, start, info) for name, (start, info) in places.items()}, digests, ready
+
+    @staticmethod
+    def _tensor(memory: torch.Tensor, start: int, info: TensorInfo) -> torch.Tensor:
+        stored = memory[start : start + info.num_bytes]
+        if start % (DTYPE_BITS[info.dtype] // 8):  # files may place a tensor anywhere
+            stored = stored.clone()
+        return stored.view(torch_dtype(info.dtype)).view(info.shape)
 
 
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+def _end(start: int, info: TensorInfo) -> int:
+    """Where the blocks of a tensor end that are put at `start` of a buffer."""
+    return start + round_up(info.offset % BLOCK_BYTES + info.num_bytes)

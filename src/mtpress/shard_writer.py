@@ -3,8 +3,8 @@
 In: the planned content of some shards, then their tensors in exactly that order. Out: the files and their SHA-256. Leaves
 out: the directory itself, the index and the rename (checkpoint_writer.py).
 
-Computing, hashing and writing, and waiting for the disk overlap: one thread hashes and writes, another waits until a step's
-bytes are on the disk and then adds its line to the journal. At most `max_queued_bytes` wait in memory.
+Computing, hashing and writing overlap: one thread hashes what is queued, another (disk.py) writes it, waits for the disk at the
+end of a step and then adds its line to the journal. At most `max_queued_bytes` wait in memory.
 """
 
 import hashlib
@@ -12,13 +12,14 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress.checkpoint import DTYPE_BITS, PIECE_BYTES, TensorInfo, bytes_of, read_pieces, torch_dtype
+from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
+from mtpress.disk import StagedFile, read_pieces
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import Finished, Journal
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_QUEUED_BYTES = 512 << 20
+CACHED_BYTES = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class StepEnd:
     step: str
     num_tensors: int
     settle: Callable[[], None] | None
+    sources: dict[str, str]
 
 
 Queued = tuple[str, memoryview | TensorInfo | StepEnd | None]
@@ -93,6 +96,7 @@ class ShardWriter:
         self.max_queued_bytes = max_queued_bytes
         self.sha256: dict[str, str] = {}
         self.finished: set[str] = set()
+        self.sources: dict[str, str] = {}
         self._planned: list[tuple[str, int, OutputTensor]] = []  # what is still to be written: file, place in the file, tensor
         self._next = 0
         self._begun: dict[str, Finished] = {}
@@ -101,8 +105,7 @@ class ShardWriter:
         self._queued_bytes = 0
         self._room = threading.Condition()
         self._thread = threading.Thread(target=self._drain, name="mtpress-writer", daemon=True)
-        self._settling = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-settle")
-        self._file = -1
+        self._file: StagedFile | None = None
         self.take_up()
 
     def take_up(self) -> None:
@@ -112,9 +115,12 @@ class ShardWriter:
             steps = self.journal.finished(file) if self.journal is not None else []
             done = self._done(file, steps[-1]) if steps else 0
             self.finished |= {step.step for step in steps}
+            for step in steps:
+                self.sources |= step.sources
             self._planned += [(file, place, tensor) for place, tensor in enumerate(tensors[done:], done)]
             if steps and done == len(tensors):
                 self.sha256[file] = steps[-1].sha256
+                os.truncate(self.directory / file, steps[-1].end)  # what follows is padding of the last block
             elif steps:
                 self._begun[file] = steps[-1]
 
@@ -171,10 +177,13 @@ class ShardWriter:
             self._queued_bytes += len(data)
         self._queue.put((file, data))
 
-    def end_step(self, step: str, settle: Callable[[], None] | None = None) -> None:
-        """Says that all tensors of a step are queued. It counts as finished when they, and what `settle` writes, are on the disk."""
+    def end_step(self, step: str, settle: Callable[[], None] | None = None, sources: Mapping[str, str] | None = None) -> None:
+        """Says that all tensors of a step are queued. It counts as finished when they, and what `settle` writes, are on the disk.
+
+        sources: SHA-256 of the stored matrices that the step has read, by name; `sources` of this writer collects them.
+        """
         file, place, _ = self._planned[self._next - 1]
-        self._queue.put((file, StepEnd(step, place + 1, settle)))
+        self._queue.put((file, StepEnd(step, place + 1, settle, dict(sources or {}))))
 
     def wait_for_step(self, step: str) -> None:
         """Returns when the step is finished."""
@@ -187,7 +196,6 @@ class ShardWriter:
         assert self._next == len(self._planned), f"{len(self._planned) - self._next} planned tensors were not written"
         self._queue.put(("", None))
         self._thread.join()
-        self._settling.shutdown(wait=True)
         self._raise_failure()
 
     def stop(self, error: BaseException | None) -> None:
@@ -196,7 +204,6 @@ class ShardWriter:
             self._failure = self._failure or error or RuntimeError("left before wait()")
             self._queue.put(("", None))
             self._thread.join()
-        self._settling.shutdown(wait=True)
 
     def _raise_failure(self) -> None:
         if self._failure is None:
@@ -211,7 +218,7 @@ class ShardWriter:
             self._room.notify_all()
 
     def _drain(self) -> None:
-        current, digest, end = "", hashlib.sha256(), 0
+        current, digest = "", hashlib.sha256()
         try:
             while True:
                 file, data = self._queue.get()
@@ -221,18 +228,19 @@ class ShardWriter:
                     self._close(current, digest)
                     current = file
                     if file:
-                        digest, end = self._open(file)
+                        digest = self._open(file)
                 if data is None:
                     return
+                assert self._file is not None
                 if isinstance(data, StepEnd):
-                    finished = Finished(data.step, data.num_tensors, end, digest.copy().hexdigest())
-                    self._settling.submit(self._settle, os.dup(self._file), file, finished, data.settle)
+                    finished = Finished(data.step, data.num_tensors, self._file.end, digest.copy().hexdigest(), data.sources)
+                    self._file.then(partial(self._settle, self._file.file, file, finished, data.settle))
                     continue
-                for piece in read_pieces(data) if isinstance(data, TensorInfo) else (data,):
+                for piece in read_pieces(data) if isinstance(data, TensorInfo) else in_pieces(data):
                     if self._failure is not None:
                         return
-                    self._put(piece, digest)
-                    end += len(piece)
+                    digest.update(piece)
+                    self._file.append(piece)
                 if not isinstance(data, TensorInfo):
                     with self._room:
                         self._queued_bytes -= len(data)
@@ -240,59 +248,50 @@ class ShardWriter:
         except BaseException as error:  # handed to the thread that writes
             self._fail(error)
         finally:
-            if self._file >= 0:
-                os.close(self._file)
-                self._file = -1
+            if self._file is not None:
+                self._file.close(whole=False)
 
-    def _open(self, file: str) -> "tuple[hashlib._Hash, int]":
-        """Opens a shard and returns the hash and the count of the bytes it begins with: its header, or all that is finished."""
+    def _open(self, file: str) -> "hashlib._Hash":
+        """Opens a shard; the hash of what it begins with: its header, or all that is finished."""
         path, digest = self.directory / file, hashlib.sha256()
         begun = self._begun.get(file)
         if begun is None:
             # what stands there without a line in the journal is of a step that did not finish
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if self.journal else os.O_EXCL), 0o644)
-            header = shard_header(self.shards[file], self.metadata)
-            self._put(memoryview(header), digest)
-            return digest, len(header)
-        self._file = os.open(path, os.O_RDWR)
-        left, buffer = begun.end, bytearray(PIECE_BYTES)
-        while left and (count := os.readv(self._file, [memoryview(buffer)[: min(left, PIECE_BYTES)]])):
-            digest.update(memoryview(buffer)[:count])
-            left -= count
+            self._file = StagedFile(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if self.journal else os.O_EXCL))
+            header = memoryview(shard_header(self.shards[file], self.metadata))
+            digest.update(header)
+            self._file.append(header)
+            return digest
+        for piece in read_pieces(TensorInfo(file, "U8", (begun.end,), path, 0, begun.end)):
+            digest.update(piece)
         if digest.hexdigest() != begun.sha256:
             raise InputError(f"{path}: its bytes are not those the journal tells of; delete {self.directory} to start over")
-        os.ftruncate(self._file, begun.end)
-        return digest, begun.end
-
-    def _put(self, data: memoryview, digest: "hashlib._Hash") -> None:
-        for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
-            digest.update(piece)
-            written = 0
-            while written < len(piece):
-                written += os.write(self._file, piece[written:])
+        self._file = StagedFile(path, os.O_RDWR, begun.end)
+        return digest
 
     def _close(self, name: str, digest: "hashlib._Hash") -> None:
-        if self._file < 0:
-            return
-        self.sha256[name] = digest.hexdigest()
-        self._settling.submit(self._settle, self._file, name, None, None)
-        self._file = -1
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close(whole=True)
+            self.sha256[name] = digest.hexdigest()
 
-    def _settle(self, file: int, shard: str, finished: Finished | None, settle: Callable[[], None] | None) -> None:
-        """In the settling thread: waits for the disk, then journals the step. Owns the file descriptor."""
+    def _settle(self, file: int, shard: str, finished: Finished, settle: Callable[[], None] | None) -> None:
+        """In the thread that writes, behind all bytes of the step: waits for the disk, then journals it."""
         try:
             os.fdatasync(file)
-            if finished is None:
-                return
             if settle is not None:
                 settle()
             if self.journal is not None:
                 self.journal.append(shard, finished)
-            with self._room:
-                self.finished.add(finished.step)
-                self._room.notify_all()
         except BaseException as error:
             self._fail(error)
-        finally:
-            os.close(file)
+            raise
+        with self._room:
+            self.finished.add(finished.step)
+            self.sources |= finished.sources
+            self._room.notify_all()
+
+
+def in_pieces(data: memoryview) -> Iterator[memoryview]:
+    """Small enough to be in the processor's cache when it is hashed and then staged."""
+    return (data[start : start + CACHED_BYTES] for start in range(0, len(data), CACHED_BYTES))

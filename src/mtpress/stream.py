@@ -65,7 +65,8 @@ def run(
         spent[kind] += now - clock
         clock = now
 
-    with closing(Prefetch(groups, device).load()) as weights:
+    prefetch = Prefetch(groups, device, hashed={name for step in steps for name in step.quantized})
+    with closing(prefetch.load()) as weights:
         for step in steps:
             whole = next(weights) if _in_one_piece(step, forward) else {}
             lap("read")
@@ -88,7 +89,8 @@ def run(
                         writer.write(output.name, rounded[output.name])
                 lap("write")
             guard.look({info.file for job in step.jobs for info in job.sources})
-            writer.end_step(step.title, partial(forward.sync, step) if forward is not None and step.layer is not None else None)
+            settle = partial(forward.sync, step) if forward is not None and step.layer is not None else None
+            writer.end_step(step.title, settle, {name: prefetch.digests.pop(name) for name in step.quantized})
             progress.advance(step.read_bytes, step.title)
         assert next(weights, None) is None
     writer.wait()

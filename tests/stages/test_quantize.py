@@ -154,8 +154,17 @@ def test_the_record_says_what_was_made(built: dict[str, Path]) -> None:
     for name, digest in record["output_sha256"].items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
     assert set(record["output_sha256"]) == {p.name for p in out.iterdir()} - {"mtpress.json", "model.safetensors.index.json"}
-    for name, digest in record["source"]["sha256"].items():
-        assert hashlib.sha256((BUILTIN_MODEL / name).read_bytes()).hexdigest() == digest
+    file = BUILTIN_MODEL / "model.safetensors"
+    assert record["source"]["files"].keys() == {"model.safetensors"}
+    assert record["source"]["files"]["model.safetensors"]["size"] == file.stat().st_size
+    stored = Checkpoint.open(BUILTIN_MODEL).tensors
+    with file.open("rb") as weights_file:
+        lines = []
+        for name in sorted(n for n in weights(out) if f"{n}_scale" in weights(out)):
+            weights_file.seek(stored[name].offset)
+            lines.append(f"{name} {hashlib.sha256(weights_file.read(stored[name].num_bytes)).hexdigest()}\n")
+    assert len(lines) == 25
+    assert record["source"]["quantized_sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
     assert record["recipe"]["name"] == "nvfp4-mtp-vlm"
     assert record["calibration"]["num_samples"] == 20
     expected = load_calibration(BUILTIN_MODEL, load_recipe("nvfp4-mtp-vlm").calibration, ["builtin"])

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,8 +48,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     wanted: list[object] = []
     original = CheckpointWriter.end_step
 
-    def end_step(self: CheckpointWriter, step: str, settle: object = None) -> None:
-        original(self, step, settle)  # type: ignore[arg-type]
+    def end_step(self: CheckpointWriter, step: str, *rest: Any) -> None:
+        original(self, step, *rest)
         if wanted and wanted[0] == step:
             self.wait_for_step(step)
             raise wanted[1]  # type: ignore[misc]
@@ -158,8 +159,8 @@ def test_a_source_that_changes_stops_the_run(change: str, tmp_path: Path, monkey
     weights = source / "model.safetensors"
     original = CheckpointWriter.end_step
 
-    def end_step(self: CheckpointWriter, step: str, settle: object = None) -> None:
-        original(self, step, settle)  # type: ignore[arg-type]
+    def end_step(self: CheckpointWriter, step: str, *rest: Any) -> None:
+        original(self, step, *rest)
         if step == "layer 1":
             if change == "size":
                 with weights.open("ab") as file:

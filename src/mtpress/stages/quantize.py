@@ -6,10 +6,11 @@ stands beside the weights.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
 from mtpress.errors import InputError, ResourceError
-from mtpress.hashing import FileHasher
 from mtpress.journal import difference
 from mtpress.models import family
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
@@ -115,7 +115,6 @@ def quantize(
         record = finished_record(target, made_from, checkpoint)
         return replace(result, **{key: record[key] for key in ("calibration", "seconds", "peak_memory_bytes")})
     with (
-        FileHasher(in_order_of_use(plan)) as hasher,
         CheckpointWriter(target, plan.shards, metadata, run=made_of, resume=resume) as writer,
         Progress("quantize", plan.read_bytes, silent=silent) as progress,
     ):
@@ -131,7 +130,8 @@ def quantize(
             "source": {
                 "name": checkpoint.path.name if Path(source).is_dir() else str(source),
                 "identity": checkpoint.identity,
-                "sha256": dict(sorted(hasher.results().items())),
+                "files": guard.fingerprints(),
+                "quantized_sha256": quantized_sha256(writer.sources),
             },
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             "device": str(device_used),
@@ -210,9 +210,12 @@ def run_identity(plan: Plan, guard: SourceGuard, calibrated: Any, device: Any) -
     return {**identity, "device": device.type} if calibrated else identity
 
 
-def in_order_of_use(plan: Plan) -> list[Path]:
-    """The source's shards in the order in which the plan first reads them."""
-    return list(dict.fromkeys([*(info.file for job in plan.jobs for info in job.sources), *(s.path for s in plan.source.shards)]))
+def quantized_sha256(digests: Mapping[str, str]) -> str:
+    """One SHA-256 for all stored matrices that were quantized: of a line "name digest" for each, in order of name.
+
+    With it and the output, which holds every other tensor bit for bit, the record says which weights the source had.
+    """
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(digests.items())).encode()).hexdigest()
 
 
 def describe(plan: Plan, target: Path, dry_run: bool) -> QuantizeResult:
