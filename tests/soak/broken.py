@@ -6,6 +6,7 @@ break it (broken_headers.py, broken_configs.py, broken_tokenizers.py, broken_sam
 A way returns what it did, or "" where this draw happens to have left the input valid: then another is drawn.
 """
 
+import importlib
 import json
 import random
 import shutil
@@ -69,27 +70,39 @@ class Way:
     apply: Callable[[Case], str]
 
 
-WAYS: list[Way] = []
+_WAYS: list[Way] = []
 
 
 def way(kind: str, stages: tuple[str, ...] = ALL) -> Callable[[Callable[[Case], str]], Callable[[Case], str]]:
     """Registers a function as a way to break an input of `kind`."""
 
     def register(apply: Callable[[Case], str]) -> Callable[[Case], str]:
-        WAYS.append(Way(kind, apply.__name__, stages, apply))
+        _WAYS.append(Way(kind, apply.__name__, stages, apply))
         return apply
 
     return register
 
 
-def make_sound(directory: Path) -> Case:
-    """The sound input: a checkpoint of three shards with the real template, a recipe, samples with tools and a picture."""
+def all_ways() -> list[Way]:
+    """Every way of every file, in one order."""
+    for name in ("broken_headers", "broken_configs", "broken_tokenizers", "broken_samples", "broken_recipes"):
+        importlib.import_module(name)
+    return sorted(_WAYS, key=lambda way: (way.kind, way.name))
+
+
+def make_sound(directory: Path, layers: int = 4, **sizes: int) -> Case:
+    """The sound input: a checkpoint of three shards with the real template, a recipe, samples with tools and a picture.
+
+    sizes: in place of those of the small model's text_config.
+    """
     source = directory / "source"
     source.mkdir(parents=True)
     config = small_config()
+    config["text_config"] |= {"num_hidden_layers": layers, **sizes}
+    config["vision_config"]["out_hidden_size"] = config["text_config"]["hidden_size"]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_interleaved": True}
     config["text_config"] |= {
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "layer_types": [*["linear_attention"] * 3, "full_attention"] * (layers // 4),
         "rope_parameters": rope | {"mrope_section": [2, 1, 1]},
     }  # fmt: skip
     (source / CONFIG).write_text(json.dumps(config, indent=1))

@@ -75,19 +75,31 @@ class ForkServer:
         self._process.stdout.close()
 
     def start(
-        self, argv: list[str], *, limit_s: float = MAX_SECONDS, kill_after_s: float | None = None, max_file_bytes: int | None = None
-    ) -> None:
-        """Starts `mtpress ARGV`. limit_s: it is killed then, and `timed_out`. kill_after_s: it is killed then, as wished."""
+        self,
+        argv: list[str],
+        *,
+        limit_s: float = MAX_SECONDS,
+        kill_after_s: float | None = None,
+        max_file_bytes: int | None = None,
+        max_shard_bytes: int | None = None,
+    ) -> int:
+        """Starts `mtpress ARGV` and says its process id.
+
+        limit_s: it is killed then, and `timed_out`. kill_after_s: it is killed then, as wished. max_file_bytes: the system
+        refuses to make a file larger. max_shard_bytes: in place of the 5 GB of an output shard.
+        """
         assert self._process.stdin is not None
         request = {
             "argv": argv,
             "limit_s": limit_s,
             "kill_after_s": kill_after_s,
             "max_file_bytes": max_file_bytes,
+            "max_shard_bytes": max_shard_bytes,
             "logs": str(self.logs),
         }
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        return int(self._answer()["pid"])
 
     def wait(self) -> Run:
         found = self._answer()
@@ -128,6 +140,7 @@ def serve() -> None:
             requests.close()
             answers.close()
             _be_the_command(request)
+        print(json.dumps({"pid": child}), file=answers, flush=True)
         print(json.dumps(_watch(child, started, request["limit_s"], request["kill_after_s"])), file=answers, flush=True)
 
 
@@ -163,6 +176,8 @@ def _be_the_command(request: dict[str, Any]) -> None:
     if request["max_file_bytes"] is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"], request["max_file_bytes"]))
+    if request["max_shard_bytes"] is not None:
+        importlib.import_module("mtpress.checkpoint_writer").split_into_shards.__defaults__ = (request["max_shard_bytes"],)
     sys.argv = ["mtpress", *request["argv"]]
     code: Any = 1
     try:
