@@ -1,9 +1,10 @@
 """mtpress against the real modelopt 0.47: the same BF16 checkpoint and token ids in, the same bits out.
 
 modelopt runs in its own environment (locks/modelopt.txt) on transformers 5.14, which it wants; mtpress is installed there
-too and runs once more on that transformers. Then nothing may differ at all. On the newer transformers that mtpress itself
-is pinned to, everything made from weights alone stays the same bit for bit. There input_scale may move: the newer version
-does the same mathematics in another order of BF16 operations, and the largest of many noisy activations is noisy too.
+too and runs once more on that transformers, with that transformers' delta rule, as modelopt does. Then nothing may differ at
+all. As users run it, with its own delta rule and on the newer transformers that it is pinned to, everything made from weights
+alone stays the same bit for bit. There input_scale may move: the same mathematics is done in another order of operations, and
+the largest of many noisy activations is noisy too.
 """
 
 import json
@@ -42,6 +43,13 @@ DEEP = {
     "hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 1,
     "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
+# The mtpress command, but the delta rule is transformers' own; the choice is no option of the command line.
+WITH_TRANSFORMERS_RULE = """
+from functools import partial
+from mtpress import calibration_pass, cli
+calibration_pass.StreamedBody = partial(calibration_pass.StreamedBody, delta_rule="transformers")
+raise SystemExit(cli.main())
+"""
 # How far input_scale may be from modelopt's on another transformers. Over several sets of samples at most .016 was measured
 # on the trained model and .16 on random ones, where nothing damps a rounding error.
 MOVED = {"wide": 0.25, "deep, tied": 0.25, "mtpress-tiny": 1 / 32}
@@ -111,7 +119,7 @@ def build(request: pytest.FixtureRequest, peer_python: Path, tmp_path_factory: p
     flags = ["--in-proj-ab"] if in_proj_ab == "nvfp4" else []
     run(peer_python, script, source, folder / "modelopt", folder / "tokens.json", *flags)
     chosen = ("--recipe", folder / "recipe.yaml", "--calibration", calibration, "--device", "cpu", "--json")
-    run(peer_python, "-m", "mtpress", "quantize", source, folder / "mtpress", *chosen)
+    run(peer_python, "-c", WITH_TRANSFORMERS_RULE, "quantize", source, folder / "mtpress", *chosen)
     record = json.loads((folder / "mtpress" / "mtpress.json").read_text(encoding="utf-8"))
     assert record["calibration"]["sha256"] == samples.identity, "the two builds saw different token ids"
     return Build(title, in_proj_ab, source, folder / "modelopt", folder / "mtpress", recipe, calibration)
