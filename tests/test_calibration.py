@@ -1,13 +1,14 @@
 """Calibration sets: from JSON lines, from the set that ships with mtpress, from data sets by the real `datasets` library."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE, EVALUATION_FILE
-from mtpress.calibration import InputAmax, load_calibration, read_hub, read_jsonl
+from mtpress.calibration import MAX_LINE_BYTES, InputAmax, check_row, load_calibration, read_hub, read_jsonl
 from mtpress.chat import ChatEncoder
 from mtpress.errors import InputError
 from mtpress.recipe import CalibrationSource
@@ -62,6 +63,39 @@ def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="--calibration builtin"):
         list(read_hub(CalibrationSource(dataset="neuralmagic/calibration", subset="LLM")))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]},
+        {"role": "user", "content": [{"type": "text", "text": None}]},
+        {"role": "user", "content": [{"type": "image_url"}]},
+        {"role": "user", "content": [{"type": ["text"], "text": "a"}]},
+        {"role": "assistant", "content": "a", "tool_calls": ["weather"]},
+        {"role": "assistant", "content": "a", "tool_calls": [{"function": {"arguments": {}}}]},
+    ],
+)
+def test_a_message_that_a_template_would_pass_over_is_refused(message: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"^row 4: message 1: "):
+        check_row({"messages": [message]}, "row 4")
+
+
+def test_parts_and_tool_calls_of_every_known_form_are_read() -> None:
+    parts = [{"type": "text", "text": "a"}, {"text": "b"}, {"type": "image_url", "image_url": {"url": "a.png"}}, {"image": "a.png"}]
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}, {"name": "f", "arguments": {}}]
+    talk = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": calls}], "tools": [{}]}
+    assert check_row(talk, "row 1") is talk
+
+
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.truncate(MAX_LINE_BYTES * 500)  # 8 GB of zeros that take no disk
+    with pytest.raises(InputError, match=r"a\.jsonl:1: line over 16 MB"):
+        list(read_jsonl(tmp_path / "a.jsonl"))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match="is not a file"):
+        list(read_jsonl(tmp_path / "pipe.jsonl"))
 
 
 def test_amax_runs_over_what_is_seen() -> None:

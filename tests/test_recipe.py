@@ -96,6 +96,12 @@ def test_a_missing_key_is_named(key: str) -> None:
         (b"", "a map of keys"),
         (b"- name", "a map of keys"),
         (b"!!python/object/apply:os.system [true]", "not valid YAML"),
+        (b"name: &a mine\nsummary: *a", "a recipe has no aliases"),
+        (b"name: mine\nsummary: a\nname: mine", "a key stands twice"),
+        (b"calibration: {num_samples: 3, num_samples: 4}", "a key stands twice"),
+        (b"name: !!bool mine", "not valid YAML"),
+        (b"name: 0x" + b"f" * 5000, "an integer of thousands of digits"),
+        (b"name: mine\nsummary: a\nformat: nvfp4\nquantize: [mlp]\nvision: 1" + b":59" * 3000, "an integer of thousands of digits"),
         (b"# " + b"x" * 1_000_001, "too large"),
     ],
 )
