@@ -226,7 +226,7 @@ def set_map(**entries: str) -> Callable[[Path], object]:
 
 BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
-    "config too large": (lambda d: os.truncate(d / "config.json", 33_000_000), "larger than 32 MB"),
+    "config too large": (lambda d: os.truncate(d / "config.json", 26_000_000), "larger than 25 MB"),
     "config a directory": (lambda d: (d / "config.json").unlink() or (d / "config.json").mkdir(), "no config.json"),
     "no index and no single file": (lambda d: (d / INDEX_NAME).unlink(), "neither"),
     "index a directory": (lambda d: (d / INDEX_NAME).unlink() or (d / INDEX_NAME).mkdir(), "cannot be read"),

@@ -215,6 +215,14 @@ def unparsable(path: Path, rng: random.Random) -> str:
     return f"{path.name}: {name}, {len(content)} bytes"
 
 
+def swollen(case: Case, path: Path, key: str) -> str:
+    """A JSON object without what it must hold, and with millions of small things, or a file too large for that."""
+    n = case.rng.randint(500_000, 12_000_000)
+    junk = case.rng.choice((b"[" + b"[]," * n + b"0]", b"[" + b"{}," * n + b"0]", b'"' + b"x" * n + b'"', b"[" + b"1," * n + b"0]"))
+    path.write_bytes(b'{"junk": ' + junk + b', "' + key.encode() + b'": {}}')
+    return f"{path.name}: {path.stat().st_size} bytes"
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)

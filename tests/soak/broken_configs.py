@@ -6,7 +6,7 @@ stored. Each fault is there by construction. Leaves out: the files of the tokeni
 
 from typing import Any
 
-from broken import ALL, CALIBRATED, CONFIG, JUNK, QUANTIZE, Case, edit_json, torn, unparsable, way
+from broken import ALL, CALIBRATED, CONFIG, JUNK, QUANTIZE, Case, edit_json, swollen, torn, unparsable, way
 
 KIND = "config.json"
 SIZES = (
@@ -25,6 +25,11 @@ def set_text(case: Case, key: str, value: Any) -> str:
 @way(KIND)
 def config_torn(case: Case) -> str:
     return torn(case.source / CONFIG, case.rng)
+
+
+@way(KIND)
+def config_swollen(case: Case) -> str:
+    return swollen(case, case.source / CONFIG, "text_config")
 
 
 @way(KIND)

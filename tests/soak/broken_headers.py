@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from broken import ALL, CALIBRATED, INDEX, JUNK, LAYER, QUANTIZE, SHARDS, Case, edit_json, torn, unparsable, way
+from broken import ALL, CALIBRATED, INDEX, JUNK, LAYER, QUANTIZE, SHARDS, Case, edit_json, swollen, torn, unparsable, way
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -233,6 +233,15 @@ def gap(case: Case) -> str:
 
 
 @way(HEADER)
+def tensors_by_the_hundred_thousand(case: Case) -> str:
+    """None of them is what the index names."""
+    path, num = case.shard, case.rng.randint(50_000, 700_000)
+    empty = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    join(path, b"{" + b",".join(b'"%d":%b' % (i, empty) for i in range(num)) + b"}", b"")
+    return f"{path.name}: {num} tensors of no bytes"
+
+
+@way(HEADER)
 def name_not_text(case: Case) -> str:
     """Bytes of a name that are no UTF-8."""
     path = case.shard
@@ -366,6 +375,15 @@ def spoiled(case: Case, t: torch.Tensor) -> torch.Tensor:
 
 
 @way(TENSOR, QUANTIZE)
+def kept_tensor_of_integers(case: Case) -> str:
+    """By construction: no engine computes with a norm, a convolution or an embedding of integers."""
+    dtype = case.rng.choice((torch.int16, torch.uint16, torch.uint8, torch.bool, torch.int64, torch.float8_e4m3fn))
+    name = case.rng.choice([f"{LAYER}0.input_layernorm.weight", f"{LAYER}1.linear_attn.conv1d.weight", f"{LAYER}2.linear_attn.A_log"])
+    rewrite(case, name, lambda t: t.to(dtype))
+    return f"{name}: {dtype}"
+
+
+@way(TENSOR, QUANTIZE)
 def linear_holds_nan(case: Case) -> str:
     name = body_tensor(case, linears=True)
     rewrite(case, name, lambda t: spoiled(case, t))
@@ -444,6 +462,11 @@ def map_of_another_type(case: Case) -> str:
 
     edit_json(case.source / INDEX, change)
     return "weight_map of another type"
+
+
+@way(NAMES)
+def index_swollen(case: Case) -> str:
+    return swollen(case, case.source / INDEX, "weight_map")
 
 
 @way(NAMES)

@@ -31,15 +31,20 @@ def test_killed_runs_go_on(tmp_path: Path, server: ForkServer, soak: bool) -> No
         moments += [rng.uniform(0, whole[kind].seconds) for _ in range(rng.choice((0, 0, 1, 2)))]
         out = tmp_path / "out"
         said = f"run {number}, {kind}, killed after {', '.join(f'{moment:.3f}' for moment in moments)} of {whole[kind].seconds:.3f} s"
-        arguments = case.arguments(kind, out)
-        for moment in moments:
-            run = server.run(arguments, kill_after_s=moment, max_shard_bytes=MAX_SHARD_BYTES)
-            arguments = [*case.arguments(kind, out), "--resume"]
-            assert run.signal == 9 or run.code == 0, f"{said}\n{run.stderr}"
-            killed[f"{kind}, {'killed' if run.signal else 'done before'}"] += 1
+        arguments, first = case.arguments(kind, out), moments.pop(0)
+        while (run := server.run(arguments, kill_after_s=first, max_shard_bytes=MAX_SHARD_BYTES)).code == 0:
+            shutil.rmtree(out)  # it was quicker than the runs that were measured
+            first *= 0.9
+        for moment in [None, *moments]:
+            if moment is not None:
+                run = server.run([*arguments, "--resume"], kill_after_s=moment, max_shard_bytes=MAX_SHARD_BYTES)
+            assert run.signal == 9 or (moment and run.code == 0), f"{said}\n{run.stderr}"
+            killed[f"{kind}, {'killed' if moment is None else 'killed again' if run.signal else 'resumed before the second kill'}"] += 1
             assert hashes(case.source) == before, said
             if out.exists():  # the name is given last
                 assert hashes(out).items() >= whole[kind].hashes.items(), said
+                break
+        arguments.append("--resume")
         run = server.run(arguments, max_shard_bytes=MAX_SHARD_BYTES)
         assert run.code == 0, f"{said}\n{run.stderr}"
         same(out, whole[kind], said)
@@ -52,7 +57,7 @@ def test_killed_runs_go_on(tmp_path: Path, server: ForkServer, soak: bool) -> No
     for kind in KINDS:
         print(f"undisturbed, {kind}: {whole[kind].seconds:.2f} s, {whole[kind].num_bytes / 1e6:.1f} MB")
     assert share >= (0.5 if soak else 0.25), "too few kills fell behind a finished step"
-    assert sum(n for key, n in killed.items() if key.endswith("killed")) >= 0.9 * num
+    assert sum(n for key, n in killed.items() if key.endswith("killed")) == num
 
 
 def same(out: Path, whole: Whole, said: str) -> None:
