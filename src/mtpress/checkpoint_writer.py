@@ -134,6 +134,10 @@ class CheckpointWriter(ShardWriter):
             raise disk_failure(self.partial / name, error) from None
         self.sha256[name] = hashlib.sha256(content).hexdigest()
 
+    def used_bytes(self) -> int:
+        """Bytes of all files in the partial directory, the journal's included."""
+        return sum(path.stat().st_size for path in self.partial.rglob("*") if path.is_file())
+
     def finish(self) -> None:
         """Writes the index and renames the partial directory to its final name."""
         weight_map = {tensor.name: file for file, tensors in self.shards.items() for tensor in tensors}

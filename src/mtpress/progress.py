@@ -52,6 +52,11 @@ class Progress:
         """Takes away work that is done already; rate and time left are those of what remains."""
         self.total -= amount
 
+    def say(self, text: str) -> None:
+        """One line of its own."""
+        if not self.silent:
+            self._write(f"{self.label}  {text}\n")
+
     def advance(self, amount: float, note: str = "") -> None:
         self.done += amount
         self.note = note or self.note
@@ -70,8 +75,11 @@ class Progress:
         memory = human_bytes(self.process.memory_info().rss)
         text = f"{self.label}  {share:4.0%}  {self.note:<24} {amount}  {timing}  RAM {memory}"
         start = "\r\x1b[2K" if self.live else ""
+        self._write(start + text + end)
+
+    def _write(self, text: str) -> None:
         try:
-            self.stream.write(start + text + end)
+            self.stream.write(text)
             self.stream.flush()
         except OSError:  # the terminal is gone; the work is not
             self.silent = True

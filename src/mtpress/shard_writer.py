@@ -26,7 +26,7 @@ from mtpress.journal import Finished, Journal
 if TYPE_CHECKING:
     import torch
 
-MAX_QUEUED_BYTES = 512 << 20
+MAX_QUEUED_BYTES = 256 << 20
 CACHED_BYTES = 512 << 10
 
 

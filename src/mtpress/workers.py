@@ -12,21 +12,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from mtpress.calibration import InputAmax
-from mtpress.chat import Sample
+from mtpress.calibration import CalibrationSet, InputAmax
 from mtpress.checkpoint_writer import CheckpointWriter
 from mtpress.errors import InputError, MtpressError, ResourceError
 from mtpress.hidden_states import sync_states
 from mtpress.plan import Plan, Step
 from mtpress.progress import Progress
+from mtpress.source_guard import SourceGuard
+from mtpress.stream import run, unfinished_steps
 from mtpress.worker import Worker
+
+if TYPE_CHECKING:
+    from mtpress.chat import Sample
 
 POLL_SECONDS = 0.2
 
@@ -145,7 +150,7 @@ class WorkerPool:
     def _results(self) -> list[Any]:
         return [handle.result() for handle in self.handles]
 
-    def begin(self, samples: Sequence[Sample], first_layer: int) -> None:
+    def begin(self, samples: "Sequence[Sample]", first_layer: int) -> None:
         """Deals the samples out, longest first to the worker that has the fewest tokens."""
         lengths = [len(sample.input_ids) for sample in samples]
         shares: list[list[int]] = [[] for _ in self.handles]
@@ -228,3 +233,41 @@ def ray_threads() -> int:
     import ray
 
     return int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over how many workers a run is spread: processes of this machine or, with the address of a cluster, Ray actors."""
+
+    source: str | Path
+    workers: int = 1
+    ray: str | None = None
+
+
+def write_weights(
+    plan: Plan,
+    writer: CheckpointWriter,
+    calibrated: CalibrationSet | None,
+    device: torch.device,
+    guard: SourceGuard,
+    progress: Progress,
+    spread: Spread,
+) -> tuple[dict[str, float], list[int]]:
+    """Every unfinished tensor, by this process or by workers: seconds per kind of work, and each worker's peak memory in bytes."""
+    first_layer = next((step.layer for step in unfinished_steps(plan, writer) if step.layer is not None), None)
+    if spread.workers == 1 and spread.ray is None:
+        if calibrated is None or first_layer is None:
+            return run(plan, writer, device, None, guard, progress), []
+        from mtpress.calibration_pass import CalibrationPass
+
+        with closing(CalibrationPass(plan, calibrated.samples, device, writer.lock.directory, first_layer=first_layer)) as forward:
+            return run(plan, writer, device, forward, guard, progress), []
+    with closing(WorkerPool(plan, writer, spread.source, device, spread.workers, spread.ray)) as pool:
+        if calibrated is None:
+            spent = pool.write_shards(progress)
+            writer.wait()
+        else:
+            if first_layer is not None:
+                pool.begin(calibrated.samples, first_layer)
+            spent = run(plan, writer, device, pool, guard, progress)
+        return spent, pool.peak_memory_bytes()

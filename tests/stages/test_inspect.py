@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from full_size import make_full_size, tensors, write_sparse
+from mtpress.beside_weights import config_files
 from mtpress.checkpoint import INDEX_NAME, Checkpoint
-from mtpress.checkpoint_writer import OutputTensor
 from mtpress.cli import main
 from mtpress.errors import InputError
 from mtpress.models import qwen3_5
 from mtpress.plan import Plan, make_plan
 from mtpress.recipe import load_recipe, shipped
+from mtpress.shard_writer import OutputTensor
 from mtpress.stages.inspect import InspectResult, inspect
-from mtpress.stages.quantize import config_files
 from qwen3_6_files import TINY, files
 
 SHARD = "model-00001-of-00001.safetensors"

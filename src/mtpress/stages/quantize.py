@@ -8,19 +8,19 @@ stands beside the weights.
 import argparse
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
+
+from mtpress.beside_weights import carried_files, config_files
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import difference
-from mtpress.models import family
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import Plan, make_plan
 from mtpress.progress import Progress, human_bytes
@@ -28,9 +28,10 @@ from mtpress.recipe import Recipe, load_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
 from mtpress.source_guard import SourceGuard
 
-# Written by this stage itself, or left behind: the source's card, record and quantization config do not describe the output.
-NOT_CARRIED = {"config.json", "tokenizer_config.json", "hf_quant_config.json", "README.md", RECORD_NAME}
-MAX_CARRIED_BYTES = 200_000_000
+if TYPE_CHECKING:
+    from mtpress import preflight
+    from mtpress.workers import Spread
+MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the record that the result repeats
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class QuantizeResult:
     num_kept: int
     num_dropped: int
     ignore: tuple[str, ...]
+    promised: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     seconds: dict[str, float] | None = None
     peak_memory_bytes: int | None = None
@@ -86,45 +88,57 @@ def quantize(
     Raises InputError before anything is written if source, recipe or calibration cannot work, ResourceError if the machine
     lacks disk or device. Nothing that looks finished stays behind.
     """
+    from mtpress import preflight  # torch from here on
+    from mtpress.workers import Spread, write_weights
+
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = Path(out)
     if target.exists() and not resume:
         raise InputError(f"{target}: exists already; name a directory that does not")
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, chosen)
-    carried = carried_files(checkpoint)
-    result = describe(plan, target, dry_run)
-    if dry_run:
-        return result
-    _refuse_full_disk(target, plan)
+    beside = {**carried_files(checkpoint), **config_files(plan)}
+    beside_bytes = sum(len(content) for content in beside.values())
+    spread = Spread(source, workers, ray)
     device_used = choose_device(device)
-    started = time.perf_counter()
+    if dry_run:
+        lengths = dry_lengths(checkpoint, chosen, calibration)
+        promised, _ = foresee(plan, target, device_used, lengths, spread, (), beside_bytes)
+        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json()})
     guard = SourceGuard(checkpoint)
     calibrated = None
     if not chosen.constant_input_scale:
         from mtpress.calibration import load_calibration
 
         calibrated = load_calibration(checkpoint.path, chosen.calibration, calibration)
-    metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
-    made_of = run_identity(plan, guard, calibrated, device_used)
     made_from = {
         "recipe": chosen.canonical(),
         "calibration": calibrated.record() if calibrated else {"constant_input_scale": chosen.constant_input_scale},
     }
     if target.exists():
         record = finished_record(target, made_from, checkpoint)
-        return replace(result, **{key: record[key] for key in ("calibration", "seconds", "peak_memory_bytes")})
+        return describe(plan, target, measured={key: record.get(key) for key in MEASURED})
+    metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
     with (
-        CheckpointWriter(target, plan.shards, metadata, run=made_of, resume=resume) as writer,
+        CheckpointWriter(target, plan.shards, metadata, run=run_identity(plan, guard, calibrated, device_used), resume=resume) as writer,
         Progress("quantize", plan.read_bytes, silent=silent) as progress,
     ):
-        steps_before = len(writer.finished)
-        progress.skip(sum(step.read_bytes for step in plan.steps if step.title in writer.finished))
-        spent, memory = write_weights(plan, writer, calibrated, device_used, guard, progress, Spread(source, workers, ray))
+        lengths = [len(sample.input_ids) for sample in calibrated.samples] if calibrated else []
+        steps_done = frozenset(writer.finished)
+        promised, loaded_bytes = foresee(plan, target, device_used, lengths, spread, steps_done, beside_bytes)
+        preflight.refuse(plan, promised, lengths, writer.partial, loaded_bytes, workers)
+        progress.say(f"needs {promised}")
+        progress.skip(sum(step.read_bytes for step in plan.steps if step.title in steps_done))
+        started = time.perf_counter()
+        spent, worker_memory = write_weights(plan, writer, calibrated, device_used, guard, progress, spread)
         guard.look_closely()
-        for name, content in {**carried, **config_files(plan)}.items():
+        for name, content in beside.items():
             writer.write_file(name, content)
-        seconds = {**spent, "total": time.perf_counter() - started}
+        took = preflight.Promise(
+            memory_bytes=peak_memory_bytes() + sum(worker_memory),
+            disk_bytes=writer.used_bytes(),
+            seconds=time.perf_counter() - started,
+        )
         entries: dict[str, Any] = {
             **made_from,
             "source": {
@@ -135,54 +149,47 @@ def quantize(
             },
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             "device": str(device_used),
-            "seconds": {kind: round(value, 3) for kind, value in seconds.items()},
-            "peak_memory_bytes": peak_memory_bytes() + sum(memory),
+            "seconds": {kind: round(value, 3) for kind, value in {**spent, "total": took.seconds}.items()},
+            "peak_memory_bytes": took.memory_bytes,
+            "preflight": {"promised": promised.as_json(), "took": took.as_json()},
             "bytes_by_component": plan.bytes_by_component,
             "output_sha256": dict(sorted(writer.sha256.items())),
         }
-        if memory:
-            entries["workers"] = {"count": len(memory), "ray": ray is not None, "peak_memory_bytes": memory}
-        if steps_before:
-            entries["resumed"] = {"steps_before": steps_before}
+        if worker_memory:
+            entries["workers"] = {"count": len(worker_memory), "ray": ray is not None, "peak_memory_bytes": worker_memory}
+        if steps_done:
+            entries["resumed"] = {"steps_before": len(steps_done)}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
         writer.finish()
-    return replace(result, **{key: entries[key] for key in ("calibration", "seconds", "peak_memory_bytes")})
+    measured = {"promised": promised.as_json()} | {key: entries[key] for key in MEASURED}
+    return describe(plan, target, measured=measured)
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Over how many workers a run is spread: processes of this machine or, with the address of a cluster, Ray actors."""
+def dry_lengths(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str]) -> list[int]:
+    """Tokens of each sample; of a Hub data set, which a dry run does not fetch, as many as the recipe allows."""
+    from mtpress.calibration import BUILTIN, load_calibration
 
-    source: str | Path
-    workers: int
-    ray: str | None
+    if recipe.constant_input_scale:
+        return []
+    if not calibration and recipe.calibration.dataset != BUILTIN:
+        return [recipe.calibration.max_seq_len] * recipe.calibration.num_samples
+    return [len(sample.input_ids) for sample in load_calibration(checkpoint.path, recipe.calibration, calibration).samples]
 
 
-def write_weights(
-    plan: Plan, writer: CheckpointWriter, calibrated: Any, device: Any, guard: SourceGuard, progress: Progress, spread: Spread
-) -> tuple[dict[str, float], list[int]]:
-    """Every unfinished tensor: seconds spent per kind of work, and the peak memory of each worker in bytes."""
-    from mtpress.stream import run, unfinished_steps
+def foresee(
+    plan: Plan, out: Path, device: Any, lengths: Sequence[int], spread: "Spread", steps_done: Collection[str] = (), beside_bytes: int = 0
+) -> "tuple[preflight.Promise, int]":
+    """What the run will take, and the memory that this process has loaded by now, in bytes."""
+    from mtpress import preflight
+    from mtpress.machine import measure
 
-    first_layer = next((step.layer for step in unfinished_steps(plan, writer) if step.layer is not None), None)
-    if spread.workers == 1 and spread.ray is None:
-        if calibrated is None or first_layer is None:
-            return run(plan, writer, device, None, guard, progress), []
-        from mtpress.calibration_pass import CalibrationPass
-
-        with closing(CalibrationPass(plan, calibrated.samples, device, writer.lock.directory, first_layer=first_layer)) as forward:
-            return run(plan, writer, device, forward, guard, progress), []
-    from mtpress.workers import WorkerPool
-
-    with closing(WorkerPool(plan, writer, spread.source, device, spread.workers, spread.ray)) as pool:
-        if calibrated is None:
-            spent = pool.write_shards(progress)
-            writer.wait()
-        else:
-            if first_layer is not None:
-                pool.begin(calibrated.samples, first_layer)
-            spent = run(plan, writer, device, pool, guard, progress)
-        return spent, pool.peak_memory_bytes()
+    if lengths:
+        import mtpress.calibration_pass  # noqa: F401  what it loads counts as loaded
+    machine = measure(plan, out, device, lengths)
+    loaded_bytes = psutil.Process().memory_info().rss
+    return preflight.promise(
+        plan, machine, lengths, loaded_bytes, beside_bytes=beside_bytes, steps_done=steps_done, workers=spread.workers
+    ), loaded_bytes
 
 
 def finished_record(out: Path, made_from: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
@@ -218,8 +225,8 @@ def quantized_sha256(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(digests.items())).encode()).hexdigest()
 
 
-def describe(plan: Plan, target: Path, dry_run: bool) -> QuantizeResult:
-    """The plan in numbers."""
+def describe(plan: Plan, target: Path, dry_run: bool = False, measured: Mapping[str, Any] | None = None) -> QuantizeResult:
+    """The plan in numbers, and what is known of a run."""
     kinds = [job.kind for job in plan.jobs for _ in job.sources]
     return QuantizeResult(
         out=str(target),
@@ -233,53 +240,8 @@ def describe(plan: Plan, target: Path, dry_run: bool) -> QuantizeResult:
         num_kept=kinds.count("keep"),
         num_dropped=kinds.count("drop"),
         ignore=plan.ignore,
+        **(measured or {}),
     )
-
-
-def carried_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Files beside the weights that go over byte for byte, and tokenizer_config.json without what newer libraries add."""
-    carried: dict[str, bytes] = {}
-    for path in checkpoint.other_files():
-        if path.name in NOT_CARRIED or path.name.startswith(".") or path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py", ".gguf"):
-            continue
-        try:
-            if path.stat().st_size > MAX_CARRIED_BYTES:
-                raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB beside the weights; move it out of the checkpoint")
-            carried[path.name] = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    for name in carried:
-        if name.endswith(".json"):
-            read_json_object(checkpoint.path / name)
-    if "tokenizer.json" not in carried and "vocab.json" not in carried:
-        raise InputError(f"{checkpoint.path}: no tokenizer.json; a served checkpoint needs its tokenizer, fetch it from the release")
-    if (checkpoint.path / "tokenizer_config.json").exists():
-        carried["tokenizer_config.json"] = clean_tokenizer_config(checkpoint.path / "tokenizer_config.json")
-    return carried
-
-
-def clean_tokenizer_config(path: Path) -> bytes:
-    """tokenizer_config.json byte for byte, unless it has the `backend` key or the class that only transformers 5 knows."""
-    config = read_json_object(path)
-    if "backend" not in config and config.get("tokenizer_class") != "TokenizersBackend":
-        return path.read_bytes()
-    config.pop("backend", None)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "Qwen2TokenizerFast"
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def config_files(plan: Plan) -> dict[str, bytes]:
-    """config.json and hf_quant_config.json, both naming every module that stays BF16."""
-    from mtpress.formats import nvfp4
-
-    ignore, fp8 = list(plan.ignore), plan.recipe.kv_cache == "fp8_cast"
-    config = dict(plan.source.config)
-    if plan.recipe.vision == "drop":
-        config = family(plan.source.model_type).text_only_config(config)
-    config["quantization_config"] = nvfp4.quantization_config(ignore, fp8)
-    contents = {"config.json": config, "hf_quant_config.json": nvfp4.hf_quant_config(ignore, fp8)}
-    return {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in contents.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -341,16 +303,10 @@ def show(result: QuantizeResult) -> None:
     console.print(f"{result.num_quantized} matrices quantized, {result.num_kept} tensors kept bit for bit, {result.num_dropped} dropped")
     console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}", highlight=False)
     if result.dry_run:
+        from mtpress import preflight
+
+        console.print(f"would take {preflight.Promise(**result.promised or {})}", highlight=False)
         console.print(f"kept in BF16 and named in both config files: {len(result.ignore)} modules (--json lists them)")
     elif result.seconds and result.peak_memory_bytes:
         spent = ", ".join(f"{kind} {value:.1f} s" for kind, value in result.seconds.items())
         console.print(f"{spent}; peak memory {human_bytes(result.peak_memory_bytes)}")
-
-
-def _refuse_full_disk(target: Path, plan: Plan) -> None:
-    parent = next(p for p in target.absolute().parents if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.output_bytes + 64_000_000:
-        raise ResourceError(
-            f"{parent}: {free / 1e9:.1f} GB are free, the output needs {plan.output_bytes / 1e9:.1f} GB; free space or choose another disk"
-        )

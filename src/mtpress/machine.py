@@ -1,0 +1,163 @@
+"""How fast this machine is, measured in two seconds on what a run does: read, write, hash, pack, and the forward's three parts.
+
+In: the plan, whose source is read and whose sizes are used, and the directory of the output. Out: a `Machine`. Leaves out: what
+follows from it (preflight.py).
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mtpress.checkpoint import TensorInfo
+from mtpress.disk import PIECE_BYTES, aligned_buffer, open_direct
+from mtpress.errors import ResourceError
+from mtpress.models import family
+from mtpress.plan import Plan
+from mtpress.rounding.max import round_group
+
+PROBE_SECONDS = 0.3  # for each of at most eight things; less where the run itself will be short
+BYTES_WORTH_A_SECOND = 1e10
+PROBE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of this machine: bytes a second, operations a second, seconds a token and layer."""
+
+    read: float
+    write: float
+    hash: float
+    copy: float
+    pack: float
+    matmul: float = 0.0
+    attention: float = 0.0
+    delta_rule: float = 0.0
+
+
+def rate(work: Callable[[], float], seconds: float) -> float:
+    """Amount of work a second: work() does some and says how much; the first call warms up where there is time for a second."""
+    started = time.perf_counter()
+    amount = work()
+    spent = time.perf_counter() - started
+    if spent > seconds:
+        return amount / spent
+    started, amount = time.perf_counter(), 0.0
+    while True:
+        amount += work()
+        spent = time.perf_counter() - started
+        if spent > seconds:
+            return amount / spent
+
+
+def measure(plan: Plan, out: Path, device: torch.device, lengths: Sequence[int]) -> Machine:
+    """About two seconds. Reads the source past the page cache, writes a file beside `out` that is gone afterwards."""
+    seconds = min(PROBE_SECONDS, plan.read_bytes / BYTES_WORTH_A_SECOND + 0.005)
+    largest = max(plan.source.tensors.values(), key=lambda info: info.num_bytes)
+    buffer = aligned_buffer(PIECE_BYTES)
+    weight = torch.randn(1024, 5120).bfloat16().to(device)
+    other = bytearray(PIECE_BYTES)
+
+    def copied() -> int:
+        other[:] = buffer
+        return len(other)
+
+    def packed() -> int:
+        round_group({"weight": weight})
+        _finish(device)
+        return weight.nbytes
+
+    def hashed() -> int:
+        hashlib.sha256(buffer)
+        return len(buffer)
+
+    return Machine(
+        read=_read_rate(largest, buffer, seconds),
+        write=_write_rate(out, buffer, seconds),
+        hash=rate(hashed, seconds),
+        copy=rate(copied, seconds / 3),
+        pack=rate(packed, seconds),
+        **(_forward_rates(plan, device, lengths, seconds) if lengths else {}),
+    )
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _read_rate(info: TensorInfo, buffer: memoryview, seconds: float) -> float:
+    file = open_direct(info.file, os.O_RDONLY)
+    start = info.offset - info.offset % PIECE_BYTES
+    pieces = max(1, info.num_bytes // PIECE_BYTES)
+    count = 0
+
+    def piece() -> int:
+        nonlocal count
+        count += 1
+        return max(1, os.preadv(file, [buffer], start + (count - 1) % pieces * PIECE_BYTES))
+
+    try:
+        return rate(piece, seconds)
+    finally:
+        os.close(file)
+
+
+def _write_rate(out: Path, buffer: memoryview, seconds: float) -> float:
+    parent = next(p for p in out.absolute().parents if p.exists())
+    path = parent / f".{out.name}.probe-{os.getpid()}"
+    try:
+        file = open_direct(path, os.O_WRONLY | os.O_CREAT)
+        try:
+
+            def piece() -> int:
+                count = os.write(file, buffer)
+                os.fdatasync(file)
+                return count
+
+            return rate(piece, seconds)
+        finally:
+            os.close(file)
+            path.unlink()
+    except OSError as error:
+        raise ResourceError(f"{parent}: cannot be written ({error.strerror or error}); free space or choose another disk") from None
+
+
+def _forward_rates(plan: Plan, device: torch.device, lengths: Sequence[int], seconds: float) -> dict[str, float]:
+    from mtpress.models.gated_delta_rule import chunk_gated_delta_rule
+
+    d = family(plan.source.model_type).sizes(plan.source.config)
+    tokens = min(PROBE_TOKENS, max(lengths))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+
+    x, w = random(tokens, d["hidden_size"]), random(min(4096, d["intermediate_size"]), d["hidden_size"])
+    heads, dim = d["num_attention_heads"], d["head_dim"]
+    q = random(1, heads, tokens, dim)
+    k = random(1, tokens, d["linear_num_key_heads"], d["linear_key_head_dim"])
+    v = random(1, tokens, d["linear_num_value_heads"], d["linear_value_head_dim"])
+    gate = torch.rand(1, tokens, d["linear_num_value_heads"], device=device)
+
+    def matmul() -> float:
+        F.linear(x, w)
+        _finish(device)
+        return 2.0 * x.numel() * w.shape[0]
+
+    def attention() -> float:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        _finish(device)
+        return float(tokens * tokens * heads * dim)
+
+    def delta_rule() -> float:
+        chunk_gated_delta_rule(k, k, v, -gate, gate, use_qk_l2norm_in_kernel=True)
+        _finish(device)
+        return float(tokens)
+
+    with torch.no_grad():
+        return {"matmul": rate(matmul, seconds), "attention": rate(attention, seconds / 2), "delta_rule": 1 / rate(delta_rule, seconds / 2)}

@@ -1,0 +1,176 @@
+"""What a run will take: memory, disk and time, from a plan and the rates of this machine.
+
+In: the plan, the lengths of the samples, the directory of the output, a `Machine`. Out: a `Promise`, and a refusal where the machine cannot
+keep it, with what would fit. The record sets the promise beside the fact. Leaves out: Ray's other machines (the time is that
+of this one).
+
+    time     the larger of disk and processor, as they overlap, and the forward on top, whose matrix products need every core:
+             disk       read / read rate + written / write rate
+             processor  (hashed / hash rate + packed / pack rate + copied / copy rate) / cores
+             forward    2 · parameters of the linears · tokens / matmul rate + tokens · delta-rule time + pairs of tokens / attention rate
+    memory   what is loaded now + two groups of tensors + what waits for the disk + the widest activations of the longest sample
+    disk     the output + three boundaries of hidden states
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from mtpress.disk import NUM_STAGES, PIECE_BYTES
+from mtpress.errors import ResourceError
+from mtpress.hidden_states import NUM_SLOTS, NUM_WAITING
+from mtpress.machine import Machine
+from mtpress.models import family
+from mtpress.plan import Plan, Step
+from mtpress.progress import human_bytes, human_seconds
+from mtpress.shard_writer import MAX_QUEUED_BYTES
+
+SPARE_BYTES = 64_000_000  # a disk is not filled to the last byte
+NAME_BYTES = 400  # a tensor in a header, the index, the ignore lists and the journal
+START_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a run takes: peak resident memory of all its processes, bytes on the output's disk, seconds."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": round(self.seconds, 1)}
+
+    def __str__(self) -> str:
+        return f"about {human_seconds(self.seconds)}, {human_bytes(self.memory_bytes)} of memory, {human_bytes(self.disk_bytes)} of disk"
+
+
+def promise(
+    plan: Plan,
+    machine: Machine,
+    lengths: Sequence[int],
+    loaded_bytes: int,
+    *,
+    beside_bytes: int = 0,
+    steps_done: Collection[str] = (),
+    workers: int = 1,
+) -> Promise:
+    """What the steps that are not done will take.
+
+    loaded_bytes: the memory of this process before anything is read. beside_bytes: files beside the weights.
+    """
+    steps = [step for step in plan.steps if step.title not in steps_done]
+    names = NAME_BYTES * sum(len(step.outputs) for step in plan.steps)
+    return Promise(
+        memory_bytes=_memory(plan, lengths, loaded_bytes, workers),
+        disk_bytes=plan.output_bytes + states_bytes(plan, lengths) + beside_bytes + names,
+        seconds=START_SECONDS + _work_seconds(plan, machine, steps) + _forward_seconds(plan, machine, steps, lengths),
+    )
+
+
+def states_bytes(plan: Plan, lengths: Sequence[int]) -> int:
+    """Hidden states on disk."""
+    hidden_size: int = family(plan.source.model_type).sizes(plan.source.config)["hidden_size"]
+    return NUM_SLOTS * 2 * sum(lengths) * hidden_size
+
+
+def _work_seconds(plan: Plan, machine: Machine, steps: Sequence[Step]) -> float:
+    """Reading, packing, hashing and writing, which overlap one another."""
+    read = sum(step.read_bytes for step in steps)
+    written = sum(tensor.num_bytes for step in steps for tensor in step.outputs)
+    quantized = sum(info.num_bytes for step in steps for job in step.jobs if job.kind == "quantize" for info in job.sources)
+    disk = read / machine.read + written / machine.write
+    cores = max(1, torch.get_num_threads())
+    hashed = (quantized + written) / machine.hash
+    processor = (hashed + 2 * (read + written) / machine.copy) / cores + quantized / machine.pack
+    return max(disk, processor)
+
+
+def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], lengths: Sequence[int]) -> float:
+    if not lengths:
+        return 0.0
+    d = family(plan.source.model_type).sizes(plan.source.config)
+    types = family(plan.source.model_type).layer_types(plan.source.config)
+    tokens, seconds = sum(lengths), 0.0
+    pairs = sum(length * length for length in lengths) * d["num_attention_heads"] * d["head_dim"]
+    for step in steps:
+        if step.layer is None:
+            continue
+        params = sum(info.num_params for job in step.jobs for info in job.sources if len(info.shape) == 2)
+        seconds += 2.0 * params * tokens / machine.matmul
+        seconds += pairs / machine.attention if types[step.layer] == "full_attention" else tokens * machine.delta_rule
+    return seconds
+
+
+def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int) -> int:
+    groups = [sum(info.num_bytes for info in job.sources) for job in plan.jobs if job.kind == "quantize"]
+    queue = min(MAX_QUEUED_BYTES, sum(tensor.num_bytes for job in plan.jobs if job.kind == "quantize" for tensor in job.outputs))
+    writing = queue + (NUM_STAGES + 1) * PIECE_BYTES + max(groups, default=0) // 3
+    if not lengths:
+        return loaded_bytes * (1 if workers == 1 else workers + 1) + workers * (2 * max(groups, default=0) + writing)
+    layers = [step.read_bytes for step in plan.steps if step.layer is not None]
+    forward = 2 * max(layers, default=0) + _activation_bytes(plan, max(lengths))
+    if workers == 1:
+        return loaded_bytes + forward + writing
+    return loaded_bytes * (workers + 1) + workers * forward + 2 * max(groups, default=0) + writing
+
+
+def _activation_bytes(plan: Plan, tokens: int) -> int:
+    """What a layer holds at once of the longest sample, at its widest: the MLP, or the delta rule's float32 copies."""
+    d: dict[str, int] = family(plan.source.model_type).sizes(plan.source.config)
+    waiting = (NUM_WAITING + 3) * 2 * tokens * d["hidden_size"]
+    mlp = 4 * 2 * tokens * d["intermediate_size"]
+    keys, values = d["linear_num_key_heads"] * d["linear_key_head_dim"], d["linear_num_value_heads"] * d["linear_value_head_dim"]
+    gdn = 2 * tokens * (3 * (2 * keys + values) + 3 * values)
+    return waiting + max(mlp, gdn)
+
+
+def free_memory_bytes() -> int:
+    """What this process may still take: of the machine, or of its control group where that is less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        reclaimable = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("file "))
+    except (OSError, ValueError, StopIteration):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used + reclaimable)
+
+
+def refuse(plan: Plan, promised: Promise, lengths: Sequence[int], partial: Path, loaded_bytes: int, workers: int = 1) -> None:
+    """ResourceError where memory or disk cannot hold what was promised, saying what would fit.
+
+    partial: the directory that is being written; what it holds already counts as room.
+    """
+    free = free_memory_bytes()
+    needed = promised.memory_bytes - loaded_bytes
+    if needed > free:
+        raise ResourceError(
+            f"the run needs {human_bytes(needed)} more memory, {human_bytes(free)} are free; {_what_fits(plan, lengths, free, workers)}"
+        )
+    disk = psutil.disk_usage(str(partial)).free + sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    if promised.disk_bytes + SPARE_BYTES > disk:
+        states = states_bytes(plan, lengths)
+        tokens = f", calibrate with fewer tokens (their hidden states take {human_bytes(states)})"
+        fewer = tokens if states > promised.disk_bytes // 10 else ""
+        raise ResourceError(
+            f"{partial.parent}: {human_bytes(disk)} are free, the output needs {human_bytes(promised.disk_bytes)}; "
+            f"free space{fewer} or choose another disk"
+        )
+
+
+def _what_fits(plan: Plan, lengths: Sequence[int], free: int, workers: int) -> str:
+    if workers > 1 and _memory(plan, lengths, 0, 1) <= free:
+        return "one worker would fit: leave --workers out"
+    tokens = max(lengths, default=0)
+    while tokens > 64:
+        tokens //= 2
+        if _memory(plan, [tokens], 0, 1) <= free:
+            return f"samples of at most {tokens} tokens would fit: set calibration max_seq_len {tokens} in the recipe"
+    if lengths and _memory(plan, [], 0, 1) <= free:
+        return "a weight-only run would fit: --weight-only SCALE"
+    return f"free {human_bytes(_memory(plan, [], 0, 1) - free)}, or use a machine with more"
