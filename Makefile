@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/lock.stamp
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check engine bench tiny clean
+.PHONY: demo test check soak engine bench tiny clean
 
 demo: $(STAMP)
 	$(VENV)/bin/mtpress demo
@@ -17,6 +17,9 @@ check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+soak: $(STAMP)
+	MTPRESS_SOAK=1 $(VENV)/bin/python -m pytest tests/soak -q -s
+
 engine: $(STAMP)
 	$(VENV)/bin/python locks/make_env.py engine
 
@@ -27,7 +30,7 @@ tiny: $(STAMP)
 	$(VENV)/bin/python tiny/train.py build/mtpress-tiny
 	$(VENV)/bin/python tiny/evaluate.py build/mtpress-tiny
 
-$(STAMP): locks/dev.txt pyproject.toml
+$(STAMP): locks/dev.txt pyproject.toml setup.py src/mtpress/formats/_nvfp4.c
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned dependencies into $(VENV) (about 1 GB, a minute or two)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r locks/dev.txt

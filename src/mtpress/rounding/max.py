@@ -17,7 +17,9 @@ def weight_amax(weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def round_group(weights: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """Matrix name → {weight, weight_scale, weight_scale_2} for the linears that share one global scale."""
-    scale_2 = nvfp4.global_scale(weight_amax(weights))
+    amax = weight_amax(weights)
+    # on the CPU: GPUs divide by a constant as a product with its reciprocal, which is not the same bit for bit
+    scale_2 = nvfp4.global_scale(amax.cpu()).to(amax.device)
     rounded = {}
     for name, weight in weights.items():
         packed, scales = nvfp4.quantize(weight, scale_2)

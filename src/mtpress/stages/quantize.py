@@ -89,6 +89,7 @@ def quantize(
     lacks disk or device. Nothing that looks finished stays behind.
     """
     from mtpress import preflight  # torch from here on
+    from mtpress.formats import nvfp4
     from mtpress.workers import Spread, write_weights
 
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -149,6 +150,7 @@ def quantize(
             },
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             "device": str(device_used),
+            "kernel": nvfp4.kernel() if device_used.type == "cpu" else "eager",
             "seconds": {kind: round(value, 3) for kind, value in {**spent, "total": took.seconds}.items()},
             "peak_memory_bytes": took.memory_bytes,
             "preflight": {"promised": promised.as_json(), "took": took.as_json()},
