@@ -1,7 +1,7 @@
 """Disks that fill up while a run is writing: one line that names the disk and what to do, and --resume ends the run.
 
 `make soak` fills the disk at 20 points of the output, the ordinary suite at two. The disk is a tmpfs of its own, large enough
-when the run looks at it and filled with ballast as soon as OUT.partial appears, so that just so many bytes fit. Where mounting
+when the run looks at it and filled with ballast as soon as the first shard appears, so that just so many bytes fit. Where mounting
 is refused, the system limits the size of a file instead.
 """
 
@@ -64,11 +64,11 @@ def test_full_disks(tmp_path: Path, disk: Path | None, server: ForkServer, soak:
 
 
 def fill_the_disk(server: ForkServer, arguments: list[str], out: Path, room: int) -> Run:
-    """Runs until OUT.partial stands on the disk, then leaves room for just so many bytes of it, and lets it go on."""
+    """Runs until the first shard stands in OUT.partial, then leaves room there for just so many bytes, and lets it go on."""
     partial = out.with_name(out.name + ".partial")
     child = server.start(arguments, max_shard_bytes=MAX_SHARD_BYTES)
     end = time.monotonic() + 60
-    while not partial.exists() and time.monotonic() < end:
+    while not list(partial.glob("*.safetensors")) and time.monotonic() < end:
         time.sleep(0.0005)
     os.kill(child, signal.SIGSTOP)
     ballast = os.open(out.with_name("ballast"), os.O_WRONLY | os.O_CREAT)
