@@ -109,7 +109,7 @@ def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], length
 def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int) -> int:
     groups = [sum(info.num_bytes for info in job.sources) for job in plan.jobs if job.kind == "quantize"]
     queue = min(MAX_QUEUED_BYTES, sum(tensor.num_bytes for job in plan.jobs if job.kind == "quantize" for tensor in job.outputs))
-    writing = queue + (NUM_STAGES + 1) * PIECE_BYTES + max(groups, default=0) // 3
+    writing = queue // 2 + (NUM_STAGES + 1) * PIECE_BYTES + max(groups, default=0) // 3  # the queue is seldom full
     if not lengths:
         return loaded_bytes * (1 if workers == 1 else workers + 1) + workers * (2 * max(groups, default=0) + writing)
     layers = [step.read_bytes for step in plan.steps if step.layer is not None]
@@ -141,8 +141,10 @@ def free_memory_bytes() -> int:
     return free if limit == "max" else min(free, int(limit) - used + reclaimable)
 
 
-def refuse(plan: Plan, promised: Promise, lengths: Sequence[int], partial: Path, loaded_bytes: int, workers: int = 1) -> None:
-    """ResourceError where memory or disk cannot hold what was promised, saying what would fit.
+def refuse(
+    plan: Plan, promised: Promise, lengths: Sequence[int], partial: Path, loaded_bytes: int, device: torch.device, workers: int = 1
+) -> None:
+    """ResourceError where memory, the GPU's or the disk cannot hold what was promised, saying what would fit.
 
     partial: the directory that is being written; what it holds already counts as room.
     """
@@ -152,6 +154,15 @@ def refuse(plan: Plan, promised: Promise, lengths: Sequence[int], partial: Path,
         raise ResourceError(
             f"the run needs {human_bytes(needed)} more memory, {human_bytes(free)} are free; {_what_fits(plan, lengths, free, workers)}"
         )
+    if device.type == "cuda":
+        gpu_needed = 2 * max((step.read_bytes for step in plan.steps if step.layer is not None), default=0)
+        gpu_needed += _activation_bytes(plan, max(lengths, default=0))
+        gpu_free, _ = torch.cuda.mem_get_info(device)
+        if gpu_needed > gpu_free:
+            raise ResourceError(
+                f"the run needs {human_bytes(gpu_needed)} of GPU memory, {human_bytes(gpu_free)} are free; stop what else runs there, "
+                "set a smaller calibration max_seq_len in the recipe, or use --device cpu"
+            )
     disk = psutil.disk_usage(str(partial)).free + sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     if promised.disk_bytes + SPARE_BYTES > disk:
         states = states_bytes(plan, lengths)

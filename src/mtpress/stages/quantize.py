@@ -127,7 +127,7 @@ def quantize(
         lengths = [len(sample.input_ids) for sample in calibrated.samples] if calibrated else []
         steps_done = frozenset(writer.finished)
         promised, loaded_bytes = foresee(plan, target, device_used, lengths, spread, steps_done, beside_bytes)
-        preflight.refuse(plan, promised, lengths, writer.partial, loaded_bytes, workers)
+        preflight.refuse(plan, promised, lengths, writer.partial, loaded_bytes, device_used, workers)
         progress.say(f"needs {promised}")
         progress.skip(sum(step.read_bytes for step in plan.steps if step.title in steps_done))
         started = time.perf_counter()
