@@ -8,6 +8,7 @@ signal n (130: Ctrl-C).
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -75,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on missing GPU kernels are not news to the user
     stage = next((a for a in arguments if not a.startswith("-")), None)
     _Signals.take_over()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         code, result = run_stage(arguments)
         if "--json" in arguments:

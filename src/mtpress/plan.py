@@ -209,6 +209,8 @@ def _refuse_misshapen(source: Checkpoint, prefix: str) -> None:
     expected = dict(model.body_shapes(source.config, prefix))
     if model.num_mtp_layers(source.config):
         expected |= model.mtp_shapes(source.config)
+    if any(model.component(name) == "vision" for name in source.tensors):
+        expected |= model.vision_shapes(source.config)
     missing = [name for name in expected if name not in source.tensors]
     if missing:
         raise InputError(
@@ -219,6 +221,8 @@ def _refuse_misshapen(source: Checkpoint, prefix: str) -> None:
             raise InputError(
                 f"{source.path}: {name} is {list(source.tensors[name].shape)}, config.json calls for {list(shape)}; they are of two models"
             )
+        if (info := source.tensors[name]).dtype not in ("BF16", "F16", "F32"):
+            raise InputError(f"{info.file}: {name} is {info.dtype}, no engine computes with that; quantize from the BF16 release")
     extra = [n for n in source.tensors if n not in expected and model.component(n) not in ("vision", "mtp")]
     if extra and extra != ["lm_head.weight"]:
         raise InputError(f"{source.path}: {len(extra)} tensors are more than config.json calls for ({extra[0]}, …); engines refuse them")

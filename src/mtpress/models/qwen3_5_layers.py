@@ -96,7 +96,10 @@ class StreamedBody:
         self.device, self.dtype = device, dtype
         has_kernel = device.type == "cuda" and importlib.util.find_spec("fla") is not None
         self._own_delta_rule = delta_rule == "mtpress" and not has_kernel
-        self.rotary = Qwen3_5TextRotaryEmbedding(config=self.text_config).to(device)
+        try:
+            self.rotary = Qwen3_5TextRotaryEmbedding(config=self.text_config).to(device)
+        except Exception as error:  # rope parameters of a kind that transformers knows but cannot compute from
+            raise InputError(f"config.json: rope_parameters do not work ({str(error)[:120] or type(error).__name__})") from None
         self.samples: list[Sample] = []
         self.states = states or MemoryStates()
         self.positions: list[Tensor] = []
