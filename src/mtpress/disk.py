@@ -76,15 +76,24 @@ def read_range(file: int, into: memoryview, start: int, end: int, info: "TensorI
 
 
 def read_pieces(info: "TensorInfo") -> Iterator[memoryview]:
-    """The stored bytes of a tensor in pieces; each is valid until the next is asked for."""
-    buffer = aligned_buffer(min(PIECE_BYTES, info.num_bytes) + 2 * BLOCK_BYTES)
-    with opened(info) as file:
-        position, stop = info.offset, info.offset + info.num_bytes
-        while position < stop:
-            end = min(stop, position - position % BLOCK_BYTES + PIECE_BYTES)
-            read_range(file, buffer, position, end, info)
-            yield buffer[position % BLOCK_BYTES : position % BLOCK_BYTES + end - position]
-            position = end
+    """The stored bytes of a tensor in pieces, the next of which is read ahead; each is valid until the next is asked for."""
+    first, stop = info.offset - info.offset % BLOCK_BYTES, info.offset + info.num_bytes
+    starts = [max(info.offset, start) for start in range(first, stop, PIECE_BYTES)]
+    ends = [*starts[1:], stop]
+    buffers = [aligned_buffer(min(PIECE_BYTES, info.num_bytes) + 2 * BLOCK_BYTES) for _ in starts[:2]]
+    with opened(info) as file, ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-read") as pool:
+
+        def read(piece: int) -> None:
+            read_range(file, buffers[piece % 2], starts[piece], ends[piece], info)
+
+        ahead: Future[None] | None = None
+        for piece, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            if ahead is None:
+                read(piece)
+            else:
+                ahead.result()
+            ahead = pool.submit(read, piece + 1) if piece + 1 < len(starts) else None
+            yield buffers[piece % 2][start % BLOCK_BYTES : start % BLOCK_BYTES + end - start]
 
 
 class StagedFile:

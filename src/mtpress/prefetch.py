@@ -27,6 +27,7 @@ class Prefetch:
         self.digests: dict[str, str] = {}
         self.on_gpu = device.type == "cuda"
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-prefetch")
+        self.hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-hash")
         self.copy_stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
         size = max((sum(_end(0, info) for info in group) for group in groups), default=0)
         self.host = [self._buffer(size) for _ in range(min(2, len(groups)))]
@@ -61,19 +62,20 @@ class Prefetch:
                     free[number % 2] = used
         finally:
             self.pool.shutdown(wait=True, cancel_futures=True)
+            self.hashing.shutdown(wait=True)
 
     def _load(self, number: int, free: "torch.cuda.Event | None") -> Loaded:
         group, buffer, device_memory = self.groups[number], self.host[number % 2], self.device_memory[number % 2]
         places, end = dict[str, tuple[int, TensorInfo]](), 0
-        digests = {}
+        digests = dict[str, "Future[hashlib._Hash]"]()
         for info in sorted(group, key=lambda i: (i.file, i.offset)):
             start = end + info.offset % BLOCK_BYTES  # where in its block it stands on disk, it stands in memory
             end = _end(end, info)
             places[info.name] = (start, info)
             with opened(info) as file:
                 read_range(file, buffer[start - info.offset % BLOCK_BYTES : end], info.offset, info.offset + info.num_bytes, info)
-            if info.name in self.hashed:
-                digests[info.name] = hashlib.sha256(buffer[start : start + info.num_bytes]).hexdigest()
+            if info.name in self.hashed:  # while the next tensor is read
+                digests[info.name] = self.hashing.submit(hashlib.sha256, buffer[start : start + info.num_bytes])
         ready = None
         if self.copy_stream is not None:
             with torch.cuda.stream(self.copy_stream):
@@ -83,7 +85,8 @@ class Prefetch:
                 ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 ready.record()
             ready.synchronize()  # in this thread: the pinned buffer is filled again two groups on
-        return {name: self._tensor(device_memory, start, info) for name, (start, info) in places.items()}, digests, ready
+        tensors = {name: self._tensor(device_memory, start, info) for name, (start, info) in places.items()}
+        return tensors, {name: digest.result().hexdigest() for name, digest in digests.items()}, ready
 
     @staticmethod
     def _tensor(memory: torch.Tensor, start: int, info: TensorInfo) -> torch.Tensor:
