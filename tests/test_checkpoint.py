@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from mtpress import checkpoint
-from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, read_pieces, read_rows, read_shard, read_tensor, resolve
+from mtpress import checkpoint, disk
+from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_json, read_rows, read_shard, read_tensor, resolve
+from mtpress.disk import read_pieces
 from mtpress.errors import InputError
 
 TENSORS = {
@@ -86,7 +87,8 @@ def test_rows_of_a_matrix(single: Checkpoint) -> None:
 
 
 def test_pieces_are_small(single: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 100)
+    for module in (checkpoint, disk):
+        monkeypatch.setattr(module, "PIECE_BYTES", 100)
     assert [len(piece) for piece in read_pieces(single.tensors["u8"])] == [100, 100, 56]
     assert torch.equal(single.read("u8"), TENSORS["u8"])
 

@@ -204,17 +204,6 @@ def read_bytes(info: TensorInfo, into: memoryview) -> None:
             position += _pread(file, into[position : position + PIECE_BYTES], info.offset + position, info)
 
 
-def read_pieces(info: TensorInfo) -> Iterator[memoryview]:
-    """The stored bytes of a tensor in pieces; each is valid until the next is asked for."""
-    buffer = memoryview(bytearray(min(PIECE_BYTES, info.num_bytes)))
-    with _opened(info) as file:
-        position = 0
-        while position < info.num_bytes:
-            count = _pread(file, buffer[: info.num_bytes - position], info.offset + position, info)
-            yield buffer[:count]
-            position += count
-
-
 def read_rows(info: TensorInfo, rows: "torch.Tensor") -> "torch.Tensor":
     """The given rows (int64 [T]) of a stored matrix [N, K] as [T, K]; each distinct row is read once."""
     import torch

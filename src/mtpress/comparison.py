@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mtpress.checkpoint import Checkpoint, TensorInfo, read_pieces, read_tensor
+from mtpress.checkpoint import Checkpoint, TensorInfo, read_tensor
+from mtpress.disk import read_pieces
 from mtpress.progress import Progress
 from mtpress.rules.stored import SCALE, SCALE_2, WEIGHT
 from mtpress.rules.subject import Subject

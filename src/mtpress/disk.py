@@ -77,9 +77,9 @@ def read_range(file: int, into: memoryview, start: int, end: int, info: "TensorI
 
 def read_pieces(info: "TensorInfo") -> Iterator[memoryview]:
     """The stored bytes of a tensor in pieces, the next of which is read ahead; each is valid until the next is asked for."""
-    first, stop = info.offset - info.offset % BLOCK_BYTES, info.offset + info.num_bytes
-    starts = [max(info.offset, start) for start in range(first, stop, PIECE_BYTES)]
-    ends = [*starts[1:], stop]
+    stop = info.offset + info.num_bytes
+    starts = range(info.offset, stop, PIECE_BYTES)
+    ends = [min(start + PIECE_BYTES, stop) for start in starts]
     buffers = [aligned_buffer(min(PIECE_BYTES, info.num_bytes) + 2 * BLOCK_BYTES) for _ in starts[:2]]
     with opened(info) as file, ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-read") as pool:
 

@@ -91,7 +91,7 @@ def run(
             guard.look({info.file for job in step.jobs for info in job.sources})
             settle = partial(forward.sync, step) if forward is not None and step.layer is not None else None
             writer.end_step(step.title, settle, {name: prefetch.digests.pop(name) for name in step.quantized})
-            progress.advance(step.read_bytes, step.title)
+            progress.advance(step.effort(forward is not None), step.title)
         assert next(weights, None) is None
     writer.wait()
     lap("write")

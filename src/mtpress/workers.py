@@ -200,7 +200,7 @@ class WorkerPool:
             self.writer.take_up()
             for step in self.plan.steps:
                 if step.title in self.writer.finished - seen:
-                    progress.advance(step.read_bytes, step.title)
+                    progress.advance(step.effort(calibrated=False), step.title)
             seen = set(self.writer.finished)
         return spent
 

@@ -122,14 +122,14 @@ def quantize(
     metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
     with (
         CheckpointWriter(target, plan.shards, metadata, run=run_identity(plan, guard, calibrated, device_used), resume=resume) as writer,
-        Progress("quantize", plan.read_bytes, silent=silent) as progress,
+        Progress("quantize", sum(step.effort(bool(calibrated)) for step in plan.steps), silent=silent) as progress,
     ):
         lengths = [len(sample.input_ids) for sample in calibrated.samples] if calibrated else []
         steps_done = frozenset(writer.finished)
         promised, loaded_bytes = foresee(plan, target, device_used, lengths, spread, steps_done, beside_bytes)
         preflight.refuse(plan, promised, lengths, writer.partial, loaded_bytes, device_used, workers)
         progress.say(f"needs {promised}")
-        progress.skip(sum(step.read_bytes for step in plan.steps if step.title in steps_done))
+        progress.skip(sum(step.effort(bool(calibrated)) for step in plan.steps if step.title in steps_done))
         started = time.perf_counter()
         spent, worker_memory = write_weights(plan, writer, calibrated, device_used, guard, progress, spread)
         guard.look_closely()
