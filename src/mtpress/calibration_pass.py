@@ -41,7 +41,7 @@ class CalibrationPass:
         self.plan = plan
         lengths = lengths or [len(sample.input_ids) for sample in samples]
         hidden_size = plan.source.text_config["hidden_size"]
-        self.states = DiskStates(directory, lengths, hidden_size, boundary=first_layer, members=members)
+        self.states = DiskStates(directory, lengths, hidden_size, boundary=first_layer, members=members, pinned=device.type == "cuda")
         self.body = StreamedBody(plan.source.config, device, states=self.states)
         if first_layer:
             self.body.place(samples)

@@ -63,18 +63,25 @@ class MemoryStates:
 class DiskStates:
     """States in `hidden-{boundary % 3}.bin` of a directory; sample i of the whole set always has the same place in the file.
 
-    members: the samples of the set that are moved here, in order; workers share the files. boundary: the one to start from,
+    members: the samples of the set that are moved here, in order; workers share the files. pinned: for a GPU. boundary: the one to start from,
     0 in front of the first layer; it is on disk already if it is not 0.
     """
 
     def __init__(
-        self, directory: Path, lengths: Sequence[int], hidden_size: int, *, boundary: int = 0, members: Sequence[int] | None = None
+        self,
+        directory: Path,
+        lengths: Sequence[int],
+        hidden_size: int,
+        *,
+        boundary: int = 0,
+        members: Sequence[int] | None = None,
+        pinned: bool = False,
     ) -> None:
         self.directory, self.hidden_size, self.boundary = directory, hidden_size, boundary
         self.lengths = lengths
         self.members = list(range(len(lengths))) if members is None else list(members)
         self.starts = [0, *accumulate(2 * length * hidden_size for length in lengths)]
-        self.pinned = torch.cuda.is_available()
+        self.pinned = pinned
         self._read = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-states-read")
         self._write = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-states-write")
         self._ahead: tuple[int, Future[Tensor]] | None = None
