@@ -63,8 +63,8 @@ class MemoryStates:
 class DiskStates:
     """States in `hidden-{boundary % 3}.bin` of a directory; sample i of the whole set always has the same place in the file.
 
-    members: the samples of the set that are moved here, in order; workers share the files. pinned: for a GPU. boundary: the one to start from,
-    0 in front of the first layer; it is on disk already if it is not 0.
+    members: the samples of the set that are moved here, in order; workers share the files. boundary: the one to start from, 0 in
+    front of the first layer; it is on disk already if it is not 0. pinned: what get() returns is for copying to a GPU.
     """
 
     def __init__(
