@@ -110,7 +110,7 @@ class CheckpointWriter(ShardWriter):
             self.stop(error)
             if kind is None:
                 return
-            done = 0 if self.journal is None or issubclass(kind, InputError) else len(self.finished)
+            done = 0 if self.journal is None or issubclass(kind, InputError) else self.journal.num_finished()  # workers' steps too
             if done:
                 left = f"{done} finished steps are kept in {self.partial}, the same command with --resume goes on there"
             else:
