@@ -24,6 +24,7 @@ from mtpress.rounding.max import round_group
 PROBE_SECONDS = 0.3  # for each of at most eight things; less where the run itself will be short
 BYTES_WORTH_A_SECOND = 1e10
 PROBE_TOKENS = 512
+PROBE_PIECES = 4  # of the file that is written over and over
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ def rate(work: Callable[[], float], seconds: float) -> float:
 
 
 def measure(plan: Plan, out: Path, device: torch.device, lengths: Sequence[int]) -> Machine:
-    """About two seconds. Reads the source past the page cache, writes a file beside `out` that is gone afterwards."""
+    """About two seconds. Reads the source past the page cache, writes a file without a name on the disk of `out`."""
     seconds = min(PROBE_SECONDS, plan.read_bytes / BYTES_WORTH_A_SECOND + 0.005)
     largest = max(plan.source.tensors.values(), key=lambda info: info.num_bytes)
     buffer = aligned_buffer(PIECE_BYTES)
+    buffer[:] = os.urandom(PIECE_BYTES)  # zeros are too easy for some disks
     weight = torch.randn(1024, 5120).bfloat16().to(device)
     other = bytearray(PIECE_BYTES)
 
@@ -113,17 +115,20 @@ def _write_rate(out: Path, buffer: memoryview, seconds: float) -> float:
     path = parent / f".{out.name}.probe-{os.getpid()}"
     try:
         file = open_direct(path, os.O_WRONLY | os.O_CREAT)
+        path.unlink()  # it takes room until it is closed, and no kill can leave it behind
+        count = 0
+
+        def piece() -> int:
+            nonlocal count
+            count += 1
+            written = os.pwrite(file, buffer, count % PROBE_PIECES * PIECE_BYTES)
+            os.fdatasync(file)
+            return written
+
         try:
-
-            def piece() -> int:
-                count = os.write(file, buffer)
-                os.fdatasync(file)
-                return count
-
             return rate(piece, seconds)
         finally:
             os.close(file)
-            path.unlink()
     except OSError as error:
         raise ResourceError(f"{parent}: cannot be written ({error.strerror or error}); free space or choose another disk") from None
 
