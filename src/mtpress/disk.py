@@ -113,6 +113,7 @@ class StagedFile:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-disk")
         self._writes: list[Future[None]] = []
         if self.filled and os.preadv(self.file, [self.buffers[0][:BLOCK_BYTES]], self.start) < self.filled:
+            os.close(self.file)
             raise InputError(f"{path}: ends early; it changed while it was written")
         if end:
             os.ftruncate(self.file, end)

@@ -93,6 +93,7 @@ class DiskStates:
         except OSError as error:
             raise disk_failure(directory, error) from None
         if boundary and os.fstat(self.files[boundary % NUM_SLOTS]).st_size < self.starts[-1]:
+            self.close()
             raise InputError(
                 f"{directory}: the hidden states in front of layer {boundary} are not there; delete {directory.parent} to start over"
             )

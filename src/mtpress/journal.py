@@ -12,6 +12,7 @@ A line is appended only when all that it tells of is on the disk, so what it say
 last line counts as not written. In: steps as they finish. Out: what is finished, or how two runs differ.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -61,13 +62,14 @@ class Journal:
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Says what this run is made of."""
-        text = json.dumps(run, indent=2, ensure_ascii=False).encode()
-        file = os.open(self.directory / RUN_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        new = self.directory / f"{RUN_NAME}.new"  # a run that goes on must find the old one or this, never half of it
+        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            os.write(file, text)
+            write_whole(file, json.dumps(run, indent=2, ensure_ascii=False).encode())
             os.fsync(file)
         finally:
             os.close(file)
+        new.replace(self.directory / RUN_NAME)
 
     def refuse_other_run(self, run: Mapping[str, Any]) -> None:
         """InputError that names what differs, unless the journal's run is this one."""
@@ -82,7 +84,7 @@ class Journal:
         """Adds a line and waits until it is on the disk."""
         file = os.open(self.directory / f"{shard}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(file, json.dumps(asdict(finished)).encode() + b"\n")
+            write_whole(file, json.dumps(asdict(finished)).encode() + b"\n")
             os.fdatasync(file)
         finally:
             os.close(file)
@@ -104,6 +106,12 @@ class Journal:
     def num_finished(self) -> int:
         """Finished steps of all shards."""
         return sum(len(self.finished(path.name.removesuffix(".jsonl"))) for path in self.directory.glob("*.jsonl"))
+
+
+def write_whole(file: int, data: bytes) -> None:
+    """Writes all of it; OSError where the disk takes a part only."""
+    if os.write(file, data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def difference(old: Any, new: Any, at: str = "") -> str | None:
