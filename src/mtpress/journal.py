@@ -81,9 +81,12 @@ class Journal:
             )
 
     def append(self, shard: str, finished: Finished) -> None:
-        """Adds a line and waits until it is on the disk."""
-        file = os.open(self.directory / f"{shard}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        """Adds a line and waits until it is on the disk. A torn line is cut off first: only here, as others read while this is written."""
+        file = os.open(self.directory / f"{shard}.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            size = os.fstat(file).st_size
+            if size and os.pread(file, 1, size - 1) != b"\n":
+                os.ftruncate(file, os.pread(file, size, 0).rfind(b"\n") + 1)
             write_whole(file, json.dumps(asdict(finished)).encode() + b"\n")
             os.fdatasync(file)
         finally:
@@ -94,14 +97,11 @@ class Journal:
         path = self.directory / f"{shard}.jsonl"
         if not path.exists():
             return []
-        *lines, torn = path.read_bytes().split(b"\n")
+        *lines, _ = path.read_bytes().split(b"\n")
         try:
-            found = [Finished(**json.loads(line)) for line in lines]
+            return [Finished(**json.loads(line)) for line in lines]
         except (ValueError, TypeError):
             raise InputError(f"{path}: is not what mtpress wrote; delete {self.directory.parent} to start over") from None
-        if torn:  # the next line must not be glued to it
-            os.truncate(path, len(b"\n".join(lines)) + (1 if lines else 0))
-        return found
 
     def num_finished(self) -> int:
         """Finished steps of all shards."""

@@ -94,23 +94,32 @@ class Worker:
             self.forward.close()
 
 
+class Calls:
+    """Calls of a Worker by name; the first, "__init__", makes it: Ray hands on what a call raises, not what making an actor does."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+
+    def answer(self, method: str, *arguments: Any) -> Any:
+        if method == "__init__":
+            self.worker = Worker(*arguments)
+            return None
+        return getattr(self.worker, method)(*arguments)
+
+
 def serve(connection: Connection) -> None:
     """Answers (method, arguments) with (True, result) or (False, exception), one after another.
 
     Pickled here and not by the connection, for which torch would put tensors into shared memory.
     """
-    worker: Worker | None = None
+    calls = Calls()
     while True:
         try:
             method, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            if method == "__init__":
-                worker, answer = Worker(*arguments), None
-            else:
-                answer = getattr(worker, method)(*arguments)
-            connection.send_bytes(pickle.dumps((True, answer)))
+            connection.send_bytes(pickle.dumps((True, calls.answer(method, *arguments))))
         except Exception as error:  # told to the process that asked
             connection.send_bytes(pickle.dumps((False, error)))
 

@@ -6,12 +6,13 @@ worker reads the source itself and sees the partial directory. In: a plan and it
 forward, or finished shards. Leaves out: what a worker does (worker.py).
 """
 
+import math
 import os
 import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -28,7 +29,7 @@ from mtpress.plan import Plan, Step
 from mtpress.progress import Progress
 from mtpress.source_guard import SourceGuard
 from mtpress.stream import run, unfinished_steps
-from mtpress.worker import Worker
+from mtpress.worker import Calls
 
 if TYPE_CHECKING:
     from mtpress.chat import Sample
@@ -85,20 +86,15 @@ class ProcessWorker:
 class RayWorker:
     """A worker that Ray puts on some machine of its cluster."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, resources: Mapping[str, float]) -> None:
         import ray
 
         self.ray = ray
-        self.remote: Any = ray.remote(num_cpus=threads)(Worker)
-        self.actor: Any = None
+        self.actor: Any = ray.remote(**resources)(Calls).remote()
         self.pending: Any = None
 
     def call(self, method: str, *arguments: Any) -> None:
-        if method == "__init__":
-            self.actor = self.remote.remote(*arguments)
-            self.pending = self.actor.peak_memory_bytes.remote()  # answers once the actor is made
-        else:
-            self.pending = getattr(self.actor, method).remote(*arguments)
+        self.pending = self.actor.answer.remote(method, *arguments)
 
     def done(self) -> bool:
         return bool(self.ray.wait([self.pending], timeout=0)[0])
@@ -115,8 +111,7 @@ class RayWorker:
             raise ResourceError(f"a Ray worker died ({reason}); is there memory for as many? Try a smaller --workers") from None
 
     def stop(self) -> None:
-        if self.actor is not None:
-            self.ray.kill(self.actor)
+        self.ray.kill(self.actor)
 
 
 class WorkerPool:
@@ -126,15 +121,18 @@ class WorkerPool:
 
     def __init__(self, plan: Plan, writer: CheckpointWriter, source: str | Path, device: torch.device, count: int, ray: str | None) -> None:
         self.plan, self.writer = plan, writer
-        threads = max(1, torch.get_num_threads() // count) if ray is None else 1
-        if ray is not None:
-            connect(ray)
-            threads = max(1, ray_threads() // count)
         self.on_ray = ray is not None
-        self.handles: list[Handle] = [RayWorker(threads) if ray is not None else ProcessWorker(threads) for _ in range(count)]
+        self.joined = ray is not None and connect(ray)
+        self.handles: list[Handle] = []
         path = str(Path(source).absolute()) if Path(source).is_dir() else str(source)
         recipe, partial = plan.recipe.canonical(), str(writer.partial.absolute())
         try:
+            threads = max(1, torch.get_num_threads() // count)
+            resources = ray_resources(count, device) if self.on_ray else {}
+            if self.on_ray:
+                threads = max(1, int(resources["num_cpus"]))
+            for _ in range(count):
+                self.handles.append(RayWorker(resources) if self.on_ray else ProcessWorker(threads))
             for number, handle in enumerate(self.handles):
                 place = f"cuda:{number % torch.cuda.device_count()}" if device.type == "cuda" and ray is None else str(device)
                 handle.call("__init__", path, plan.source.identity, recipe, partial, place, threads)
@@ -146,6 +144,10 @@ class WorkerPool:
     def close(self) -> None:
         for handle in self.handles:
             handle.stop()
+        if self.joined:
+            import ray
+
+            ray.shutdown()
 
     def _results(self) -> list[Any]:
         return [handle.result() for handle in self.handles]
@@ -211,14 +213,15 @@ class WorkerPool:
         return self._results()
 
 
-def connect(address: str) -> None:
-    """Joins a Ray cluster: "local" starts one of this machine, "auto" finds the one this machine belongs to."""
+def connect(address: str) -> bool:
+    """Joins a Ray cluster: "local" starts one of this machine, "auto" finds the one this machine belongs to. False: this process has."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unasked
     try:
         import ray
     except ImportError:
         raise InputError("--ray: Ray is not installed; `pip install mtpress[ray]`, or use --workers alone on this machine") from None
     if ray.is_initialized():
-        return
+        return False
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -226,13 +229,30 @@ def connect(address: str) -> None:
         raise ResourceError(
             f"--ray {address}: no cluster there ({reason}); start one with `ray start --head`, or use --ray local"
         ) from None
+    return True
 
 
-def ray_threads() -> int:
-    """CPUs of the smallest machine of the cluster: an actor's must fit on one."""
+def ray_resources(count: int, device: torch.device) -> dict[str, float]:
+    """What each of `count` actors asks the cluster for, so that all of them have room at once.
+
+    CPUs: a share of the smallest machine's. GPUs: one, or a share of one where there are fewer GPUs than actors.
+    """
     import ray
 
-    return int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = min((machine["CPU"] for machine in machines if machine.get("CPU")), default=0.0)
+    resources = {"num_cpus": float(cpus // count) or _floor(cpus / count)}
+    if device.type == "cuda":
+        gpus = sum(machine.get("GPU", 0.0) for machine in machines)
+        if not gpus:
+            raise ResourceError("--ray: no machine of the cluster has a GPU that Ray knows of; use --device cpu")
+        resources["num_gpus"] = _floor(1 / math.ceil(count / gpus))
+    return resources
+
+
+def _floor(share: float) -> float:
+    """Ray counts in ten-thousandths and rounds up."""
+    return math.floor(share * 10_000) / 10_000
 
 
 @dataclass(frozen=True)
