@@ -178,10 +178,8 @@ def test_workers_end_with_the_process_that_started_them(alone: Path, tmp_path: P
     assert hashes(out) == hashes(alone)
 
 
-@pytest.fixture
-def other_model(tmp_path: Path) -> Path:
+def write_other_model(other: Path) -> Path:
     """The built-in model under another identity."""
-    other = tmp_path / "other"
     other.mkdir()
     for path in BUILTIN_MODEL.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
@@ -190,12 +188,13 @@ def other_model(tmp_path: Path) -> Path:
     return other
 
 
-def test_what_a_worker_refuses_is_one_line(other_model: Path, tmp_path: Path) -> None:
+def test_what_a_worker_refuses_is_one_line(tmp_path: Path) -> None:
+    other = write_other_model(tmp_path / "other")
     plan = make_plan(Checkpoint.open(BUILTIN_MODEL), WEIGHT_ONLY)
     with (
         CheckpointWriter(tmp_path / "out", plan.shards, {}) as writer,
         pytest.raises(InputError, match="other: is not the same checkpoint on every worker; put it where all of them see it") as caught,
-        closing(WorkerPool(plan, writer, other_model, torch.device("cpu"), 2, None)),
+        closing(WorkerPool(plan, writer, other, torch.device("cpu"), 2, None)),
     ):
         pytest.fail("workers of another checkpoint")
     assert "\n" not in str(caught.value)
