@@ -105,3 +105,23 @@ def test_amax_runs_over_what_is_seen() -> None:
     amax("b", torch.tensor([-7.0]))
     assert amax.of_group(["a"]) == 3.0
     assert amax.of_group(["a", "b"]) == 7.0
+
+
+def test_amax_of_shares_is_that_of_all() -> None:
+    samples = [torch.randn(5, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(7)]
+    whole, merged = InputAmax(), InputAmax()
+    for share in ((0, 3), (1, 2, 4, 5, 6), ()):
+        seen = InputAmax()
+        for i in share:
+            for name, factor in (("a", 1.0), ("b", -3.0)):
+                seen(name, factor * samples[i])
+                whole(name, factor * samples[i])
+        merged.merge({name: float(value) for name, value in seen.amax.items()})  # as a worker answers
+    assert merged.amax.keys() == {"a", "b"}
+    assert all(torch.equal(merged.amax[name], whole.amax[name]) for name in "ab")
+    assert all(value.dtype == torch.float32 and value.shape == () for value in merged.amax.values())
+    merged.merge({"a": 0.0, "c": 2.0})
+    assert torch.equal(merged.amax["a"], whole.amax["a"]) and merged.amax["c"] == 2.0
+    merged.merge({"a": float("nan")})  # damaged weights must be noticed, whichever worker sees them
+    merged.merge({"a": 1.0})
+    assert merged.of_group(["a"]).isnan()

@@ -1,0 +1,223 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from mtpress import preflight
+from mtpress.builtin import BUILTIN_MODEL
+from mtpress.checkpoint import Checkpoint
+from mtpress.cli import main
+from mtpress.errors import ResourceError
+from mtpress.machine import Machine
+from mtpress.models import family
+from mtpress.plan import Plan, make_plan
+from mtpress.preflight import START_SECONDS, promise, refuse, states_bytes
+from mtpress.recipe import load_recipe
+
+CPU = torch.device("cpu")
+COMMAND = ("quantize", str(BUILTIN_MODEL), "--recipe", "nvfp4-mtp-vlm")
+LOADED = 400_000_000
+MACHINE = Machine(read=2e9, write=1e9, hash=5e8, copy=1e10, pack=4e8, matmul=1e11, attention=2e10, delta_rule=1e-5)
+FAST = Machine(read=1e18, write=1e18, hash=1e18, copy=1e18, pack=1e18, matmul=1e11, attention=2e10, delta_rule=1e-5)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(Checkpoint.open(BUILTIN_MODEL), load_recipe("nvfp4-mtp-vlm"))
+
+
+@pytest.mark.parametrize("arguments", [["--weight-only", "0.01"], ["--calibration", "builtin"]])
+def test_memory_and_disk_are_as_promised(arguments: list[str], tmp_path: Path) -> None:
+    """In a process of its own, whose peak memory is the run's."""
+    command = [sys.executable, "-m", "mtpress", *COMMAND, str(tmp_path / "out"), *arguments, "--json"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    told = json.loads((tmp_path / "out" / "mtpress.json").read_text())["preflight"]
+    for kind in ("memory_bytes", "disk_bytes"):
+        assert told["took"][kind] == pytest.approx(told["promised"][kind], rel=0.2), kind
+    assert told["promised"]["seconds"] >= START_SECONDS
+    assert told["took"]["seconds"] > 0
+
+
+def test_a_dry_run_promises_the_same_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    promised = {}
+    for kind in ([], ["--dry-run"]):
+        assert main([*COMMAND, str(tmp_path / "out"), "--weight-only", "0.01", "--json", *kind]) == 0
+        promised[bool(kind)] = json.loads(capsys.readouterr().out)["promised"]
+        if (tmp_path / "out").exists():
+            (tmp_path / "out").rename(tmp_path / "made")
+    assert promised[True]["disk_bytes"] == promised[False]["disk_bytes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def quantized_bytes(plan: Plan, steps: set[str] | None = None) -> int:
+    return sum(
+        info.num_bytes
+        for step in plan.steps
+        if steps is None or step.title in steps
+        for job in step.jobs
+        if job.kind == "quantize"
+        for info in job.sources
+    )
+
+
+def test_the_time_of_reading_packing_and_writing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    read, written, packed = plan.read_bytes, plan.output_bytes, quantized_bytes(plan)
+    assert packed > 0
+    disk = read / 2e9 + written / 1e9
+    processor = ((packed + written) / 5e8 + 2 * (read + written) / 1e10) / 2 + packed / 4e8
+    assert processor > disk
+    assert promise(plan, MACHINE, [], LOADED).seconds == pytest.approx(START_SECONDS + processor)
+    slow_disk = Machine(**{**vars(MACHINE), "write": 1e8})
+    disk = read / 2e9 + written / 1e8
+    assert disk > processor
+    assert promise(plan, slow_disk, [], LOADED).seconds == pytest.approx(START_SECONDS + disk)
+
+
+def test_the_time_of_the_forward(plan: Plan) -> None:
+    config = plan.source.text_config
+    types = list(family(plan.source.model_type).layer_types(plan.source.config))
+    assert types == ["linear_attention"] * 3 + ["full_attention"]
+    tensors = plan.source.tensors.values()
+    params = sum(info.num_params for info in tensors if f"{plan.prefix}layers." in info.name and len(info.shape) == 2)
+    pair_work = config["num_attention_heads"] * config["head_dim"]
+
+    def expected(lengths: list[int]) -> float:
+        tokens, pairs = sum(lengths), sum(length * length for length in lengths)
+        return START_SECONDS + 2 * params * tokens / 1e11 + 3 * tokens * 1e-5 + pairs * pair_work / 2e10
+
+    for lengths in ([100], [100, 100, 100], [3000], [3000, 10_000, 1]):
+        assert promise(plan, FAST, lengths, LOADED).seconds == pytest.approx(expected(lengths))
+    seconds = [promise(plan, FAST, [length] * count, LOADED).seconds for length, count in ((64, 1), (64, 2), (128, 2), (256, 2))]
+    assert seconds == sorted(set(seconds))
+
+
+def test_only_what_is_not_done_takes_time(plan: Plan) -> None:
+    titles = [step.title for step in plan.steps]
+    lengths, seconds = [500, 700], []
+    for done in range(len(titles) + 1):
+        seconds.append(promise(plan, MACHINE, lengths, LOADED, steps_done=titles[:done]).seconds)
+    assert seconds == sorted(set(seconds), reverse=True)
+    assert seconds[-1] == START_SECONDS
+
+
+def test_hidden_states_are_part_of_the_disk(plan: Plan) -> None:
+    hidden = plan.source.text_config["hidden_size"]
+    assert states_bytes(plan, [10, 20]) == 3 * 30 * hidden * 2
+    without, with_states = (promise(plan, MACHINE, lengths, LOADED, beside_bytes=77).disk_bytes for lengths in ([], [10, 20]))
+    assert with_states - without == states_bytes(plan, [10, 20])
+    assert without - 77 == promise(plan, MACHINE, [], LOADED).disk_bytes
+    assert without > plan.output_bytes + 77
+
+
+def test_memory_grows_with_the_longest_sample_and_the_workers(plan: Plan) -> None:
+    def memory(lengths: list[int], workers: int = 1) -> int:
+        return promise(plan, MACHINE, lengths, LOADED, workers=workers).memory_bytes
+
+    assert memory([]) > LOADED
+    assert memory([1000]) == memory([1000] * 50) < memory([2000])
+    for lengths in ([], [1000]):
+        assert memory(lengths, 1) < memory(lengths, 2) < memory(lengths, 3)
+        assert memory(lengths, 3) - memory(lengths, 2) >= LOADED
+
+
+def refused(plan: Plan, lengths: list[int], partial: Path, workers: int = 1) -> str:
+    """The line with which a run is refused."""
+    promised = promise(plan, MACHINE, lengths, LOADED, workers=workers)
+    with pytest.raises(ResourceError) as caught:
+        refuse(plan, promised, lengths, partial, LOADED, CPU, workers)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    (tmp_path / "out.partial").mkdir()
+    return tmp_path / "out.partial"
+
+
+def more(plan: Plan, lengths: list[int], workers: int = 1) -> int:
+    """Memory that a run needs on top of what is loaded."""
+    return promise(plan, MACHINE, lengths, LOADED, workers=workers).memory_bytes - LOADED
+
+
+@pytest.mark.parametrize(
+    ("lengths", "workers", "enough_for", "fits"),
+    [
+        ([8000, 100], 1, ([4000], 1), "samples of at most 4000 tokens would fit: set calibration max_seq_len 4000 in the recipe"),
+        ([8000], 1, ([1000], 1), "samples of at most 1000 tokens would fit"),
+        ([100], 1, ([], 1), "a weight-only run would fit: --weight-only SCALE"),
+        ([100], 3, ([100], 1), "one worker would fit: leave --workers out"),
+        ([], 2, ([], 1), "one worker would fit: leave --workers out"),
+    ],
+)
+def test_too_little_memory_names_what_would_fit(
+    lengths: list[int],
+    workers: int,
+    enough_for: tuple[list[int], int],
+    fits: str,
+    plan: Plan,
+    partial: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = more(plan, enough_for[0], enough_for[1])
+    assert free < more(plan, lengths, workers)
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda: free)
+    line = refused(plan, lengths, partial, workers)
+    assert line.startswith("the run needs ") and " more memory, " in line
+    assert fits in line
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda: more(plan, lengths, workers))
+    refuse(plan, promise(plan, MACHINE, lengths, LOADED, workers=workers), lengths, partial, LOADED, CPU, workers)
+
+
+def test_memory_for_nothing(plan: Plan, partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda: 1_000_000)
+    assert refused(plan, [100], partial).endswith("or use a machine with more")
+
+
+def test_too_small_a_disk_names_what_would_fit(plan: Plan, partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(free: int) -> None:
+        monkeypatch.setattr(psutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+    weight_only, long = promise(plan, MACHINE, [], LOADED), [20_000, 20_000]
+    calibrated = promise(plan, MACHINE, long, LOADED)
+    room(1_000_000)
+    line = refused(plan, [], partial)
+    assert line.startswith(f"{partial.parent}: 1 MB are free, the output needs ")
+    assert line.endswith("; free space or choose another disk")
+    line = refused(plan, long, partial)
+    assert "; free space, calibrate with fewer tokens (their hidden states take " in line
+    assert line.endswith(" or choose another disk")
+    for promised, lengths in ((weight_only, []), (calibrated, long)):
+        room(promised.disk_bytes + preflight.SPARE_BYTES)
+        refuse(plan, promised, lengths, partial, LOADED, CPU)
+        room(promised.disk_bytes + preflight.SPARE_BYTES - 100)
+        refused(plan, lengths, partial)
+        (partial / "begun").write_bytes(bytes(100))  # what an earlier run wrote is room already
+        refuse(plan, promised, lengths, partial, LOADED, CPU)
+        (partial / "begun").unlink()
+
+
+@pytest.mark.parametrize("lacking", ["memory", "disk"])
+def test_a_refused_run_leaves_nothing(
+    lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if lacking == "memory":
+        monkeypatch.setattr(preflight, "free_memory_bytes", lambda: 1_000_000)
+    else:
+        monkeypatch.setattr(psutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    assert main([*COMMAND, str(tmp_path / "out"), "--weight-only", "0.01"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 MB are free" in line
+    assert line.endswith("; the source is untouched and no unfinished output was left")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_free_is_not_more_than_the_machine_has() -> None:
+    assert 0 < preflight.free_memory_bytes() <= psutil.virtual_memory().total
