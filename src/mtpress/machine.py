@@ -8,6 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Machine:
     matmul: float = 0.0
     attention: float = 0.0
     delta_rule: float = 0.0
+    gpu: bool = False
 
 
 def rate(work: Callable[[], float], seconds: float) -> float:
@@ -56,36 +58,54 @@ def rate(work: Callable[[], float], seconds: float) -> float:
             return amount / spent
 
 
-def measure(plan: Plan, out: Path, device: torch.device, lengths: Sequence[int]) -> Machine:
-    """About two seconds. Reads the source past the page cache, writes a file without a name on the disk of `out`."""
-    seconds = min(PROBE_SECONDS, plan.read_bytes / BYTES_WORTH_A_SECOND + 0.005)
-    largest = max(plan.source.tensors.values(), key=lambda info: info.num_bytes)
-    buffer = aligned_buffer(PIECE_BYTES)
-    buffer[:] = os.urandom(PIECE_BYTES)  # zeros are too easy for some disks
-    weight = torch.randn(1024, 5120).bfloat16().to(device)
-    other = bytearray(PIECE_BYTES)
+def begin(plan: Plan, out: Path) -> Future[dict[str, float]]:
+    """Starts the half of the probe that needs one core and the disk, while this thread loads libraries.
 
-    def copied() -> int:
-        other[:] = buffer
-        return len(other)
+    Reads the source past the page cache, writes a file without a name on the disk of `out`.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-probe")
+    begun = pool.submit(_storage_rates, plan, out, _seconds(plan))
+    pool.shutdown(wait=False)
+    return begun
+
+
+def measure(plan: Plan, begun: Future[dict[str, float]], device: torch.device, lengths: Sequence[int]) -> Machine:
+    """The other half, which needs every core; about two seconds in all."""
+    weight = torch.randn(1024, 5120).bfloat16().to(device)
 
     def packed() -> int:
         round_group({"weight": weight})
         _finish(device)
         return weight.nbytes
 
+    forward = _forward_rates(plan, device, lengths, _seconds(plan)) if lengths else {}
+    return Machine(**begun.result(), pack=rate(packed, _seconds(plan)), **forward, gpu=device.type == "cuda")
+
+
+def _seconds(plan: Plan) -> float:
+    return min(PROBE_SECONDS, plan.read_bytes / BYTES_WORTH_A_SECOND + 0.005)
+
+
+def _storage_rates(plan: Plan, out: Path, seconds: float) -> dict[str, float]:
+    largest = max(plan.source.tensors.values(), key=lambda info: info.num_bytes)
+    buffer = aligned_buffer(PIECE_BYTES)
+    buffer[:] = os.urandom(PIECE_BYTES)  # zeros are too easy for some disks
+    other = bytearray(PIECE_BYTES)
+
+    def copied() -> int:
+        other[:] = buffer
+        return len(other)
+
     def hashed() -> int:
         hashlib.sha256(buffer)
         return len(buffer)
 
-    return Machine(
-        read=_read_rate(largest, buffer, seconds),
-        write=_write_rate(out, buffer, seconds),
-        hash=rate(hashed, seconds),
-        copy=rate(copied, seconds / 3),
-        pack=rate(packed, seconds),
-        **(_forward_rates(plan, device, lengths, seconds) if lengths else {}),
-    )
+    return {
+        "write": _write_rate(out, buffer, seconds),
+        "hash": rate(hashed, seconds),
+        "copy": rate(copied, seconds / 3),
+        "read": _read_rate(largest, buffer, seconds),
+    }
 
 
 def _finish(device: torch.device) -> None:

@@ -4,7 +4,7 @@ In: groups of tensors in the order they are needed. Out: a generator of dicts na
 group ahead. On a GPU a group lands in pinned memory and is copied on a stream of its own, so disk, copy and compute overlap.
 
 A tensor is valid until the next group is asked for: then its buffer is filled with the group after that. The SHA-256 of those
-that are named `hashed` is in `digests` as soon as they are handed out.
+that are named `hashed` is taken meanwhile.
 """
 
 import hashlib
@@ -16,21 +16,27 @@ import torch
 from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
 from mtpress.disk import BLOCK_BYTES, aligned_buffer, opened, read_range, round_up
 
-Loaded = tuple[dict[str, torch.Tensor], dict[str, str], "torch.cuda.Event | None"]
+Loaded = tuple[dict[str, torch.Tensor], dict[str, "Future[hashlib._Hash]"], "torch.cuda.Event | None"]
 
 
 class Prefetch:
-    """load() is asked once; closing it, or coming to its end, stops the reading thread."""
+    """load() is asked once; closing it, or coming to its end, stops the reading thread.
 
-    def __init__(self, groups: Sequence[Sequence[TensorInfo]], device: torch.device, hashed: Collection[str] = ()) -> None:
-        self.groups, self.device, self.hashed = groups, device, hashed
-        self.digests: dict[str, str] = {}
+    ahead: False keeps one buffer and reads a group when it is asked for: less memory where a group is used for long.
+    """
+
+    def __init__(
+        self, groups: Sequence[Sequence[TensorInfo]], device: torch.device, hashed: Collection[str] = (), *, ahead: bool = True
+    ) -> None:
+        self.groups, self.device, self.hashed, self.ahead = groups, device, hashed, ahead
+        self.digests: dict[str, Future[hashlib._Hash]] = {}
+        self._unhashed: list[list[Future[hashlib._Hash]]] = [[], []]  # what still reads a buffer
         self.on_gpu = device.type == "cuda"
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-prefetch")
         self.hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-hash")
         self.copy_stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
         size = max((sum(_end(0, info) for info in group) for group in groups), default=0)
-        self.host = [self._buffer(size) for _ in range(min(2, len(groups)))]
+        self.host = [self._buffer(size) for _ in range(min(2 if ahead else 1, len(groups)))]
         if self.on_gpu:
             self.device_memory = [torch.empty(size, dtype=torch.uint8, device=device) for _ in self.host]
         else:
@@ -51,7 +57,7 @@ class Prefetch:
                     waiting.append(self.pool.submit(self._load, number, None))
                 tensors, digests, ready = waiting.pop().result()
                 self.digests |= digests
-                if number + 1 < len(self.groups):
+                if self.ahead and number + 1 < len(self.groups):
                     waiting.append(self.pool.submit(self._load, number + 1, free[(number + 1) % 2]))
                 if ready is not None:
                     torch.cuda.current_stream(self.device).wait_event(ready)
@@ -65,7 +71,10 @@ class Prefetch:
             self.hashing.shutdown(wait=True)
 
     def _load(self, number: int, free: "torch.cuda.Event | None") -> Loaded:
-        group, buffer, device_memory = self.groups[number], self.host[number % 2], self.device_memory[number % 2]
+        group, place = self.groups[number], number % len(self.host)
+        buffer, device_memory = self.host[place], self.device_memory[place]
+        for unhashed in self._unhashed[place]:
+            unhashed.result()
         places, end = dict[str, tuple[int, TensorInfo]](), 0
         digests = dict[str, "Future[hashlib._Hash]"]()
         for info in sorted(group, key=lambda i: (i.file, i.offset)):
@@ -74,7 +83,7 @@ class Prefetch:
             places[info.name] = (start, info)
             with opened(info) as file:
                 read_range(file, buffer[start - info.offset % BLOCK_BYTES : end], info.offset, info.offset + info.num_bytes, info)
-            if info.name in self.hashed:  # while the next tensor is read
+            if info.name in self.hashed:  # while the next tensor is read, and on while these are used
                 digests[info.name] = self.hashing.submit(hashlib.sha256, buffer[start : start + info.num_bytes])
         ready = None
         if self.copy_stream is not None:
@@ -86,7 +95,12 @@ class Prefetch:
                 ready.record()
             ready.synchronize()  # in this thread: the pinned buffer is filled again two groups on
         tensors = {name: self._tensor(device_memory, start, info) for name, (start, info) in places.items()}
-        return tensors, {name: digest.result().hexdigest() for name, digest in digests.items()}, ready
+        self._unhashed[place] = list(digests.values())
+        return tensors, digests, ready
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor that was handed out and is named `hashed`; can be asked for once."""
+        return self.digests.pop(name).result().hexdigest()
 
     @staticmethod
     def _tensor(memory: torch.Tensor, start: int, info: TensorInfo) -> torch.Tensor:

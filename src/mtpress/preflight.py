@@ -6,9 +6,10 @@ of this one).
 
     time     the larger of disk and processor, as they overlap, and the forward on top, whose matrix products need every core:
              disk       read / read rate + written / write rate
-             processor  (hashed / hash rate + packed / pack rate + copied / copy rate) / cores
+             processor  (hashed / hash rate + copied / copy rate) / cores + packed / pack rate
              forward    2 · parameters of the linears · tokens / matmul rate + tokens · delta-rule time + pairs of tokens / attention rate
-    memory   what is loaded now + two groups of tensors + what waits for the disk + the widest activations of the longest sample
+    memory   what is loaded now + what is read at a time (weight-only: two fused groups; calibrated: a layer, two for a GPU) + what
+             waits for the disk + the widest activations of the longest sample
     disk     the output + three boundaries of hidden states
 """
 
@@ -32,6 +33,7 @@ from mtpress.shard_writer import MAX_QUEUED_BYTES
 SPARE_BYTES = 64_000_000  # a disk is not filled to the last byte
 NAME_BYTES = 400  # a tensor in a header, the index, the ignore lists and the journal
 START_SECONDS = 0.5
+WORKER_START_SECONDS = 5.0  # a fresh Python that loads its libraries
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,11 @@ def promise(
     steps = [step for step in plan.steps if step.title not in steps_done]
     names = NAME_BYTES * sum(len(step.outputs) for step in plan.steps)
     return Promise(
-        memory_bytes=_memory(plan, lengths, loaded_bytes, workers),
+        memory_bytes=_memory(plan, lengths, loaded_bytes, workers, machine.gpu),
         disk_bytes=plan.output_bytes + states_bytes(plan, lengths) + beside_bytes + names,
-        seconds=START_SECONDS + _work_seconds(plan, machine, steps) + _forward_seconds(plan, machine, steps, lengths),
+        seconds=(START_SECONDS if workers == 1 else WORKER_START_SECONDS)
+        + _work_seconds(plan, machine, steps)
+        + _forward_seconds(plan, machine, steps, lengths),
     )
 
 
@@ -106,14 +110,14 @@ def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], length
     return seconds
 
 
-def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int) -> int:
+def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int, on_gpu: bool = False) -> int:
     groups = [sum(info.num_bytes for info in job.sources) for job in plan.jobs if job.kind == "quantize"]
     queue = min(MAX_QUEUED_BYTES, sum(tensor.num_bytes for job in plan.jobs if job.kind == "quantize" for tensor in job.outputs))
     writing = queue // 2 + (NUM_STAGES + 1) * PIECE_BYTES + max(groups, default=0) // 3  # the queue is seldom full
     if not lengths:
         return loaded_bytes * (1 if workers == 1 else workers + 1) + workers * (2 * max(groups, default=0) + writing)
     layers = [step.read_bytes for step in plan.steps if step.layer is not None]
-    forward = 2 * max(layers, default=0) + _activation_bytes(plan, max(lengths))
+    forward = (2 if on_gpu else 1) * max(layers, default=0) + _activation_bytes(plan, max(lengths))
     if workers == 1:
         return loaded_bytes + forward + writing
     return loaded_bytes * (workers + 1) + workers * forward + 2 * max(groups, default=0) + writing

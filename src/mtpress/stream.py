@@ -65,7 +65,9 @@ def run(
         spent[kind] += now - clock
         clock = now
 
-    prefetch = Prefetch(groups, device, hashed={name for step in steps for name in step.quantized})
+    # on a CPU a layer is computed on for so much longer than it is read that reading it ahead is not worth its memory
+    ahead = device.type == "cuda" or forward is None or not forward.whole_layers
+    prefetch = Prefetch(groups, device, ahead=ahead, hashed={name for step in steps for name in step.quantized})
     with closing(prefetch.load()) as weights:
         for step in steps:
             whole = next(weights) if _in_one_piece(step, forward) else {}
@@ -90,7 +92,7 @@ def run(
                 lap("write")
             guard.look({info.file for job in step.jobs for info in job.sources})
             settle = partial(forward.sync, step) if forward is not None and step.layer is not None else None
-            writer.end_step(step.title, settle, {name: prefetch.digests.pop(name) for name in step.quantized})
+            writer.end_step(step.title, settle, {name: prefetch.digest(name) for name in step.quantized})
             progress.advance(step.effort(forward is not None), step.title)
         assert next(weights, None) is None
     writer.wait()

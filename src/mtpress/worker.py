@@ -55,7 +55,8 @@ class Worker:
         directory = Journal(self.partial).directory
         self.forward = CalibrationPass(self.plan, samples, self.device, directory, lengths, members=members, first_layer=first_layer)
         layers = [step for step in self.plan.steps if step.layer is not None and step.layer >= first_layer]
-        self.weights = Prefetch([[info for job in step.jobs for info in job.sources] for step in layers], self.device).load()
+        groups = [[info for job in step.jobs for info in job.sources] for step in layers]
+        self.weights = Prefetch(groups, self.device, ahead=self.device.type == "cuda").load()
 
     def layer(self, layer: int) -> dict[str, float]:
         """Moves its samples through the next layer; the largest |x| that each of its linears has read."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def quantize(
     Raises InputError before anything is written if source, recipe or calibration cannot work, ResourceError if the machine
     lacks disk or device. Nothing that looks finished stays behind.
     """
-    from mtpress import preflight  # torch from here on
+    from mtpress import machine, preflight  # torch from here on
     from mtpress.formats import nvfp4
     from mtpress.workers import Spread, write_weights
 
@@ -102,9 +103,10 @@ def quantize(
     beside_bytes = sum(len(content) for content in beside.values())
     spread = Spread(source, workers, ray)
     device_used = choose_device(device)
+    begun = machine.begin(plan, target)
     if dry_run:
         lengths = dry_lengths(checkpoint, chosen, calibration)
-        promised, _ = foresee(plan, target, device_used, lengths, spread, (), beside_bytes)
+        promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes)
         return describe(plan, target, dry_run=True, measured={"promised": promised.as_json()})
     guard = SourceGuard(checkpoint)
     calibrated = None
@@ -126,7 +128,7 @@ def quantize(
     ):
         lengths = [len(sample.input_ids) for sample in calibrated.samples] if calibrated else []
         steps_done = frozenset(writer.finished)
-        promised, loaded_bytes = foresee(plan, target, device_used, lengths, spread, steps_done, beside_bytes)
+        promised, loaded_bytes = foresee(plan, begun, device_used, lengths, spread, steps_done, beside_bytes)
         preflight.refuse(plan, promised, lengths, writer.partial, loaded_bytes, device_used, workers)
         progress.say(f"needs {promised}")
         progress.skip(sum(step.effort(bool(calibrated)) for step in plan.steps if step.title in steps_done))
@@ -179,19 +181,25 @@ def dry_lengths(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[st
 
 
 def foresee(
-    plan: Plan, out: Path, device: Any, lengths: Sequence[int], spread: "Spread", steps_done: Collection[str] = (), beside_bytes: int = 0
+    plan: Plan,
+    begun: "Future[dict[str, float]]",
+    device: Any,
+    lengths: Sequence[int],
+    spread: "Spread",
+    steps_done: Collection[str] = (),
+    beside_bytes: int = 0,
 ) -> "tuple[preflight.Promise, int]":
     """What the run will take, and the memory that this process has loaded by now, in bytes."""
-    from mtpress import preflight
-    from mtpress.machine import measure
+    from mtpress import machine, preflight
 
     if lengths:
         import mtpress.calibration_pass  # noqa: F401  what it loads counts as loaded
-    machine = measure(plan, out, device, lengths)
+    rates = machine.measure(plan, begun, device, lengths)
     loaded_bytes = psutil.Process().memory_info().rss
-    return preflight.promise(
-        plan, machine, lengths, loaded_bytes, beside_bytes=beside_bytes, steps_done=steps_done, workers=spread.workers
-    ), loaded_bytes
+    promised = preflight.promise(
+        plan, rates, lengths, loaded_bytes, beside_bytes=beside_bytes, steps_done=steps_done, workers=spread.workers
+    )
+    return promised, loaded_bytes
 
 
 def finished_record(out: Path, made_from: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
