@@ -37,7 +37,7 @@ def test_every_source_tensor_has_exactly_one_job(recipe: str, source: Checkpoint
 def test_steps_stream_in_the_order_of_the_forward(source: Checkpoint) -> None:
     plan = make_plan(source, load_recipe("nvfp4-mtp-vlm"))
     titles = [step.title for step in plan.steps]
-    assert titles == ["embeddings", "vision tower", "layer 0", "layer 1", "layer 2", "layer 3", "final norm and lm_head", "draft head"]
+    assert titles == ["embeddings", "vision tower", "final norm and lm_head", "draft head", "layer 0", "layer 1", "layer 2", "layer 3"]
 
 
 def test_planned_layouts_are_the_format_s_own(source: Checkpoint) -> None:

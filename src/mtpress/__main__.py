@@ -1,5 +1,6 @@
 """`python -m mtpress`."""
 
-from mtpress.cli import main
+from mtpress.cli import entry
 
-raise SystemExit(main())
+if __name__ == "__main__":
+    entry()

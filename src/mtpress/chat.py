@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
@@ -127,13 +126,15 @@ class ChatEncoder:
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"{directory}: its tokenizer does not load ({reason(error)}); check tokenizer.json") from None
         self.directory = directory
-        self._image_processor: Qwen2VLImageProcessorPil | None = None
+        self._image_processor: Any = None
 
     @property
-    def image_processor(self) -> Qwen2VLImageProcessorPil:
+    def image_processor(self) -> Any:
         if self._image_processor is None:
             if not (self.directory / "preprocessor_config.json").is_file():
                 raise InputError(f"{self.directory}: no preprocessor_config.json, so images cannot be read; copy it from the base")
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # only for pictures
+
             try:
                 processor = Qwen2VLImageProcessorPil.from_pretrained(str(self.directory), local_files_only=True)
             except Exception as error:  # transformers validates with exceptions of many kinds
@@ -144,7 +145,7 @@ class ChatEncoder:
             self._image_processor = processor
         return self._image_processor
 
-    def _refuse_other_tower(self, processor: Qwen2VLImageProcessorPil) -> None:
+    def _refuse_other_tower(self, processor: Any) -> None:
         """The processor cuts the patches that config.json's tower takes, and both mean the same token."""
         config = read_json_object(self.directory / "config.json")
         vision = config.get("vision_config")

@@ -95,6 +95,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def entry() -> NoReturn:
+    """main() as a command: leaves at once, for there is nothing to put away and tearing torch down takes a second."""
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 class _Signals:
     """Ctrl-C, a polite kill and a closed terminal all end the work the same way: KeyboardInterrupt in the main thread."""
 

@@ -23,7 +23,7 @@ from mtpress.plan import Plan
 from mtpress.rounding.max import round_group
 
 PROBE_SECONDS = 0.3  # for each of at most eight things; less where the run itself will be short
-BYTES_WORTH_A_SECOND = 1e10
+BYTES_WORTH_A_SECOND = 4e10
 PROBE_TOKENS = 512
 PROBE_PIECES = 4  # of the file that is written over and over
 

@@ -1,7 +1,7 @@
 """Headers and a recipe in, the whole output out: a job for every source tensor, before any weight is read.
 
-In: an open Checkpoint and a Recipe. Out: a `Plan`: steps in the order they stream (embeddings, vision tower, decoder
-layers, final norm and lm_head, draft head), jobs in each, shard files, the ignore list, sizes. Leaves out: reading
+In: an open Checkpoint and a Recipe. Out: a `Plan`: steps in the order they stream (embeddings, vision tower, final
+norm and lm_head, draft head, decoder layers), jobs in each, shard files, the ignore list, sizes. Leaves out: reading
 weights (stream.py). Whatever cannot work is refused here, in the first second.
 
 The MTP invariant: every `mtp.` tensor of the source is kept bit for bit and its modules are named in the ignore list.
@@ -136,8 +136,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-ORDER = {"embeddings": 0, "vision": 1, "layers": 2, "norms": 3, "lm_head": 3, "mtp": 4}
-TITLES = {0: "embeddings", 1: "vision tower", 3: "final norm and lm_head", 4: "draft head"}
+# What is copied comes first: it is written while the first layer computes, and nothing is left to write behind the last.
+ORDER = {"embeddings": 0, "vision": 1, "norms": 2, "lm_head": 2, "mtp": 3, "layers": 4}
+TITLES = {0: "embeddings", 1: "vision tower", 2: "final norm and lm_head", 3: "draft head"}
 
 
 def _place(part: str, layer: int | None) -> tuple[int, int]:

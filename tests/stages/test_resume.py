@@ -23,7 +23,7 @@ from mtpress.stages.quantize import quantize
 
 CALIBRATED = load_recipe("nvfp4-mtp-vlm")
 WEIGHT_ONLY = CALIBRATED.model_copy(update={"constant_input_scale": 0.01})
-STEPS = ["embeddings", "vision tower", "layer 0", "layer 1", "layer 2", "layer 3", "final norm and lm_head", "draft head"]
+STEPS = ["embeddings", "vision tower", "final norm and lm_head", "draft head", "layer 0", "layer 1", "layer 2", "layer 3"]
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -87,7 +87,7 @@ def test_finished_layers_are_not_passed_again(stop_after: list[object], tmp_path
     from mtpress.calibration_pass import CalibrationPass
 
     stop_after[:] = ["layer 1", ResourceError("no room")]
-    with pytest.raises(ResourceError, match="no room; 4 finished steps are kept"):
+    with pytest.raises(ResourceError, match="no room; 6 finished steps are kept"):
         build(tmp_path / "out", CALIBRATED)
     stop_after.clear()
     passed = []
@@ -114,7 +114,7 @@ def test_an_unfinished_run_is_not_thrown_away_unasked(stop_after: list[object], 
     stop_after[:] = ["layer 1", KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "out", WEIGHT_ONLY)
-    with pytest.raises(InputError, match="holds an unfinished run, 4 steps of it done; go on with --resume, or delete it"):
+    with pytest.raises(InputError, match="holds an unfinished run, 6 steps of it done; go on with --resume, or delete it"):
         build(tmp_path / "out", WEIGHT_ONLY)
     assert (tmp_path / "out.partial" / "model.safetensors").exists()
 
