@@ -1,6 +1,6 @@
 """The chunked gated delta rule against transformers' PyTorch fallback, on the heads of Qwen3.6-27B, turn by turn in one run.
 
-    python benchmarks/bench_gated_delta_rule.py [--tokens 512 1024 4096 8192] [--rounds 5] [--json FILE]
+    python benchmarks/bench_gated_delta_rule.py [--tokens 512 1024 4096 8192] [--rounds 3] [--json FILE]
 
 Out: a table and JSON: seconds of each rule (the fastest round), their ratio, what memory each takes beyond its inputs at its
 peak, and the rule's seconds as a share of the same layer's BF16 matrix products, which are timed in the same run.
@@ -116,7 +116,7 @@ def measure(num_tokens: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 4096, 8192])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("build/bench_gated_delta_rule.json"))
     parser.add_argument("--one-call", choices=RULES, help=argparse.SUPPRESS)
     options = parser.parse_args()

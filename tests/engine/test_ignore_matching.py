@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mtpress.checkpoint import Checkpoint
 from mtpress.models import qwen3_5
 from mtpress.recipe import Recipe, load_recipe, shipped
 from mtpress.stages.quantize import quantize
@@ -38,12 +37,7 @@ def large_names(source: Path, out: Path) -> Path:
     config["text_config"] |= SMALL | {"layer_types": ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(NUM_LAYERS)]}
     config["vision_config"] |= {"depth": NUM_BLOCKS, "out_hidden_size": SMALL["hidden_size"]}
     (out / "config.json").write_text(json.dumps(config))
-    shapes = dict(qwen3_5.body_shapes(config, "model.language_model.")) | qwen3_5.mtp_shapes(config)
-    for info in Checkpoint.open(source).tensors.values():
-        if info.name.startswith("model.visual.blocks.0."):
-            shapes |= {info.name.replace(".0.", f".{i}.", 1): info.shape for i in range(NUM_BLOCKS)}
-        elif info.name.startswith("model.visual.") and ".blocks." not in info.name:
-            shapes[info.name] = info.shape
+    shapes = dict(qwen3_5.body_shapes(config, "model.language_model.")) | qwen3_5.mtp_shapes(config) | qwen3_5.vision_shapes(config)
     tensors = {name: torch.full(shape, 0.02, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
