@@ -43,7 +43,7 @@ def main() -> None:
     count, seconds = np.array(chosen.layers, float), np.array([d["seconds"] for d in depths])
     slope, start = np.polyfit(count, seconds, 1)
     left = seconds - (start + slope * count)
-    r_squared = 1 - float((left**2).sum() / ((seconds - seconds.mean()) ** 2).sum()) if len(depths) > 2 else float("nan")
+    r_squared = 1 - float((left**2).sum() / ((seconds - seconds.mean()) ** 2).sum()) if len(depths) > 2 else None
     peaks = [d["peak_bytes"] for d in depths]
     projected = start + 64 * slope
     table(
@@ -54,7 +54,8 @@ def main() -> None:
             for d in depths
         ],
     )  # fmt: skip
-    print(f"seconds = {start:.1f} + {slope:.2f} · layers, R² {r_squared:.5f}; memory spread {max(peaks) / min(peaks) - 1:.1%}")
+    fit = "needs three depths" if r_squared is None else f"{r_squared:.5f}"
+    print(f"seconds = {start:.1f} + {slope:.2f} · layers, R² {fit}; memory spread {max(peaks) / min(peaks) - 1:.1%}")
     print(f"64 layers, {chosen.samples * chosen.tokens} tokens: {start:.1f} + 64 · {slope:.2f} = {human_seconds(projected)}")
     print(f"(and {human_bytes(KEPT_BYTES)} more to copy: embeddings, lm_head, vision tower; written while the forward runs)")
     write_json(
