@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtpress import fit
 from mtpress.checkpoint import Checkpoint, TensorInfo
+from mtpress.engine.served_model import num_params, stored_bits
 from mtpress.errors import InputError
 from mtpress.models.qwen3_5 import COMPONENT_TITLES, COMPONENTS
 from mtpress.plan import make_plan
@@ -25,8 +26,6 @@ from mtpress.rules.subject import Subject
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-NOT_PARAMETERS = (*stored.SCALE_SUFFIXES, *stored.KV_SCALES, "q_scale")
 
 
 @dataclass(frozen=True)
@@ -119,18 +118,8 @@ def inspect(path: str | Path) -> InspectResult:
     )
 
 
-def num_params(suffix: str, info: TensorInfo, bits: int = 4) -> int:
-    """Weights that a stored tensor stands for; scales, zero points and the like stand for none."""
-    if suffix in NOT_PARAMETERS:
-        return 0
-    if suffix in ("weight_packed", "qweight") or (suffix == stored.WEIGHT and info.dtype == "U8"):
-        return info.num_bytes * 8 // bits
-    return info.num_params
-
-
 def _components(subject: Subject) -> dict[str, Component]:
-    declared_bits = subject.declared.content.get("bits") if subject.declared is not None else None
-    bits = declared_bits if declared_bits in (2, 3, 4, 8) else 4
+    bits = stored_bits(subject.declared)
     found: dict[str, list[TensorInfo]] = defaultdict(list)
     for name, info in subject.tensors.items():
         found[subject.model.component(name)].append(info)

@@ -1,0 +1,94 @@
+"""The machine that an engine would start on: its GPUs, its memory, its cores.
+
+In: NVML (the driver's own library, by pynvml) and /proc/meminfo. Out: a `Hardware`. Leaves out: measuring how fast it is
+(machine.py), and GPUs that are not NVIDIA's. No torch and no CUDA context: looking takes no memory on the GPU.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+# A GPU whose memory NVML does not tell, or tells within this share of the host's: it has none of its own.
+SAME_MEMORY = 0.02
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as the driver names it. unified: host and GPU share one memory (GB10, Jetson), so free is what the host has free."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    compute_capability: tuple[int, int]
+    unified: bool
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The GPUs that an engine may use, in its order, the host's memory and its cores."""
+
+    gpus: tuple[Gpu, ...]
+    memory_bytes: int
+    available_bytes: int
+    num_cores: int
+
+
+def available_memory_bytes() -> int:
+    """MemAvailable: what can be handed out now without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def read_hardware() -> Hardware:
+    """This machine now. Without NVIDIA's driver there are no GPUs; CUDA_VISIBLE_DEVICES is followed."""
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0))
+    return Hardware(_read_gpus(int(memory.total), int(memory.available)), int(memory.total), int(memory.available), cores)
+
+
+def _read_gpus(host_bytes: int, available_bytes: int) -> tuple[Gpu, ...]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return tuple(_read_gpu(pynvml, handle, host_bytes, available_bytes) for handle in _visible(pynvml, handles))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _visible(pynvml: Any, handles: list[Any]) -> list[Any]:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, by number or UUID, in its order; CUDA stops at the first that it does not know."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is None:
+        return handles
+    uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    found = []
+    for word in filter(None, (part.strip() for part in said.split(","))):
+        if word.isdigit():
+            at = int(word) if int(word) < len(handles) else None
+        else:
+            at = next((i for i, uuid in enumerate(uuids) if uuid.startswith(word)), None)
+        if at is None:
+            break
+        found.append(handles[at])
+    return found
+
+
+def _read_gpu(pynvml: Any, handle: Any, host_bytes: int, available_bytes: int) -> Gpu:
+    name, capability = str(pynvml.nvmlDeviceGetName(handle)), pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except pynvml.NVMLError_NotSupported:  # GB10 answers so: there is no memory that is the GPU's
+        total, free = 0, 0
+    unified = total == 0 or abs(total - host_bytes) <= SAME_MEMORY * host_bytes
+    if unified:
+        total, free = host_bytes, available_bytes
+    return Gpu(name, total, free, (int(capability[0]), int(capability[1])), unified)
