@@ -1,0 +1,190 @@
+"""Asks a running OpenAI-compatible server: chat, streamed chat, completions, models, health, metrics.
+
+In: the server's address, and its API key where it has one. Out: the server's JSON as it is. Errors are one line: InputError where
+the server refuses the request, EngineError where it is not there, breaks off or fails. The key travels in a header and is in no
+message, log or repr. Leaves out: retries, and what the answers are worth.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from mtpress.engine.metrics import Metrics
+from mtpress.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    import httpx2
+
+CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 600.0  # between two bytes; a long prompt on a slow machine says nothing for minutes
+HEALTH_SECONDS = 5.0
+MAX_MESSAGE = 500
+NUM_CONNECTIONS = 1024  # the pool must not be what limits a benchmark's streams
+
+
+class Client:
+    """One server. May be used from several threads. A context manager, for its connections."""
+
+    def __init__(self, url: str, api_key: str | None = None, *, timeout_seconds: float = ANSWER_SECONDS) -> None:
+        import httpx2
+
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        try:
+            parsed = httpx2.URL(self.url)
+            if parsed.scheme not in ("http", "https") or not parsed.host:
+                raise httpx2.InvalidURL("")
+            self._http = httpx2.Client(
+                headers=headers,
+                timeout=httpx2.Timeout(timeout_seconds, connect=CONNECT_SECONDS),
+                limits=httpx2.Limits(max_connections=NUM_CONNECTIONS),
+                trust_env=False,  # a proxy of the environment has no business between here and the engine
+            )
+        except httpx2.InvalidURL:
+            raise InputError(f"{url!r} is not the address of a server; write it as http://127.0.0.1:8000") from None
+        except UnicodeEncodeError:
+            raise InputError("the API key holds characters that no HTTP header can carry; use plain ASCII") from None
+        self._model: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Client({self.url!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def health(self) -> bool:
+        """Whether the server says that it can answer. Never raises for a server that is not there."""
+        import httpx2
+
+        try:
+            return self._http.get(f"{self.url}/health", timeout=HEALTH_SECONDS).status_code == 200
+        except httpx2.HTTPError:
+            return False
+
+    def models(self) -> list[str]:
+        """The names under which the server answers."""
+        listed = self._json("GET", "/v1/models").get("data")
+        names = [entry.get("id") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        return [name for name in names if isinstance(name, str)]
+
+    @property
+    def model(self) -> str:
+        """The first of models(), asked once."""
+        if self._model is None:
+            names = self.models()
+            if not names:
+                raise EngineError(f"{self.url} serves no model")
+            self._model = names[0]
+        return self._model
+
+    def chat(self, messages: Sequence[Any], **body: Any) -> dict[str, Any]:
+        """POST /v1/chat/completions; body: max_tokens, temperature, tools, chat_template_kwargs, … as the API names them.
+
+        model is the server's own where it is not given.
+        """
+        return self._json("POST", "/v1/chat/completions", self._with_model({"messages": messages, **body}))
+
+    def complete(self, prompt: str | Sequence[int], **body: Any) -> dict[str, Any]:
+        """POST /v1/completions: no chat template. prompt: text or token ids."""
+        return self._json("POST", "/v1/completions", self._with_model({"prompt": prompt, **body}))
+
+    def stream_chat(self, messages: Sequence[Any], **body: Any) -> Iterator[dict[str, Any]]:
+        """The chunks of a streamed chat, the last one with its usage. Closing the iterator cancels the request.
+
+        EngineError where the stream ends without its [DONE], or carries an error.
+        """
+        asked = self._with_model({"messages": messages, "stream_options": {"include_usage": True}, **body, "stream": True})
+        return self._stream("/v1/chat/completions", asked)
+
+    def stream_complete(self, prompt: str | Sequence[int], **body: Any) -> Iterator[dict[str, Any]]:
+        """stream_chat() without a chat template."""
+        asked = self._with_model({"prompt": prompt, "stream_options": {"include_usage": True}, **body, "stream": True})
+        return self._stream("/v1/completions", asked)
+
+    def metrics(self) -> Metrics:
+        response = self._send("GET", "/metrics")
+        if response.status_code != 200:
+            raise EngineError(f"{self.url}/metrics answers {response.status_code}; is this a vLLM server?")
+        return Metrics.parse(response.text)
+
+    def _with_model(self, body: dict[str, Any]) -> dict[str, Any]:
+        return body if "model" in body else {"model": self.model, **body}
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> "httpx2.Response":
+        import httpx2
+
+        try:
+            return self._http.request(method, self.url + path, json=body)
+        except httpx2.HTTPError as error:
+            self._lost(path, error)
+
+    def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        response = self._send(method, path, body)
+        if response.status_code != 200:
+            self._refused(path, response.status_code, response.text)
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise EngineError(f"{self.url}{path} answers with something that is no JSON object: {response.text[:80]!r}")
+        return answer
+
+    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        import httpx2
+
+        try:
+            with self._http.stream("POST", self.url + path, json=body) as response:
+                if response.status_code != 200:
+                    self._refused(path, response.status_code, response.read().decode("utf-8", "replace"))
+                for line in response.iter_lines():
+                    if not line.startswith("data:"):
+                        continue
+                    data = line.removeprefix("data:").strip()
+                    if data == "[DONE]":
+                        return
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise EngineError(f"{self.url}{path} broke off: {_message(chunk)}")
+                    yield chunk
+        except httpx2.HTTPError as error:
+            self._lost(path, error)
+        except ValueError:
+            raise EngineError(f"{self.url}{path} sends a chunk that is no JSON") from None
+        raise EngineError(f"{self.url}{path} broke off before the answer was whole; the engine's log says why")
+
+    def _refused(self, path: str, status: int, text: str) -> NoReturn:
+        try:
+            said = _message(json.loads(text))
+        except ValueError:
+            said = text[:MAX_MESSAGE]
+        if status == 401:
+            raise InputError(f"{self.url} wants an API key, or another one than it was given (--api-key)")
+        kind = InputError if 400 <= status < 500 else EngineError
+        raise kind(f"{self.url}{path} answers {status}: {said or 'nothing'}")
+
+    def _lost(self, path: str, error: "httpx2.HTTPError") -> NoReturn:
+        import httpx2
+
+        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+            raise EngineError(f"nothing answers at {self.url}; is the server running there?") from None
+        if isinstance(error, httpx2.TimeoutException):
+            raise EngineError(f"{self.url}{path} did not answer in time") from None
+        raise EngineError(f"{self.url}{path} broke off ({type(error).__name__}); the engine's log says why") from None
+
+
+def _message(answer: Any) -> str:
+    """What an error object says: vLLM's {"error": {"message": …}}, or FastAPI's {"detail": …}."""
+    said = answer
+    for key in ("error", "message", "detail"):
+        if isinstance(said, dict) and key in said:
+            said = said[key]
+    text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"
