@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from mtpress.engine.metrics import SpecDecode
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -26,53 +28,11 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Acceptance:
-    """Counters of speculative decoding, as vLLM keeps them; sums of several runs are meaningful, means of rates are not."""
-
-    num_drafts: int
-    num_draft_tokens: int
-    num_accepted_tokens: int
-    accepted_per_position: tuple[int, ...]
-
-    @property
-    def rate(self) -> float:
-        """Accepted tokens / proposed tokens."""
-        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
-
-    @property
-    def mean_accepted_length(self) -> float:
-        """Tokens a step of the target yields: its own one, and what it accepted of the draft's; vLLM's own definition."""
-        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
-
-    @property
-    def per_position(self) -> tuple[float, ...]:
-        """Of all drafts, the share in which the token at this position was accepted; never rises from one position to the next."""
-        return tuple(count / self.num_drafts if self.num_drafts else 0.0 for count in self.accepted_per_position)
-
-    def __add__(self, other: "Acceptance") -> "Acceptance":
-        positions = max(len(self.accepted_per_position), len(other.accepted_per_position))
-        padded = [counts + (0,) * (positions - len(counts)) for counts in (self.accepted_per_position, other.accepted_per_position)]
-        return Acceptance(
-            self.num_drafts + other.num_drafts,
-            self.num_draft_tokens + other.num_draft_tokens,
-            self.num_accepted_tokens + other.num_accepted_tokens,
-            tuple(a + b for a, b in zip(*padded, strict=True)),
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "rate": self.rate,
-            "mean_accepted_length": self.mean_accepted_length,
-            "per_position": list(self.per_position),
-        }
-
-
-@dataclass(frozen=True)
 class CellRun:
     """One cell of one start. seconds: from the first request sent to the last answer. The tuples hold one entry for each request
     that was answered: seconds to the first token, seconds to the last, tokens by the server's own count.
 
-    acceptance: None where the server does not speculate, or where the prompts say nothing about it.
+    spec_decode: what the server's counters grew by; None where it does not speculate, or where the prompts say nothing about it.
     """
 
     configuration: int
@@ -85,7 +45,7 @@ class CellRun:
     output_tokens: tuple[int, ...]
     num_failed: int = 0
     first_error: str = ""
-    acceptance: Acceptance | None = None
+    spec_decode: SpecDecode | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -115,7 +75,7 @@ class CellRun:
         return sum(tokens < self.cell.length for tokens in self.output_tokens)
 
     def as_json(self) -> dict[str, Any]:
-        raw = asdict(self) | {"acceptance": self.acceptance.as_json() if self.acceptance else None}
+        raw = asdict(self) | {"spec_decode": self.spec_decode.as_json() if self.spec_decode else None}
         return raw | {"metrics": {name: number(metric(self)) for name, metric in METRICS.items()}}
 
 
@@ -143,8 +103,8 @@ METRICS: Mapping[str, Callable[[CellRun], float]] = {
     "ttft_p99_seconds": lambda run: percentile(run.ttft_seconds, 99),
     "tpot_median_seconds": lambda run: percentile(run.tpot_seconds, 50),
     "tpot_p99_seconds": lambda run: percentile(run.tpot_seconds, 99),
-    "acceptance_rate": lambda run: run.acceptance.rate if run.acceptance else math.nan,
-    "mean_accepted_length": lambda run: run.acceptance.mean_accepted_length if run.acceptance else math.nan,
+    "acceptance_rate": lambda run: run.spec_decode.acceptance_rate if run.spec_decode else math.nan,
+    "mean_accepted_length": lambda run: run.spec_decode.mean_accepted_length if run.spec_decode else math.nan,
 }
 
 
@@ -186,15 +146,15 @@ class CellSummary:
     num_short: int
     metrics: Mapping[str, Spread | None]
     ratios: Mapping[str, Spread | None]
-    acceptance: Acceptance | None
+    spec_decode: SpecDecode | None
 
     def as_json(self) -> dict[str, Any]:
         def plain(spreads: Mapping[str, Spread | None]) -> dict[str, Any]:
             return {name: spread.as_json() if spread else None for name, spread in spreads.items()}
 
         counts = {key: getattr(self, key) for key in ("num_rounds", "num_requests", "num_failed", "num_short")}
-        acceptance = self.acceptance.as_json() if self.acceptance else None
-        return asdict(self.cell) | counts | {"metrics": plain(self.metrics), "ratios": plain(self.ratios), "acceptance": acceptance}
+        counted = self.spec_decode.as_json() if self.spec_decode else None
+        return asdict(self.cell) | counts | {"metrics": plain(self.metrics), "ratios": plain(self.ratios), "spec_decode": counted}
 
 
 RATIO_METRICS = ("tokens_per_second", "stream_tokens_per_second", "decode_tokens_per_second", "ttft_median_seconds", "tpot_median_seconds")
@@ -217,7 +177,7 @@ def _summary(runs: Sequence[CellRun], base: Mapping[tuple[Cell, int], CellRun]) 
         num_short=sum(run.num_short for run in runs),
         metrics={name: Spread.of(metric(run) for run in runs) for name, metric in METRICS.items()},
         ratios={name: Spread.of(_ratio(METRICS[name], *pair) for pair in pairs) for name in RATIO_METRICS},
-        acceptance=total_acceptance(runs),
+        spec_decode=total_spec_decode(run.spec_decode for run in runs),
     )
 
 
@@ -226,10 +186,15 @@ def _ratio(metric: Callable[[CellRun], float], run: CellRun, base: CellRun) -> f
     return metric(run) / below if below else math.nan
 
 
-def total_acceptance(runs: Iterable[CellRun]) -> Acceptance | None:
-    """The counters of all runs together; None where none has any."""
-    total: Acceptance | None = None
-    for run in runs:
-        if run.acceptance is not None:
-            total = run.acceptance if total is None else total + run.acceptance
-    return total
+def total_spec_decode(counted: Iterable[SpecDecode | None]) -> SpecDecode | None:
+    """The counters added up, since rates of unequal runs cannot be averaged; None where there are none."""
+    known = [one for one in counted if one is not None]
+    if not known:
+        return None
+    positions = max(len(one.accepted_per_position) for one in known)
+    return SpecDecode(
+        sum(one.num_drafts for one in known),
+        sum(one.num_draft_tokens for one in known),
+        sum(one.num_accepted_tokens for one in known),
+        tuple(sum(one.accepted_per_position[at] for one in known if at < len(one.accepted_per_position)) for at in range(positions)),
+    )

@@ -1,0 +1,187 @@
+"""One process of vLLM's benchmark client, asked for one cell after another.
+
+In: the engine whose client it is, the address of a running server, a cell. Out: a `CellRun`. Leaves out: the server's life
+(server.py), and which cells are measured when (stages/bench.py). What runs on the other side is bench_driver.py.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mtpress.engine.installed import Engine
+from mtpress.engine.metrics import SpecDecode
+from mtpress.errors import EngineError, InputError
+from mtpress.measurement import Cell, CellRun
+
+DRIVER = Path(__file__).with_name("bench_driver.py")
+# By path, not by name: the engine's environment need not have mtpress, and this folder must not come first in its imports.
+RUN_DRIVER = f"import runpy; runpy.run_path({str(DRIVER)!r}, run_name='__main__')"
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+STOP_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a server. dataset: JSON lines as PromptMix.write makes them; None for random tokens, which need a tokenizer.
+
+    salt: keeps what an earlier cell left in the prefix cache from serving this one (vLLM's cache_salt).
+    """
+
+    cell: Cell
+    num_requests: int
+    dataset: Path | None = None
+    tokenizer: Path | None = None
+    random_prompt_tokens: int = 256
+    temperature: float = 0.0
+    natural_end: bool = False
+    salt: str = ""
+
+    def arguments(self, url: str, model: str) -> list[str]:
+        """The arguments of `vllm bench serve` for this load.
+
+        Its own test request is left out (--ready-check-timeout-sec 0): it decodes to the full length and the server is up.
+        Token counts come from the server's `usage`, so no tokenizer is loaded; without one vLLM would ask for one token,
+        hence max_completion_tokens. The template is the server's.
+        """
+        body: dict[str, Any] = {"cache_salt": self.salt} if self.salt else {}
+        shared = [
+            "--base-url", url, "--model", model, "--served-model-name", model, "--num-prompts", str(self.num_requests),
+            "--max-concurrency", str(self.cell.streams), "--temperature", str(self.temperature), "--seed", "0",
+            "--ready-check-timeout-sec", "0", "--save-detailed", "--disable-tqdm", *([] if self.natural_end else ["--ignore-eos"]),
+        ]  # fmt: skip
+        if self.dataset is None:
+            source = [
+                "--backend", "openai", "--endpoint", "/v1/completions", "--tokenizer", str(self.tokenizer), "--dataset-name", "random",
+                "--random-input-len", str(self.random_prompt_tokens), "--random-output-len", str(self.cell.length),
+            ]  # fmt: skip
+        else:
+            body["max_completion_tokens"] = self.cell.length
+            source = [
+                "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--skip-tokenizer-init",
+                "--dataset-name", "custom", "--dataset-path", str(self.dataset), "--custom-output-len", str(self.cell.length),
+                "--disable-shuffle",
+            ]  # fmt: skip
+        return [*shared, *source, *(["--extra-body", json.dumps(body)] if body else [])]
+
+
+class BenchClient:
+    """A context manager; entering it waits until vLLM's client is imported. What it prints goes to `log`.
+
+    InputError where that vLLM cannot measure, EngineError where the client dies.
+    """
+
+    def __init__(self, engine: Engine, log: Path, api_key: str | None = None) -> None:
+        self.engine, self.log, self.api_key = engine, log, api_key
+
+    def __enter__(self) -> Self:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(self.engine.python), "-c", RUN_DRIVER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                env=client_environment(os.environ, self.api_key),
+                cwd=self.log.parent,
+                start_new_session=True,  # Ctrl-C is ours to pass on
+            )
+        try:
+            first = self._read()
+            if reason := first.get("unusable"):
+                raise InputError(f"{self.engine.python}: this vLLM cannot measure: {reason}")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def measure(self, load: Load, url: str, model: str, *, configuration: int = 0, round: int = 0, acceptance: bool = True) -> CellRun:
+        """Runs one cell; EngineError where no request at all was answered."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"arguments": load.arguments(url, model)}) + "\n")
+            self.process.stdin.flush()
+        except OSError:
+            self._died()
+        answer = self._read()
+        if "error" in answer:
+            raise EngineError(f"{load.cell}: vLLM's bench serve: {answer['error']}; {self.log} has the rest")
+        return cell_run(answer["result"], load.cell, configuration, round, acceptance)
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self._died()
+        answer = json.loads(line)
+        assert isinstance(answer, dict)
+        return answer
+
+    def _died(self) -> None:
+        raise EngineError(f"vLLM's benchmark client ended by itself; {self.log} says why")
+
+    def _stop(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):
+                if stream is not None:
+                    stream.close()
+        self.process.terminate()  # it owns nothing that would want to be put away
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def client_environment(environment: Mapping[str, str], api_key: str | None) -> dict[str, str]:
+    """Without proxies, and without a key for another service: what is measured is the way from here to the server."""
+    kept = {name: value for name, value in environment.items() if name.lower() not in PROXIES and name != "OPENAI_API_KEY"}
+    kept |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    kept.setdefault("OMP_NUM_THREADS", "1")
+    if api_key:
+        kept["OPENAI_API_KEY"] = api_key  # in no argument, where ps would show it
+    return kept
+
+
+def cell_run(result: Mapping[str, Any], cell: Cell, configuration: int, round: int, acceptance: bool) -> CellRun:
+    """The driver's result as a CellRun: requests that failed are counted, not timed."""
+    errors: Sequence[str] = result["errors"]
+    answered = [number for number, error in enumerate(errors) if not error and result["latency_seconds"][number] > 0]
+    failed = [error for error in errors if error]
+    first_error = failed[0].strip().splitlines()[-1][:300] if failed else ""
+    if not answered:
+        raise EngineError(f"{cell}: none of {len(errors)} requests was answered: {first_error or 'no reason given'}")
+
+    def of_answered(key: str) -> tuple[Any, ...]:
+        return tuple(result[key][number] for number in answered)
+
+    counted = result["acceptance"] if acceptance else None
+    return CellRun(
+        configuration=configuration,
+        round=round,
+        cell=cell,
+        seconds=result["seconds"],
+        ttft_seconds=of_answered("ttft_seconds"),
+        latency_seconds=of_answered("latency_seconds"),
+        prompt_tokens=of_answered("prompt_tokens"),
+        output_tokens=of_answered("output_tokens"),
+        num_failed=len(errors) - len(answered),
+        first_error=first_error,
+        spec_decode=None if counted is None else spec_decode(counted),
+    )
+
+
+def spec_decode(counted: Mapping[str, Any]) -> SpecDecode:
+    """vLLM's client gives shares of the drafts by position; the counters they were made of are whole numbers."""
+    drafts = counted["num_drafts"]
+    positions = tuple(round(share * drafts) for share in counted["per_position"])
+    return SpecDecode(drafts, counted["num_draft_tokens"], counted["num_accepted_tokens"], positions)
