@@ -44,3 +44,17 @@ def record_bytes(stage: str, **entries: Any) -> bytes:
     """The record of one stage as the content of mtpress.json."""
     content = {"stage": stage, "command": command_line(), "versions": versions(), **entries}
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def add_to_record(directory: Path, **entries: Any) -> bool:
+    """Adds what was learned of a finished checkpoint to its mtpress.json, in one step; False where it has none or cannot be written."""
+    path = directory / RECORD_NAME
+    partial = path.with_name(f".{RECORD_NAME}.partial")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) | entries
+        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except (OSError, ValueError, TypeError):
+        partial.unlink(missing_ok=True)
+        return False
+    return True

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from mtpress.formats import nvfp4
 from mtpress.rules import stored
-from mtpress.rules.registry import BASE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES, table
+from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES, table
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = [*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *HASH_RULES]
+RULES = [*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *HASH_RULES, *ENGINE_RULES]
 
 
 def test_ids_are_unique_and_kebab_case() -> None:

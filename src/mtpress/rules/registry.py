@@ -7,7 +7,7 @@ and a remedy; adding one is adding it to the `RULES` of its topic. Ids are part 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtpress.rules import base, config, draft_head, files, hashes, ignore_lists, quantization, scales, tensors, tokenizer, vision
+from mtpress.rules import base, config, draft_head, engine, files, hashes, ignore_lists, quantization, scales, tensors, tokenizer, vision
 from mtpress.rules.rule import Rule
 
 OPEN_RULES = files.OPEN_RULES
@@ -24,6 +24,7 @@ STATIC_RULES = (
 )
 BASE_RULES = base.RULES
 HASH_RULES = hashes.RULES
+ENGINE_RULES = engine.RULES
 
 
 def table() -> Iterator[str]:
@@ -32,6 +33,7 @@ def table() -> Iterator[str]:
         "Always: headers, small files and float32 scalars": (*OPEN_RULES, *STATIC_RULES),
         "With `--base SRC`: weights against the source": BASE_RULES,
         "With `--hashes`: files against mtpress.json": HASH_RULES,
+        "With `--engine`: what vLLM does with it": ENGINE_RULES,
     }
     for title, rules in sections.items():
         yield from (f"### {title}", "", "| id | severity | meaning | remedy |", "|---|---|---|---|")

@@ -1,11 +1,12 @@
 """check: a finished checkpoint → what is wrong with it, why it matters, and what to do.
 
-In: a checkpoint, quantized or BF16; with --base its source, with --hashes its own record. Out: a `CheckResult`.
-Leaves out: the rules themselves (rules/). Without --base no weight is read and torch is not imported: headers, small
-files and float32 scalars decide.
+In: a checkpoint, quantized or BF16; with --base its source, with --hashes its own record, with --engine a vLLM. Out: a
+`CheckResult`, and with --engine an entry in mtpress.json. Leaves out: the rules themselves (rules/), and asking the engine
+(engine/trial.py). Without --base no weight is read and torch is not imported: headers, small files and float32 scalars decide.
 """
 
 import argparse
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any
 from mtpress.checkpoint import Checkpoint, resolve
 from mtpress.cli import PLANNED
 from mtpress.comparison import Comparison, compare
+from mtpress.engine.trial import ACCEPTANCE_FLOOR, Run, Trial
 from mtpress.errors import InputError
-from mtpress.progress import human_bytes
+from mtpress.progress import Progress, human_bytes
+from mtpress.record import RECORD_NAME, add_to_record
 from mtpress.rules.hashes import hash_files
-from mtpress.rules.registry import BASE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
+from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
 from mtpress.rules.rule import Finding, Severity, apply, count
 from mtpress.rules.subject import Subject
 from mtpress.rules.vision import TEXT_ONLY_FLAG, stripped
@@ -26,6 +29,7 @@ from mtpress.rules.vision import TEXT_ONLY_FLAG, stripped
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_NAMES = 3
+NUM_DRAFTS = 3  # what the seeds serve with, and as many positions as their cards report
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class CheckResult:
     engine_flags: tuple[str, ...] = ()
     comparison: Comparison | None = None
     num_files_hashed: int | None = None
+    trial: Trial | None = None
+    recorded: bool = False
     seconds: float = 0.0
 
     def num(self, severity: Severity) -> int:
@@ -66,15 +72,28 @@ class CheckResult:
             "engine_flags": self.engine_flags,
             "comparison": self.comparison.as_json() if self.comparison else None,
             "num_files_hashed": self.num_files_hashed,
+            "engine": self.trial.as_json() if self.trial else None,
+            "recorded": self.recorded,
             "seconds": round(self.seconds, 3),
         }
 
 
-def check(path: str | Path, base: str | Path | None = None, hashes: bool = False, silent: bool = False) -> CheckResult:
-    """Checks a checkpoint; with `base` its weights against their source, with `hashes` its files against mtpress.json.
+def check(
+    path: str | Path,
+    base: str | Path | None = None,
+    hashes: bool = False,
+    silent: bool = False,
+    *,
+    engine: str | None = None,
+    num_drafts: int = NUM_DRAFTS,
+    acceptance_floor: float = ACCEPTANCE_FLOOR,
+    logs: Path | None = None,
+) -> CheckResult:
+    """Checks a checkpoint; with `base` its weights against their source, with `hashes` its files against mtpress.json, with
+    `engine` what a vLLM makes of it ("" is the one that find_engine finds); `logs` is where the engine's logs go.
 
-    Raises InputError where there is no checkpoint of a known family to check, or no record to hash by; whatever is
-    wrong with the checkpoint itself is a finding.
+    Raises InputError where there is no checkpoint of a known family to check, no record to hash by, or no engine, and
+    ResourceError where the machine cannot serve it; whatever is wrong with the checkpoint itself is a finding.
     """
     started = time.perf_counter()
     where = resolve(path)
@@ -98,6 +117,13 @@ def check(path: str | Path, base: str | Path | None = None, hashes: bool = False
         num_files_hashed = len(hashed.equal) + len(hashed.changed)
         findings += apply(HASH_RULES, hashed)
         num_rules += len(HASH_RULES)
+    trial = None
+    if engine is not None:
+        trial = try_engine(where, source, engine, num_drafts, acceptance_floor, logs, silent)
+        findings += apply(ENGINE_RULES, trial)
+        num_rules += len(ENGINE_RULES)
+    errors = [finding.as_json() for finding in findings if finding.severity == "error"]
+    recorded = trial is not None and add_to_record(where, engine_check={"sound": not errors, "errors": errors, **trial.as_json()})
     return CheckResult(
         checkpoint=str(where),
         format=subject.declared.title if subject.declared else "quantized, undeclared" if subject.quantized else "BF16",
@@ -109,19 +135,71 @@ def check(path: str | Path, base: str | Path | None = None, hashes: bool = False
         engine_flags=(TEXT_ONLY_FLAG,) if stripped(subject) else (),
         comparison=comparison,
         num_files_hashed=num_files_hashed,
+        trial=trial,
+        recorded=recorded,
         seconds=time.perf_counter() - started,
     )
+
+
+def try_engine(
+    where: Path, source: Checkpoint | None, named: str, num_drafts: int, acceptance_floor: float, logs: Path | None, silent: bool
+) -> Trial:
+    """What the engine does with the checkpoint. InputError for no engine, ResourceError where it cannot fit on this machine."""
+    from mtpress.engine.hardware import read_hardware
+    from mtpress.engine.installed import find_engine
+    from mtpress.engine.served_model import ServedModel
+    from mtpress.engine.trial import examine
+
+    folder = logs or Path(tempfile.mkdtemp(prefix="mtpress-check-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress("check", 0, silent=silent) as progress:
+        return examine(
+            ServedModel.read(where),
+            find_engine(named or None),
+            read_hardware(),
+            folder,
+            base=ServedModel.read(source.path) if source is not None else None,
+            num_drafts=num_drafts,
+            acceptance_floor=acceptance_floor,
+            say=progress.say,
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint to check: a directory or a Hub id")
     parser.add_argument("--base", metavar="SRC", help="its BF16 source: compare every weight with it (reads both whole)")
     parser.add_argument("--hashes", action="store_true", help="compare every file with the SHA-256 that mtpress.json recorded")
+    parser.add_argument(
+        "--engine",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="start vLLM on it and ask: loads, text, pictures, tool calls, drafts accepted, same text with and without drafts; "
+        "with --base also acceptance and logits against the base. PATH: a vLLM's environment, if not the one found",
+    )
+    parser.add_argument("--mtp", type=int, default=NUM_DRAFTS, metavar="N", help="with --engine: drafted tokens (default %(default)s)")
+    parser.add_argument(
+        "--acceptance-floor",
+        type=float,
+        default=ACCEPTANCE_FLOOR,
+        metavar="SHARE",
+        help="with --engine: the least share of first drafted tokens accepted (default %(default)s)",
+    )
+    parser.add_argument(
+        "--engine-logs", type=Path, metavar="DIR", help="with --engine: where its logs go (default: a new temporary directory)"
+    )
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
-    result = check(options.checkpoint, options.base, options.hashes, silent=options.json)
+    if options.mtp < 1:
+        raise InputError(f"--mtp {options.mtp}: the draft head is tried with at least 1 token")
+    if not 0 <= options.acceptance_floor <= 1:
+        raise InputError(f"--acceptance-floor {options.acceptance_floor}: a share, from 0 to 1")
+    result = check(
+        options.checkpoint, options.base, options.hashes, silent=options.json,
+        engine=options.engine, num_drafts=options.mtp, acceptance_floor=options.acceptance_floor, logs=options.engine_logs,
+    )  # fmt: skip
     if not options.json:
         show(result)
     return (0 if result.sound else 1), result.as_json()
@@ -155,6 +233,11 @@ def show(result: CheckResult) -> None:
         console.print(summary(result.comparison), highlight=False, soft_wrap=True)
     if result.num_files_hashed is not None:
         console.print(f"{count(result.num_files_hashed, 'file')} hashed", highlight=False)
+    if result.trial is not None:
+        for line in evidence(result.trial):
+            console.print(line, highlight=False, soft_wrap=True)
+        said = f"written into {RECORD_NAME}" if result.recorded else f"no {RECORD_NAME} to write it into"
+        console.print(f"engine logs: {result.trial.logs}; {said}", highlight=False, soft_wrap=True)
     console.print(verdict(result), highlight=False, soft_wrap=True)
 
 
@@ -172,6 +255,36 @@ def summary(comparison: Comparison) -> str:
         return said
     median, largest = numbers["median_error"], numbers["largest_error"]
     return f"{said}; {numbers['num_quantized']} quantized, ‖w − ŵ‖/‖w‖ median {median:.4f}, largest {largest:.4f}"
+
+
+def evidence(trial: Trial) -> list[str]:
+    """What the engine was seen to do, a line each."""
+    runs = {"with drafts": trial.drafted, "without drafts": trial.plain, "base": trial.base}
+    lines = [f"{trial.engine}: {what}: {told(run)}" for what, run in runs.items() if run is not None]
+    if trial.num_stories_compared:
+        same = trial.num_stories_compared - len(trial.differences)
+        widest = max((difference.margin for difference in trial.differences), default=0.0)
+        ties = f"; the others part where the choices are within {widest:.2f} nat" if trial.differences else ""
+        lines.append(f"greedy text is the same with and without drafts in {same} of {trial.num_stories_compared}{ties}")
+    if trial.closeness is not None:
+        seen = trial.closeness
+        agreed = f"same first choice at {seen.top1_agreement:.1%} of {count(seen.num_tokens, 'token')}"
+        lines.append(f"logits against the base: KL {seen.mean_kl:.4f} nat a token, {agreed}")
+    return lines
+
+
+def told(run: Run) -> str:
+    """One start of the engine in a few words."""
+    if run.refusal is not None:
+        return f"refused: {run.refusal}"
+    kinds = {"text": "text", "picture": "pictures", "tool": "tool calls"}
+    said = ", ".join(f"{name} {run.num_right(kind)}/{run.num_asked(kind)}" for kind, name in kinds.items() if run.num_asked(kind))
+    counted = run.spec_decode
+    if counted is None:
+        return said or "loaded"
+    shares = " / ".join(f"{share:.3f}" for share in counted.per_position)
+    drafts = f"accepted {shares} of {counted.num_drafts} drafts, {counted.mean_accepted_length:.2f} tokens a step"
+    return f"{said}; {drafts}" if said else drafts
 
 
 def verdict(result: CheckResult) -> str:

@@ -1,0 +1,146 @@
+"""`mtpress check --engine` on the real vLLM: green on what mtpress makes, red with the right reason on what it must not serve.
+
+Each check is two or three starts of the engine, about half a minute of one core each; two checks run at a time.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import Edit
+from mtpress.formats import nvfp4
+from mtpress.stages.quantize import quantize
+
+pytestmark = pytest.mark.engine
+
+NVFP4, BF16 = "nvfp4-mtp-vlm", "bf16"
+LAYER = "model.language_model.layers.0."
+CHECK_TIMEOUT_SECONDS = 900
+
+
+def mtp_dropped(e: Edit) -> None:
+    for name in [name for name in e.tensors if name.startswith("mtp.")]:
+        del e.tensors[name]
+
+
+def mtp_fc_packed(e: Edit) -> None:
+    weight = e.tensors.pop("mtp.fc.weight")
+    scale_2 = nvfp4.global_scale(nvfp4.amax(weight))
+    codes, block_scales = nvfp4.quantize(weight, scale_2)
+    e.tensors |= {"mtp.fc.weight": codes, "mtp.fc.weight_scale": block_scales, "mtp.fc.weight_scale_2": scale_2}
+    e.tensors["mtp.fc.input_scale"] = scale_2.clone()
+    e.without(lambda name: name == "mtp.fc")
+
+
+def mtp_not_ignored(e: Edit) -> None:
+    e.without(lambda name: name.startswith("mtp"))
+
+
+def fused_scales_differ(e: Edit) -> None:
+    """Each of in_proj_qkv and in_proj_z right by itself, as an exporter writes them that knows no fusion: vLLM takes the larger for both."""
+    module = f"{LAYER}linear_attn.in_proj_qkv"
+    blocks = e.tensors[f"{module}.weight_scale"].float()
+    shift = 8.0
+    assert blocks.max() * shift <= 448 or (blocks * shift).isfinite().all()
+    e.tensors[f"{module}.weight_scale"] = (blocks * shift).clamp(max=448).to(torch.float8_e4m3fn)
+    e.tensors[f"{module}.weight_scale_2"] = e.tensors[f"{module}.weight_scale_2"] / shift
+
+
+def vision_random(e: Edit) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in e.tensors.items():
+        if name.startswith("model.visual.") and tensor.ndim > 1:
+            e.tensors[name] = (torch.randn(tensor.shape, generator=generator) * 0.02).to(tensor.dtype)
+
+
+# build → (how it is broken, the findings of which at least these must be there, what the engine's part must say)
+BROKEN: dict[str, tuple[Callable[[Edit], None], set[str]]] = {
+    "mtp_dropped": (mtp_dropped, {"mtp-missing"}),
+    "mtp_fc_packed": (mtp_fc_packed, {"mtp-quantized"}),
+    "mtp_not_ignored": (mtp_not_ignored, {"mtp-not-ignored", "engine-refuses-drafts"}),
+    "fused_scales_differ": (fused_scales_differ, {"fused-scales-differ"}),
+    "vision_random": (vision_random, {"engine-pictures"}),
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One call of the command: exit code, its JSON, the checkpoint."""
+
+    code: int
+    result: dict[str, Any]
+    checkpoint: Path
+
+    @property
+    def errors(self) -> set[str]:
+        return {finding["id"] for finding in self.result["findings"] if finding["severity"] == "error"}
+
+
+@pytest.fixture(scope="module")
+def checked(engine_python: Path, bf16_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checked]:
+    folder = tmp_path_factory.mktemp("check-engine")
+    sound = folder / NVFP4
+    quantize(bf16_model, sound, NVFP4, calibration=["builtin"], device="cpu", silent=True)
+    calls: dict[str, tuple[Path, list[str]]] = {NVFP4: (sound, ["--base", str(bf16_model)]), BF16: (bf16_model, [])}
+    for name, (damage, _) in BROKEN.items():
+        shutil.copytree(sound, folder / name)
+        edit = Edit(folder / name)
+        damage(edit)
+        edit.save()
+        calls[name] = (folder / name, [])
+
+    def call(name: str) -> Checked:
+        checkpoint, arguments = calls[name]
+        command = [sys.executable, "-m", "mtpress", "check", str(checkpoint), "--engine", str(engine_python), "--json", *arguments]
+        command += ["--engine-logs", str(folder / f"{name}-logs")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_SECONDS)
+        assert done.returncode in (0, 1), f"{name}: {done.stderr[-3000:]}"
+        return Checked(done.returncode, json.loads(done.stdout), checkpoint)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(calls, pool.map(call, calls), strict=True))
+
+
+@pytest.mark.parametrize("build", [NVFP4, BF16])
+def test_a_sound_build_is_green(build: str, checked: dict[str, Checked]) -> None:
+    seen = checked[build]
+    assert (seen.code, seen.errors) == (0, set()), seen.result["findings"]
+    engine = seen.result["engine"]
+    assert engine["with_drafts"]["refusal"] is None
+    assert engine["with_drafts"]["right_of_asked"]["picture"][1] >= 6
+    assert engine["with_drafts"]["draft_head"]["num_drafts"] > 100
+    assert engine["num_stories_compared"] >= 6
+
+
+def test_the_base_is_asked_the_same(checked: dict[str, Checked]) -> None:
+    engine = checked[NVFP4].result["engine"]
+    assert engine["base"]["draft_head"]["per_position"][0] > 0.5
+    assert engine["logits"]["num_tokens"] > 300
+    assert 0 < engine["logits"]["mean_kl"] < 0.1
+
+
+def test_the_verdict_is_written_into_the_record(checked: dict[str, Checked]) -> None:
+    seen = checked[NVFP4]
+    record = json.loads((seen.checkpoint / "mtpress.json").read_text())
+    assert seen.result["recorded"] is True
+    assert record["engine_check"]["sound"] is True
+    assert record["engine_check"]["with_drafts"] == seen.result["engine"]["with_drafts"]
+    assert record["recipe"]["name"] == NVFP4
+    assert checked[BF16].result["recorded"] is False, "a source has no record, and gets none"
+
+
+@pytest.mark.parametrize("build", BROKEN)
+def test_a_broken_build_is_red_for_its_reason(build: str, checked: dict[str, Checked]) -> None:
+    seen = checked[build]
+    assert seen.code == 1
+    assert BROKEN[build][1] <= seen.errors, seen.result["findings"]
+    assert json.loads((seen.checkpoint / "mtpress.json").read_text())["engine_check"]["sound"] is False
