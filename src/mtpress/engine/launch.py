@@ -2,13 +2,30 @@
 
 In: ServedModel, Engine, Hardware, and what the user asked for. Out: a `Launch`. Leaves out: running it (server.py), the
 arithmetic of memory (memory_model.py), and what is known of hardware and of vLLM's faults, which is data
-(profiles.yaml, known_issues.yaml).
+(profiles.yaml, known_issues.yaml). What the user wrote for the engine stands last in the command and wins.
 """
 
+import os
 import shlex
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from mtpress.engine.arguments import ON, Argument, read
+from mtpress.engine.meaning import Meaning, listening_port, speculative, url
+from mtpress.engine.settings import (
+    OURS,
+    TEXT_ONLY,
+    YOU,
+    Setting,
+    as_that_version_knows,
+    environment_settings,
+    is_local,
+    profile_settings,
+    served_name,
+)
+from mtpress.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
     from mtpress.engine.hardware import Hardware
@@ -16,32 +33,18 @@ if TYPE_CHECKING:
     from mtpress.engine.memory_model import MemoryEstimate
     from mtpress.engine.served_model import ServedModel
 
+__all__ = ["API_KEY", "Launch", "Setting", "compose", "free_port"]
+
 API_KEY = "VLLM_API_KEY"  # vLLM reads it; an argument would stand in the process list
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One argument of the command. flag: `--name`, or the NAME of an environment variable; value: None for a switch.
-
-    source: where the reason comes from: "seed 002", "vllm#55673", "config.json", "you", …
-    """
-
-    flag: str
-    value: str | None
-    reason: str
-    source: str
-
-    @property
-    def is_environment(self) -> bool:
-        return not self.flag.startswith("-")
-
-    def as_json(self) -> dict[str, Any]:
-        return {"flag": self.flag, "value": self.value, "reason": self.reason, "source": self.source}
-
-
-@dataclass(frozen=True)
 class Launch:
-    """What is to be started. environment: what is added to os.environ, the API key among it; it is never shown."""
+    """What is to be started. environment: what is added to os.environ, the API key among it; it is never shown.
+
+    left_out: flags that other launches pass and this one does not, with the reason. profile: its name; chosen_by: why it is that one.
+    min_available_bytes: the profile's threshold of the watchdog, where it has one.
+    """
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
@@ -54,10 +57,42 @@ class Launch:
     num_speculative_tokens: int
     language_model_only: bool
     estimate: "MemoryEstimate"
+    notes: tuple[str, ...] = ()
+    left_out: tuple[Setting, ...] = ()
+    profile: str = ""
+    chosen_by: str = ""
+    min_available_bytes: int | None = None
 
     def shown(self) -> str:
-        """The command for a shell: environment first, one flag a line; the API key is left out."""
-        raise NotImplementedError
+        """The command for a shell: environment first, one flag a line; the API key stands there as the variable it is read from."""
+        named = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items() if name != API_KEY]
+        if API_KEY in self.environment:
+            named.append(f'{API_KEY}="${API_KEY}"')
+        start = next((i for i, token in enumerate(self.command) if token.startswith("--")), len(self.command))
+        lines = [" ".join(named)] if named else []
+        lines.append(shlex.join(self.command[:start]))
+        lines += [f"  {shlex.join(argument.tokens)}" for argument in read(self.command[start:])]
+        return " \\\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the key."""
+        return {
+            "command": list(self.command),
+            "environment": {name: value for name, value in self.environment.items() if name != API_KEY},
+            "api_key": API_KEY in self.environment,
+            "profile": self.profile,
+            "chosen_by": self.chosen_by,
+            "settings": [setting.as_json() for setting in self.settings],
+            "left_out": [setting.as_json() for setting in self.left_out],
+            "estimate": self.estimate.as_json(),
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+            "url": self.url,
+            "served_model_name": self.served_model_name,
+            "num_speculative_tokens": self.num_speculative_tokens,
+            "language_model_only": self.language_model_only,
+            "min_available_bytes": self.min_available_bytes,
+        }
 
 
 def compose(
@@ -76,6 +111,135 @@ def compose(
     enable_weights_track: bool = False,
     force: bool = False,
     extra: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
 ) -> Launch:
-    """The launch; InputError for a pair of settings that is refused, ResourceError where it cannot fit."""
-    raise NotImplementedError(shlex)
+    """The launch. port: None for a free one; profile: None for the machine's; extra: engine arguments, which win over everything.
+
+    environ: the environment that the engine inherits, os.environ by default; what stands there is not set again.
+    InputError for settings that are refused and for a wrong argument, ResourceError where the machine is not the profile's or
+    it cannot fit; with `force` these are warnings.
+    """
+    from mtpress.engine import profiles
+    from mtpress.engine.memory_model import estimate
+    from mtpress.engine.thinking import read_template
+
+    environ = os.environ if environ is None else environ
+    theirs, key = _without_key(read(extra))
+    key = key or api_key or environ.get(API_KEY)
+    warnings: list[str] = []
+    chosen = profiles.named(profile) if profile is not None else profiles.choose(hardware, engine.platform, model)
+    here = profiles.described(hardware)
+    if reason := profiles.mismatch(chosen, hardware, engine.platform, None):
+        message = f"profile {chosen.name} is not for this machine: {reason}"
+        if not force or (engine.platform == "cuda" and not hardware.gpus):
+            raise ResourceError(f"{message}; `mtpress serve --dry-run --profile {chosen.name}` shows its command without the hardware")
+        warnings.append(message)
+    if num_speculative_tokens and not model.num_mtp_layers and not force:
+        raise InputError(
+            f"{model.path}: no draft head is stored, so --mtp {num_speculative_tokens} would draft with random weights; --mtp 0"
+        )
+    asked = {"--max-model-len": max_model_len, "--max-num-seqs": max_num_seqs, "--kv-cache-dtype": kv_cache_dtype}
+    template = read_template(model.path)
+    settings, left_out = profile_settings(model, engine, chosen, template, num_speculative_tokens, asked, enable_weights_track)
+    settings[:0] = [
+        Setting("--served-model-name", served_name(model), "what requests call it", OURS),
+        Setting(
+            "--host", host, "only this machine can reach it" if is_local(host) else "others can reach it", OURS if is_local(host) else YOU
+        ),
+        Setting("--port", str(port or free_port(host)), "where it listens" if port else "a free one", YOU if port else OURS),
+    ]
+    given = {argument.flag for argument in theirs}
+    settings = [setting for setting in settings if plain(setting.flag) not in given]
+    settings += environment_settings(chosen, engine, environ)
+    meaning = Meaning(model, engine, hardware, template, environ, theirs)
+    settings, found, notes, refused = _heed(meaning, settings)
+    warnings += found
+    if refused and not force:
+        raise InputError(f"{refused[0]}; --force serves it all the same")
+    warnings += refused
+    values = meaning.values(settings)
+    fits = estimate(model, meaning.serve_settings(settings), hardware)
+    if fits.problem is not None and not force:
+        raise ResourceError(f"{'; '.join((fits.problem, *fits.remedies))}; --force starts it all the same")
+    warnings += [fits.problem] if fits.problem is not None else []
+    if not is_local(values["--host"]) and key is None:
+        warnings.append(f"everyone who reaches {values['--host']} can use this server; --api-key closes it")
+    settings = [as_that_version_knows(setting, engine.release) for setting in settings]
+    environment = {s.flag: s.value or "" for s in settings if s.is_environment and environ.get(s.flag) != s.value}
+    return Launch(
+        command=(
+            *engine.command, "serve", str(model.path),
+            *(token for setting in settings if not setting.is_environment for token in setting.tokens),
+            *(token for argument in theirs for token in argument.tokens),
+        ),
+        environment=environment | ({API_KEY: key} if key else {}),
+        settings=(*settings, *_written(theirs)),
+        warnings=tuple(warnings),
+        host=values["--host"],
+        port=listening_port(values["--port"]),
+        url=url(values),
+        served_model_name=values["--served-model-name"].split()[0],
+        num_speculative_tokens=speculative(values)[1],
+        language_model_only=values.get(TEXT_ONLY) == ON,
+        estimate=fits,
+        notes=tuple(notes),
+        left_out=tuple(setting for setting in left_out if setting.flag not in given),
+        profile=chosen.name,
+        chosen_by=f"--profile, on {here}" if profile is not None else f"{here}: {chosen.summary}",
+        min_available_bytes=chosen.min_available_bytes,
+    )  # fmt: skip
+
+
+def plain(flag: str) -> str:
+    """The flag without its --no- form."""
+    return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else flag
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nothing listens on now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+        try:
+            server.bind((host, 0))
+        except OSError as error:
+            raise InputError(f"--host {host}: cannot be listened on ({error.strerror or error}); 127.0.0.1 can") from None
+        return int(server.getsockname()[1])
+
+
+def _without_key(arguments: Iterable[Argument]) -> tuple[list[Argument], str | None]:
+    """The user's arguments without --api-key, and the key: it travels in the environment."""
+    kept: list[Argument] = []
+    key = None
+    for argument in arguments:
+        if argument.flag == "--uds":
+            raise InputError("--uds: mtpress watches the server by host and port; leave it out, or start vllm itself")
+        if argument.flag != "--api-key":
+            kept.append(argument)
+        elif len(argument.values) == 1:
+            key = argument.values[0]
+        else:
+            raise InputError("--api-key: one key; several would stand in the command, where every user of the machine reads them")
+    return kept, key
+
+
+def _written(arguments: Iterable[Argument]) -> tuple[Setting, ...]:
+    written = ((a.tokens[0].partition("=")[0], a.text) for a in arguments)
+    return tuple(Setting(flag, text, "written after --", YOU) for flag, text in written)
+
+
+def _heed(meaning: Meaning, settings: list[Setting]) -> tuple[list[Setting], list[str], list[str], list[str]]:
+    """(settings with what known issues set, warnings, notes, refusals)."""
+    from mtpress.engine.known_issues import known_issues
+
+    warnings: list[str] = []
+    notes: list[str] = []
+    refused: list[str] = []
+    given = {argument.flag for argument in meaning.theirs}
+    for issue in known_issues():
+        if not issue.applies(meaning.engine.release, meaning.facts(settings)):
+            continue
+        if issue.action == "set" and not given & set(issue.set_):
+            changed = [Setting(flag, value, f"{issue.effect}; {issue.remedy}", issue.source) for flag, value in issue.set_.items()]
+            settings = [*(s for s in settings if s.flag not in issue.set_), *changed]
+        else:
+            {"refuse": refused, "warn": warnings, "set": warnings, "note": notes}[issue.action].append(issue.line())
+    return settings, warnings, notes, refused
