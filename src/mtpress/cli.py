@@ -34,12 +34,13 @@ STAGES = (
     Stage("quantize", "a BF16 checkpoint → a 4-bit checkpoint with a working draft head"),
     Stage("check", "whether a finished checkpoint is sound: names, scales, ignore lists, draft head"),
     Stage("serve", "a checkpoint → a running vLLM server: the right flags for this machine, with reasons, and a watch over it"),
+    Stage("bench", "how fast checkpoints are served, and how well their draft heads guess, compared in one run"),
     Stage("recipes", "the shipped recipes, or one of them in full"),
     Stage("demo", "the whole line on the model that ships with mtpress"),
 )
 
 
-PLANNED = ("graft", "repair", "convert", "eval", "bench")  # named in remedies already; not in this version
+PLANNED = ("graft", "repair", "convert", "eval")  # named in remedies already; not in this version
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,259 @@
+"""Runs a benchmark: starts every configuration once a round, measures every cell within each start, and tells how long it will take.
+
+In: a `BenchPlan`, made and checked before anything starts. Out: the runs, servers and failures of a `BenchResult`. Leaves out:
+arguments and files (stages/bench.py), the servers' own life (engine/server.py).
+
+Rounds go through the configurations to and fro (A B C, C B A, …), so that a machine that warms up or slows down does not favour
+the first. A configuration that does not come up, or dies, is recorded and left out from then on; the others go on.
+"""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from mtpress.bench_result import Configuration, Failure, ServerFacts
+from mtpress.engine.bench_client import BenchClient, Load
+from mtpress.engine.client import Client
+from mtpress.engine.hardware import Hardware
+from mtpress.engine.installed import Engine
+from mtpress.engine.launch import Launch, compose
+from mtpress.engine.served_model import ServedModel
+from mtpress.engine.server import Server
+from mtpress.errors import EngineError, InputError, MtpressError
+from mtpress.measurement import Cell, CellRun
+from mtpress.progress import human_seconds
+from mtpress.prompt_mix import RANDOM, PromptMix
+
+WARM_TOKENS = 16
+RANDOM_PROMPT_TOKENS = 256
+START = "start"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What every start has in common, beside its checkpoint and number of drafted tokens; None: as the profile has it."""
+
+    profile: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    kv_cache_dtype: str | None = None
+    force: bool = False
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """All that is decided before the first start. requests: at least so many a cell; twice the streams where that is more."""
+
+    configurations: tuple[Configuration, ...]
+    models: tuple[ServedModel, ...]
+    engine: Engine
+    hardware: Hardware
+    cells: tuple[Cell, ...]
+    rounds: int
+    requests: int
+    prompts: PromptMix
+    temperature: float = 0.0
+    natural_end: bool = False
+    serve: ServeOptions = ServeOptions()
+    api_key: str | None = field(default=None, repr=False)
+
+    def num_requests(self, cell: Cell) -> int:
+        return max(self.requests, 2 * cell.streams)
+
+    def order(self, round_number: int) -> list[int]:
+        """Configurations in the order of this round."""
+        forward = list(range(len(self.configurations)))
+        return forward if round_number % 2 == 0 else forward[::-1]
+
+    def launch(self, configuration: Configuration) -> Launch:
+        """The launch of one start, on a port that is free now."""
+        assert configuration.checkpoint is not None
+        options = self.serve
+        return compose(
+            self.models[configuration.checkpoint],
+            self.engine,
+            self.hardware,
+            profile=options.profile,
+            num_speculative_tokens=configuration.num_speculative_tokens,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs or max(cell.streams for cell in self.cells),
+            kv_cache_dtype=options.kv_cache_dtype,
+            force=options.force,
+            extra=options.extra,
+        )
+
+    def check_prompts(self, configuration: Configuration, max_model_len: int) -> None:
+        """InputError if a prompt and the longest decode are more than the context."""
+        longest = max(cell.length for cell in self.cells)
+        if configuration.checkpoint is None:
+            return
+        if self.prompts.kind == RANDOM:
+            prompt = RANDOM_PROMPT_TOKENS
+        else:
+            prompt = self.prompts.longest_tokens(self.models[configuration.checkpoint].path / "tokenizer.json")
+        if prompt + longest > max_model_len:
+            raise InputError(
+                f"{configuration.label}: a prompt of {prompt} tokens and {longest} more do not fit a context of {max_model_len}; raise "
+                "--max-model-len, shorten --lengths, or leave the longest prompts out"
+            )
+
+
+class Benchmark:
+    """One run of a plan. folder: where the logs of the engine and of the client go. say: one line of progress at a time."""
+
+    def __init__(self, plan: BenchPlan, folder: Path, say: Callable[[str], None] | None = None) -> None:
+        self.plan, self.folder = plan, folder
+        self.say = say or _to_stderr
+        self.servers: list[ServerFacts] = []
+        self.runs: list[CellRun] = []
+        self.failures: list[Failure] = []
+        self.schedule = Schedule(plan)
+
+    def run(self) -> None:
+        """Fills servers, runs and failures. EngineError if nothing at all could be measured; Ctrl-C passes through."""
+        plan = self.plan
+        self.dataset = self.folder / "prompts.jsonl"
+        if plan.prompts.kind != RANDOM:
+            plan.prompts.write(self.dataset)
+        with BenchClient(plan.engine, self.folder / "client.log", plan.api_key) as client:
+            for round_number in range(plan.rounds):
+                for number in plan.order(round_number):
+                    if not any(failure.configuration == number for failure in self.failures):
+                        self._start(client, number, round_number)
+        if not self.runs:
+            raise EngineError(f"nothing was measured: {self.failures[0].message}")
+
+    def _start(self, client: BenchClient, number: int, round_number: int) -> None:
+        configuration = self.plan.configurations[number]
+        try:
+            with self._served(number, round_number) as (url, model):
+                self._warm_up(client, url, model)
+                for cell in self.plan.cells:
+                    self._measure(client, url, model, number, round_number, cell)
+        except MtpressError as error:  # one that fails must not take hours of the others with it
+            self.failures.append(Failure(number, round_number, str(error)))
+            self.schedule.drop(number)
+            self.say(f"{configuration.label}: {error}; the others go on")
+
+    @contextmanager
+    def _served(self, number: int, round_number: int) -> Iterator[tuple[str, str]]:
+        """The address and model name of a server of this configuration."""
+        configuration = self.plan.configurations[number]
+        if configuration.url is not None:
+            with Client(configuration.url, self.plan.api_key) as client:
+                self.servers.append(_facts(number, round_number, client, None, None))
+            yield configuration.url.rstrip("/").removesuffix("/v1"), configuration.build
+            return
+        launch = self.plan.launch(configuration)
+        self._tell(round_number, f"{configuration.label}: starting")
+        started = time.monotonic()
+        with Server(launch, self.folder / f"{number + 1}-{round_number + 1}.engine.log", say=lambda line: None) as server:
+            seconds = server.start_seconds or time.monotonic() - started
+            self.servers.append(_facts(number, round_number, server.client, launch, seconds))
+            self.schedule.done(number, START, seconds)
+            yield launch.url, launch.served_model_name
+
+    def _warm_up(self, client: BenchClient, url: str, model: str) -> None:
+        """One short wave at each number of streams: what an engine compiles, captures or allocates late is not measured."""
+        for streams in sorted({cell.streams for cell in self.plan.cells}):
+            client.measure(self._load(Cell(WARM_TOKENS, streams), streams, "warm-up"), url, model, acceptance=False)
+
+    def _measure(self, client: BenchClient, url: str, model: str, number: int, round_number: int, cell: Cell) -> None:
+        started = time.monotonic()
+        load = self._load(cell, self.plan.num_requests(cell), f"{number}-{round_number}-{cell}")
+        acceptance = self.plan.prompts.kind != RANDOM
+        run = client.measure(load, url, model, configuration=number, round=round_number, acceptance=acceptance)
+        self.runs.append(run)
+        self.schedule.done(number, cell, time.monotonic() - started)
+        accepted = f", accepted length {run.spec_decode.mean_accepted_length:.2f}" if run.spec_decode else ""
+        failed = f", {run.num_failed} requests failed ({run.first_error})" if run.num_failed else ""
+        speed = f"{run.tokens_per_second:,.1f} tokens/s{accepted}{failed}"
+        self._tell(round_number, f"{self.plan.configurations[number].label}: {cell}: {speed}")
+
+    def _load(self, cell: Cell, num_requests: int, salt: str) -> Load:
+        random = self.plan.prompts.kind == RANDOM
+        return Load(
+            cell,
+            num_requests,
+            dataset=None if random else self.dataset,
+            tokenizer=self.plan.models[0].path if random else None,
+            random_prompt_tokens=RANDOM_PROMPT_TOKENS,
+            temperature=self.plan.temperature,
+            natural_end=self.plan.natural_end,
+            salt=f"{time.time_ns()}-{salt}",
+        )
+
+    def _tell(self, round_number: int, text: str) -> None:
+        left = self.schedule.left()
+        ahead = f"  {human_seconds(left)} left" if left else ""
+        self.say(f"round {round_number + 1}/{self.plan.rounds}  {text}{ahead}")
+
+
+class Schedule:
+    """How long the rest will take: each start and cell as it took before, with this configuration if it has been seen."""
+
+    def __init__(self, plan: BenchPlan) -> None:
+        self.ahead: dict[tuple[int, Cell | str], int] = {}
+        for number, configuration in enumerate(plan.configurations):
+            steps: tuple[Cell | str, ...] = plan.cells if configuration.url else (START, *plan.cells)
+            self.ahead |= {(number, what): plan.rounds for what in steps}
+        self.weights = {cell: cell.length * plan.num_requests(cell) / cell.streams for cell in plan.cells}
+        self.seen: defaultdict[int, dict[Cell | str, list[float]]] = defaultdict(dict)
+
+    def done(self, number: int, what: Cell | str, seconds: float) -> None:
+        self.seen[number].setdefault(what, []).append(seconds)
+        self.ahead[number, what] -= 1
+
+    def drop(self, number: int) -> None:
+        self.ahead = {step: count for step, count in self.ahead.items() if step[0] != number}
+
+    def left(self) -> float | None:
+        """Seconds, or None while nothing has been measured."""
+        rates = [fmean(s) / self.weights[w] for steps in self.seen.values() for w, s in steps.items() if isinstance(w, Cell)]
+        if not rates:
+            return None
+        total = 0.0
+        for (number, what), count in self.ahead.items():
+            others = [seconds for steps in self.seen.values() for seconds in steps.get(what, ())]
+            known = self.seen[number].get(what) or others
+            guess = fmean(rates) * self.weights[what] if isinstance(what, Cell) else 0.0
+            total += count * (fmean(known) if known else guess)
+        return total
+
+
+def _facts(number: int, round_number: int, client: Client, launch: Launch | None, seconds: float | None) -> ServerFacts:
+    try:
+        kv_cache = client.metrics().kv_cache
+    except MtpressError:  # not a vLLM server
+        kv_cache = None
+    return ServerFacts(
+        configuration=number,
+        round=round_number,
+        command=launch.shown() if launch is not None else None,
+        start_seconds=seconds,
+        max_model_len=context_of(launch.command) if launch is not None else None,
+        kv_cache_tokens=kv_cache.num_tokens if kv_cache is not None else None,
+        max_concurrency=kv_cache.max_concurrency if kv_cache is not None else None,
+        kv_cache_dtype=kv_cache.dtype if kv_cache is not None else None,
+    )
+
+
+def context_of(command: Sequence[str]) -> int | None:
+    """--max-model-len of a vLLM command, the last one; None where it does not say a plain number."""
+    found = None
+    for word, following in zip(command, (*command[1:], ""), strict=True):
+        if word == "--max-model-len":
+            found = following
+        elif word.startswith("--max-model-len="):
+            found = word.partition("=")[2]
+    return int(found) if found is not None and found.isdigit() else None
+
+
+def _to_stderr(line: str) -> None:
+    print(f"bench  {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,455 @@
+"""bench: how fast checkpoints are served, and how well their draft heads guess, by vLLM's own client on the real engine.
+
+In: checkpoints (each with MTP off and on), or servers that are running. Out: a `BenchResult`; with --out a directory of bench.json,
+bench.md, bench.svg, bench.png and the logs. Leaves out: how a checkpoint is launched (engine/launch.py), what is measured how
+(docs/benchmarking.md).
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtpress.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from mtpress.bench_result import BenchResult, Configuration
+    from mtpress.benchmark import BenchPlan, ServeOptions
+    from mtpress.engine.client import Client
+    from mtpress.engine.hardware import Hardware
+    from mtpress.engine.served_model import ServedModel
+    from mtpress.prompt_mix import PromptMix
+
+LENGTHS, STREAMS, MTP = (50, 350, 700), (1, 2, 64), (0, 1, 2, 3)
+MAX_DRAFTED = 16
+LOGS = "logs"
+
+
+def bench(
+    checkpoints: Sequence[str | Path] = (),
+    *,
+    urls: Sequence[str] = (),
+    mtp: Sequence[int] = MTP,
+    lengths: Sequence[int] = LENGTHS,
+    streams: Sequence[int] = STREAMS,
+    rounds: int = 2,
+    requests: int = 10,
+    prompts: str = "mix",
+    baseline: str | None = None,
+    temperature: float = 0.0,
+    natural_end: bool = False,
+    engine: str | None = None,
+    serve: "ServeOptions | None" = None,
+    model: str | None = None,
+    api_key: str | None = None,
+    logs: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> "BenchResult":
+    """Measures every cell (lengths × streams) of every configuration (checkpoints × mtp, or urls), `rounds` times.
+
+    mtp: numbers of drafted tokens, 0 for off. baseline: label or number (from 1) of the configuration that ratios are to.
+    logs: a directory for what the engines print; without one it is thrown away. InputError before anything starts where the
+    call cannot work; EngineError where nothing could be measured. A configuration that fails is in the result's failures.
+    """
+    from mtpress.bench_result import BenchResult
+    from mtpress.benchmark import Benchmark, BenchPlan, ServeOptions
+    from mtpress.engine.hardware import read_hardware
+    from mtpress.engine.installed import find_engine
+    from mtpress.engine.served_model import ServedModel
+    from mtpress.measurement import Cell
+    from mtpress.prompt_mix import NO_ACCEPTANCE, load_prompts
+
+    if bool(checkpoints) == bool(urls):
+        raise InputError("name checkpoints to start, or servers that are running with --url, and not both")
+    mix = load_prompts(prompts)
+    models = tuple(ServedModel.read(path) for path in checkpoints)
+    configurations = configurations_of(models, mtp) if models else _running(urls, model, api_key)
+    if mix.kind == "random":
+        _refuse_random(configurations)
+    plan = BenchPlan(
+        configurations=configurations,
+        models=models,
+        engine=find_engine(engine),
+        hardware=read_hardware(),
+        cells=tuple(Cell(length, number) for length in dict.fromkeys(lengths) for number in dict.fromkeys(streams)),
+        rounds=rounds,
+        requests=requests,
+        prompts=mix,
+        temperature=temperature,
+        natural_end=natural_end,
+        serve=serve or ServeOptions(),
+        api_key=api_key,
+    )
+    chosen = baseline_of(baseline, configurations)
+    _check_launches(plan)
+    with tempfile.TemporaryDirectory(prefix="mtpress-bench-") as scratch:
+        ran = Benchmark(plan, logs or Path(scratch), say)
+        ran.run()
+    from mtpress.record import command_line
+
+    settings = {"rounds": rounds, "requests": requests, "temperature": temperature, "natural_end": natural_end}
+    return BenchResult(
+        command=without_key(command_line()),
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        engine=plan.engine.version,
+        machine=_machine(plan.hardware) if models else _machine(plan.hardware) | {"note": "of the client; the server may be elsewhere"},
+        checkpoints=tuple(_identity(one) for one in models),
+        prompts=_prompt_facts(mix, NO_ACCEPTANCE),
+        settings=settings,
+        cells=plan.cells,
+        configurations=configurations,
+        baseline=chosen,
+        servers=tuple(ran.servers),
+        runs=tuple(ran.runs),
+        failures=tuple(ran.failures),
+    )
+
+
+def configurations_of(models: "Sequence[ServedModel]", mtp: Sequence[int]) -> "tuple[Configuration, ...]":
+    """Each checkpoint with each number of drafted tokens; one without a draft head only with MTP off."""
+    from mtpress.bench_result import Configuration
+
+    names = [model.name for model in models]
+    builds = [
+        name if names.count(name) == 1 else f"{model.path.resolve().parent.name}/{name}" for name, model in zip(names, models, strict=True)
+    ]
+    if len(set(builds)) < len(builds):
+        raise InputError(f"{', '.join(sorted(b for b in set(builds) if builds.count(b) > 1))} is named twice")
+    found = []
+    for number, (build, model) in enumerate(zip(builds, models, strict=True)):
+        for drafted in dict.fromkeys(mtp):
+            if drafted and not model.num_mtp_layers:
+                continue
+            words = "MTP off" if not drafted else f"MTP n={drafted}"
+            found.append(Configuration(words if len(builds) == 1 else f"{build}, {words}", build, drafted, checkpoint=number))
+    if len({one.checkpoint for one in found}) < len(models):
+        raise InputError("a checkpoint without a draft head can only be measured with MTP off; add off to --mtp")
+    return tuple(found)
+
+
+def _running(urls: Sequence[str], model: str | None, api_key: str | None) -> "tuple[Configuration, ...]":
+    """A configuration for each server, by its model's name; InputError or EngineError where one does not answer."""
+    from mtpress.bench_result import Configuration
+    from mtpress.engine.client import Client
+
+    found = []
+    for url in urls:
+        with Client(url, api_key) as client:
+            served = client.models()
+            drafted = _drafted_by(client)
+        if model is not None and model not in served:
+            raise InputError(f"{url} does not serve {model}; it has {', '.join(served) or 'no model'}")
+        if not served:
+            raise InputError(f"{url} serves no model")
+        name = model or served[0]
+        found.append(Configuration(name if len(urls) == 1 else f"{name} at {url}", name, drafted, url=url))
+    return tuple(found)
+
+
+def _drafted_by(client: "Client") -> int | None:
+    """The number of tokens that a running vLLM drafts, 0 for none; None of another server."""
+    try:
+        counted = client.metrics().spec_decode
+    except EngineError:
+        return None
+    return len(counted.accepted_per_position) if counted is not None else 0
+
+
+def _refuse_random(configurations: "Sequence[Configuration]") -> None:
+    from mtpress.prompt_mix import NO_ACCEPTANCE
+
+    if any(configuration.url for configuration in configurations):
+        raise InputError("--prompts random needs the checkpoint's tokenizer and MTP off, so it is not for --url; use the shipped mix")
+    if any(configuration.num_speculative_tokens for configuration in configurations):
+        raise InputError(f"--prompts random with MTP on: {NO_ACCEPTANCE}, and the speed follows from it; use the shipped mix, or --mtp off")
+
+
+def _check_launches(plan: "BenchPlan") -> None:
+    """Everything that can be refused is refused here: launches that cannot fit, prompts that are too long."""
+    from mtpress.benchmark import context_of
+
+    for configuration in plan.configurations:
+        if configuration.checkpoint is not None:
+            context = context_of(plan.launch(configuration).command)
+            plan.check_prompts(configuration, context or plan.models[configuration.checkpoint].max_position_embeddings)
+        elif configuration.url is not None:
+            _check_running(plan, configuration.url, configuration.build)
+
+
+def _check_running(plan: "BenchPlan", url: str, model: str) -> None:
+    """Asks the longest prompt with the longest decode and hangs up at the first token: context, key and streaming are as needed."""
+    from mtpress.engine.client import Client
+
+    longest = max(plan.prompts.prompts, key=lambda prompt: len(prompt.text))
+    length = max(cell.length for cell in plan.cells)
+    with Client(url, plan.api_key) as client:
+        chunks = client.stream_chat(longest.messages, model=model, max_completion_tokens=length)
+        try:
+            next(chunks, None)
+        except InputError as error:
+            raise InputError(f"the longest prompt with {length} tokens to follow: {error}") from None
+        finally:
+            chunks.close()  # type: ignore[attr-defined]  # a generator: closing it cancels the request
+
+
+def baseline_of(named: str | None, configurations: "Sequence[Configuration]") -> int:
+    """The number of the configuration that `named` is the label or the number (from 1) of; the first without a name."""
+    if named is None:
+        return 0
+    labels = [configuration.label for configuration in configurations]
+    folded = [label.casefold() for label in labels]
+    if named.casefold() in folded:
+        return folded.index(named.casefold())
+    if named.isdigit() and 1 <= int(named) <= len(labels):
+        return int(named) - 1
+    listed = "; ".join(f"{number} {label}" for number, label in enumerate(labels, 1))
+    raise InputError(f"--baseline {named}: is none of {listed}")
+
+
+def without_key(command: str) -> str:
+    """A command line that may be published."""
+    return re.sub(r"(--api-key[= ])('[^']*'|\S+)", r"\1...", command)
+
+
+def _prompt_facts(mix: "PromptMix", no_acceptance: str) -> dict[str, Any]:
+    if mix.kind == "random":
+        return {"source": mix.source, "short": mix.source, "no_acceptance": no_acceptance}
+    short = f"{len(mix.prompts)} prompts of {'its shipped mix' if mix.kind == 'mix' else mix.source.partition(',')[0]}"
+    return {"source": mix.source, "short": short, "num_prompts": len(mix.prompts), "num_left_out": mix.num_left_out, "sha256": mix.sha256}
+
+
+def _machine(hardware: "Hardware") -> dict[str, Any]:
+    import platform
+    from dataclasses import asdict
+
+    names = (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    gpus = [asdict(gpu) for gpu in hardware.gpus]
+    cpu = next(names, platform.processor() or platform.machine())
+    return {"gpus": gpus, "cpu": cpu, "num_cores": hardware.num_cores, "memory_bytes": hardware.memory_bytes, "system": platform.platform()}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _identity(model: "ServedModel") -> dict[str, Any]:
+    """headers_sha256: over the names and headers of its safetensors files in order, which name every tensor, dtype and shape."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for shard in sorted(model.path.glob("*.safetensors")):
+        with shard.open("rb") as file:
+            size = file.read(8)
+            digest.update(shard.name.encode() + size + file.read(int.from_bytes(size, "little")))
+    return {
+        "name": model.name,
+        "format": model.format,
+        "num_params": model.num_params,
+        "weight_bytes": sum(model.weight_bytes.values()),
+        "config_sha256": hashlib.sha256((model.path / "config.json").read_bytes()).hexdigest(),
+        "headers_sha256": digest.hexdigest(),
+    }
+
+
+def write_report(result: "BenchResult", folder: Path, *, plot: bool = True) -> list[str]:
+    """Writes bench.json and bench.md, and with plot the pictures, into an existing folder; gives their names."""
+    from mtpress.bench_markdown import markdown
+
+    names = ["bench.json", "bench.md"]
+    (folder / "bench.json").write_text(json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "bench.md").write_text(markdown(result, "bench.png" if plot else None), encoding="utf-8")
+    if plot:
+        from mtpress.chart import draw
+
+        names += [path.name for path in draw(result, folder)]
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoints", metavar="CKPT", nargs="*", help="one or more directories or Hub ids, compared in one run")
+    add("--url", action="append", default=[], metavar="URL", help="measure a server that is running instead; may be repeated")
+    add("--model", metavar="NAME", help="with --url: which of its models (default: the first)")
+    add("--api-key", metavar="KEY", help="with --url: its key (default: the environment's VLLM_API_KEY)")
+    add("--mtp", type=_mtp, default=MTP, metavar="LIST", help="drafted tokens to compare (default: off,1,2,3)")
+    add("--lengths", type=_numbers, default=LENGTHS, metavar="LIST", help="tokens of each answer (default: 50,350,700)")
+    add("--streams", type=_numbers, default=STREAMS, metavar="LIST", help="requests at the same time (default: 1,2,64)")
+    add("--rounds", type=_positive, default=2, metavar="N", help="starts of each configuration (default: 2; 3 to publish)")
+    add("--requests", type=_positive, default=10, metavar="N", help="at least so many a cell, and twice the streams (default: 10)")
+    add("--prompts", default="mix", metavar="FILE", help="JSON lines of messages, mix (default: the shipped one), or random (MTP off only)")
+    add("--baseline", metavar="LABEL", help="what ratios are to: a label or its number (default: the first configuration)")
+    add("--temperature", type=_temperature, default=0.0, metavar="T", help="sampling temperature (default: 0, greedy)")
+    add("--natural-end", action="store_true", help="let answers end by themselves; lengths are then upper limits")
+    add("--out", metavar="DIR", type=Path, help="a new directory for bench.json, bench.md, bench.svg, bench.png and logs")
+    add("--no-plot", action="store_true", help="no pictures; they need matplotlib (mtpress[bench])")
+    add("--engine", metavar="PATH", help="the vLLM to use: an environment, its python or its vllm command")
+    add("--profile", metavar="NAME", help="how to serve (see mtpress serve); default: by the machine")
+    add("--max-model-len", type=_positive, metavar="N", help="context length (default: the profile's)")
+    add("--max-num-seqs", type=_positive, metavar="N", help="sequences at once (default: the largest of --streams)")
+    add("--kv-cache-dtype", metavar="DTYPE", help="KV cache dtype (default: the profile's)")
+    add("--force", action="store_true", help="start what a known issue would refuse")
+    parser.usage = f"{parser.prog} [options] CKPT... [-- ENGINE ARGUMENTS]\n       {parser.prog} [options] --url URL"
+    parser.epilog = "Everything after -- goes to every `vllm serve` as it stands and wins over what mtpress chooses."
+    _take_engine_arguments(parser)
+
+
+def _take_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What stands after -- becomes options.engine_arguments; argparse would take it for checkpoints."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given = list(args or ())
+        at = given.index("--") if "--" in given else len(given)
+        found, unknown = parse(given[:at], namespace)
+        found.engine_arguments = tuple(given[at + 1 :])
+        return found, unknown
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive numbers like 50,350,700")
+    return tuple(int(word) for word in words)
+
+
+def _mtp(text: str) -> tuple[int, ...]:
+    words = [word.strip().lower() for word in text.split(",")]
+    if not all(word == "off" or (word.isdigit() and int(word) <= MAX_DRAFTED) for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list like off,1,2,3 (at most {MAX_DRAFTED})")
+    return tuple(0 if word == "off" else int(word) for word in words)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature between 0 and 2")
+    return value
+
+
+def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """The stage as the command line calls it: 1 where a configuration or a request failed."""
+    from mtpress.benchmark import ServeOptions
+
+    out: Path | None = options.out
+    plot = out is not None and not options.no_plot
+    if out is not None and out.exists():
+        raise InputError(f"{out}: exists; name a new directory")
+    if plot:
+        from mtpress.chart import require_matplotlib
+
+        require_matplotlib()
+    serve = ServeOptions(
+        options.profile,
+        options.max_model_len,
+        options.max_num_seqs,
+        options.kv_cache_dtype,
+        options.force,
+        options.engine_arguments,
+    )
+    if options.url and serve != ServeOptions():
+        raise InputError("with --url nothing is started, so there is nothing to say of how; leave out the options of serving")
+    partial = _make_partial(out) if out is not None else None
+    try:
+        result = bench(
+            options.checkpoints,
+            urls=options.url,
+            mtp=options.mtp,
+            lengths=options.lengths,
+            streams=options.streams,
+            rounds=options.rounds,
+            requests=options.requests,
+            prompts=options.prompts,
+            baseline=options.baseline,
+            temperature=options.temperature,
+            natural_end=options.natural_end,
+            engine=options.engine,
+            serve=serve,
+            model=options.model,
+            api_key=options.api_key or os.environ.get("VLLM_API_KEY"),
+            logs=partial / LOGS if partial is not None else None,
+        )
+        result = result.without_paths(_shortened(options.checkpoints, out))
+        written = _finish(result, partial, out, plot) if partial is not None and out is not None else []
+    except BaseException as error:
+        if partial is not None and not (isinstance(error, EngineError) and _has_logs(partial)):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if not options.json:
+        show(result)
+        for path in written:
+            print(path)
+    return (0 if result.complete else 1), result.as_json() | {"written": written}
+
+
+def _make_partial(out: Path) -> Path:
+    """OUT.partial; what an earlier run that failed left of it is replaced."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        if (partial / LOGS).is_dir() and {path.name for path in partial.iterdir()} == {LOGS}:
+            shutil.rmtree(partial)
+        (partial / LOGS).mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{partial}: cannot be made ({error.strerror or error}); choose another --out, or remove it") from None
+    return partial
+
+
+def _has_logs(partial: Path) -> bool:
+    return any(path.suffix == ".log" for path in (partial / LOGS).iterdir())
+
+
+def _finish(result: "BenchResult", partial: Path, out: Path, plot: bool) -> list[str]:
+    (partial / LOGS / "prompts.jsonl").unlink(missing_ok=True)  # the mix is known by its hash
+    names = write_report(result, partial, plot=plot)
+    partial.rename(out)
+    return [str(out / name) for name in names]
+
+
+def _shortened(checkpoints: Sequence[str], out: Path | None) -> dict[str, str]:
+    """Paths of this machine and what to show instead: their last part."""
+    paths = [*checkpoints, *(str(Path(c).resolve()) for c in checkpoints), *([str(out)] if out is not None else []), sys.prefix]
+    return {path: Path(path).name for path in paths if path.startswith("/")}
+
+
+def show(result: "BenchResult") -> None:
+    """The summary and what failed, on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from mtpress.bench_markdown import acceptance_rows, failure_part, summary_note, summary_table
+
+    console = Console(highlight=False)
+    head, rows = summary_table(result)
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(summary_note(result), soft_wrap=True, markup=False)
+    for label, rate, length, *shares in acceptance_rows(result):
+        line = f"{label}: acceptance {rate}, mean accepted length {length}, by position {' '.join(shares)}"
+        console.print(line, soft_wrap=True, markup=False)
+    for part in failure_part(result)[1:]:
+        console.print(part, soft_wrap=True, markup=False)
