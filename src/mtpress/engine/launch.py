@@ -25,7 +25,7 @@ from mtpress.engine.settings import (
     profile_settings,
     served_name,
 )
-from mtpress.errors import InputError, ResourceError
+from mtpress.errors import InputError, MtpressError, ResourceError
 
 if TYPE_CHECKING:
     from mtpress.engine.hardware import Hardware
@@ -43,7 +43,7 @@ class Launch:
     """What is to be started. environment: what is added to os.environ, the API key among it; it is never shown.
 
     left_out: flags that other launches pass and this one does not, with the reason. profile: its name; chosen_by: why it is that one.
-    min_available_bytes: the profile's threshold of the watchdog, where it has one.
+    min_available_bytes: the profile's threshold of the watchdog, where it has one. refused: what `force` let through.
     """
 
     command: tuple[str, ...]
@@ -62,6 +62,7 @@ class Launch:
     profile: str = ""
     chosen_by: str = ""
     min_available_bytes: int | None = None
+    refused: tuple[MtpressError, ...] = ()
 
     def shown(self) -> str:
         """The command for a shell: environment first, one flag a line; the API key stands there as the variable it is read from."""
@@ -126,42 +127,38 @@ def compose(
     environ = os.environ if environ is None else environ
     theirs, key = _without_key(read(extra))
     key = key or api_key or environ.get(API_KEY)
-    warnings: list[str] = []
+    refused: list[MtpressError] = []
     chosen = profiles.named(profile) if profile is not None else profiles.choose(hardware, engine.platform, model)
     here = profiles.described(hardware)
     if reason := profiles.mismatch(chosen, hardware, engine.platform, None):
-        message = f"profile {chosen.name} is not for this machine: {reason}"
-        if not force or (engine.platform == "cuda" and not hardware.gpus):
-            raise ResourceError(f"{message}; `mtpress serve --dry-run --profile {chosen.name}` shows its command without the hardware")
-        warnings.append(message)
-    if num_speculative_tokens and not model.num_mtp_layers and not force:
-        raise InputError(
-            f"{model.path}: no draft head is stored, so --mtp {num_speculative_tokens} would draft with random weights; --mtp 0"
-        )
+        hint = f"`mtpress serve --dry-run --profile {chosen.name}` shows its command without the hardware"
+        refused.append(ResourceError(f"profile {chosen.name} is not for this machine: {reason}; {hint}"))
+        if engine.platform == "cuda" and not hardware.gpus:
+            raise refused[0]
+    if num_speculative_tokens and not model.num_mtp_layers:
+        why = f"no draft head is stored, --mtp {num_speculative_tokens} would draft with random weights"
+        refused.append(InputError(f"{model.path}: {why}; --mtp 0"))
     asked = {"--max-model-len": max_model_len, "--max-num-seqs": max_num_seqs, "--kv-cache-dtype": kv_cache_dtype}
     template = read_template(model.path)
     settings, left_out = profile_settings(model, engine, chosen, template, num_speculative_tokens, asked, enable_weights_track)
     settings[:0] = [
         Setting("--served-model-name", served_name(model), "what requests call it", OURS),
-        Setting(
-            "--host", host, "only this machine can reach it" if is_local(host) else "others can reach it", OURS if is_local(host) else YOU
-        ),
-        Setting("--port", str(port or free_port(host)), "where it listens" if port else "a free one", YOU if port else OURS),
+        Setting("--host", host, *(("only this machine can reach it", OURS) if is_local(host) else ("others can reach it", "--host"))),
+        Setting("--port", str(port or free_port(host)), "where it listens" if port else "a free one", "--port" if port else OURS),
     ]
     given = {argument.flag for argument in theirs}
     settings = [setting for setting in settings if plain(setting.flag) not in given]
     settings += environment_settings(chosen, engine, environ)
     meaning = Meaning(model, engine, hardware, template, environ, theirs)
-    settings, found, notes, refused = _heed(meaning, settings)
-    warnings += found
-    if refused and not force:
-        raise InputError(f"{refused[0]}; --force serves it all the same")
-    warnings += refused
+    settings, warnings, notes, dangers = _heed(meaning, settings)
+    refused += [InputError(danger) for danger in dangers]
     values = meaning.values(settings)
     fits = estimate(model, meaning.serve_settings(settings), hardware)
-    if fits.problem is not None and not force:
-        raise ResourceError(f"{'; '.join((fits.problem, *fits.remedies))}; --force starts it all the same")
-    warnings += [fits.problem] if fits.problem is not None else []
+    if fits.problem is not None:
+        refused.append(ResourceError("; ".join((fits.problem, *fits.remedies))))
+    if refused and not force:
+        raise type(refused[0])(f"{refused[0]}; --force serves it all the same")
+    warnings = [*map(str, refused), *warnings]
     if not is_local(values["--host"]) and key is None:
         warnings.append(f"everyone who reaches {values['--host']} can use this server; --api-key closes it")
     settings = [as_that_version_knows(setting, engine.release) for setting in settings]
@@ -187,6 +184,7 @@ def compose(
         profile=chosen.name,
         chosen_by=f"--profile, on {here}" if profile is not None else f"{here}: {chosen.summary}",
         min_available_bytes=chosen.min_available_bytes,
+        refused=tuple(refused),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from mtpress.errors import InputError, ResourceError
 PROFILES = Path(__file__).with_name("profiles.yaml")
 GIB = 1 << 30
 Platform = Literal["cuda", "cpu"]
+BUILDS: dict[Platform, str] = {"cuda": "CUDA", "cpu": "the CPU"}
 Items = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 
 
@@ -123,7 +124,7 @@ def mismatch(profile: Profile, hardware: Hardware, platform: Platform, model: Se
     """Why a profile is not for this machine (and, where one is given, this checkpoint), or None where it is."""
     wanted = profile.match
     if wanted.platform != platform:
-        return f"it is for a {wanted.platform.upper()} build of vLLM, this one is built for {'CUDA' if platform == 'cuda' else 'the CPU'}"
+        return f"it is for a vLLM built for {BUILDS[wanted.platform]}, this one is built for {BUILDS[platform]}"
     if platform == "cpu":
         return None
     if len(hardware.gpus) < wanted.min_gpus:

@@ -1,0 +1,229 @@
+"""serve: a checkpoint → a running vLLM server, with every setting and its reason.
+
+In: a checkpoint; the engine and the machine are found. Out: a `ServeResult`; with --dry-run that is all, else the server
+runs until Ctrl-C. Leaves out: composing the command (engine/launch.py), watching over the process (engine/server.py). No
+torch is imported here: the engine is another process.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtpress.errors import InputError
+from mtpress.progress import human_bytes
+
+if TYPE_CHECKING:
+    from mtpress.engine.hardware import Hardware
+    from mtpress.engine.installed import Engine
+    from mtpress.engine.launch import Launch, Setting
+
+DEFAULT_PORT = 8000  # vLLM's own
+KEY_VARIABLES = ("MTPRESS_API_KEY", "VLLM_API_KEY")
+NEWEST_READ = "0.32.0"  # the version whose sources profiles and known issues were read in
+CANARY = "Say hello in one sentence."
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """The launch, and what of this machine it was composed for. assumed: what is not here and a dry run took for granted."""
+
+    launch: "Launch"
+    engine: "Engine"
+    assumed: tuple[str, ...] = ()
+    served: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        engine = {"command": list(self.engine.command), "version": self.engine.version, "platform": self.engine.platform}
+        return {"engine": engine, **self.launch.as_json(), "assumed": list(self.assumed), "served": self.served}
+
+
+def plan(options: argparse.Namespace) -> ServeResult:
+    """The launch that the options ask for; errors as engine/launch.compose, and where there is no engine."""
+    from mtpress.engine.hardware import read_hardware
+    from mtpress.engine.launch import compose
+    from mtpress.engine.served_model import ServedModel
+
+    model = ServedModel.read(options.checkpoint)
+    hardware = read_hardware()
+    assumed: list[str] = []
+    engine = _engine(options, assumed)
+    if options.dry_run and options.profile is not None:
+        engine, hardware = _assume_profile(options.profile, engine, hardware, assumed)
+    launch = compose(
+        model, engine, hardware,
+        profile=options.profile, host=options.host, port=options.port or None, num_speculative_tokens=options.mtp,
+        max_model_len=options.max_model_len, max_num_seqs=options.max_num_seqs, kv_cache_dtype=options.kv_cache_dtype,
+        api_key=options.api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None),
+        force=options.force or options.dry_run, extra=options.engine_arguments,
+    )  # fmt: skip
+    if options.min_available_gb is not None:
+        launch = replace(launch, min_available_bytes=int(options.min_available_gb * 1e9))
+    return ServeResult(launch, engine, tuple(assumed))
+
+
+def _engine(options: argparse.Namespace, assumed: list[str]) -> "Engine":
+    from mtpress.engine.installed import Engine, find_engine
+
+    try:
+        return find_engine(options.engine)
+    except InputError as error:
+        if not options.dry_run or options.engine is not None:
+            raise
+        assumed.append(f"vLLM {NEWEST_READ}, built for CUDA: {error}")
+        return Engine(Path("python"), ("vllm",), NEWEST_READ, "cuda")
+
+
+def _assume_profile(name: str, engine: "Engine", hardware: "Hardware", assumed: list[str]) -> tuple["Engine", "Hardware"]:
+    """The engine and the machine of the profile, where those here are not."""
+    from mtpress.engine import profiles
+
+    profile = profiles.named(name)
+    reason = profiles.mismatch(profile, hardware, engine.platform, None)
+    if reason is None:
+        return engine, hardware
+    nominal = profile.hardware.as_hardware()
+    if engine.platform != profile.match.platform:
+        engine = replace(engine, version=str(engine.release), platform=profile.match.platform)
+    built = "CUDA" if profile.match.platform == "cuda" else "the CPU"
+    assumed.append(f"{profiles.described(nominal)} and a vLLM built for {built}; the profile is not for this machine: {reason}")
+    return engine, nominal
+
+
+def serve(result: ServeResult, log: Path, start_timeout_seconds: float, say: Callable[[str], None]) -> ServeResult:
+    """Starts it, asks one question, waits until it ends: EngineError where it dies, KeyboardInterrupt on Ctrl-C."""
+    from mtpress.engine.server import Server
+
+    launch = result.launch
+    with Server(
+        launch, log, start_timeout_seconds=start_timeout_seconds, min_available_bytes=launch.min_available_bytes, say=say
+    ) as server:
+        say(f"serving {launch.served_model_name} at {launch.url}/v1 (Ctrl-C stops it; log: {log})")
+        say(f"it says: {_asked(server.client)}")
+        server.wait()
+    return replace(result, served=True)
+
+
+def _asked(client: Any) -> str:
+    """The answer to one small question; an EngineError where there is none, for then it does not serve."""
+    answer = client.chat([{"role": "user", "content": CANARY}], max_tokens=48, chat_template_kwargs={"enable_thinking": False})
+    message = answer["choices"][0]["message"]
+    return " ".join(str(message.get("content") or message.get("reasoning") or "(nothing)").split())
+
+
+# ---- the command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint to serve: a directory or a Hub id")
+    parser.add_argument("--profile", metavar="NAME", help="a launch by its name (docs/serving.md); without it the machine decides")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=_port, default=DEFAULT_PORT, help=f"the port to listen on (default {DEFAULT_PORT}; 0: a free one)")
+    parser.add_argument(
+        "--mtp", type=_count, metavar="N", help="tokens the draft head drafts a step; 0 turns it off (default: the profile's)"
+    )
+    parser.add_argument("--max-model-len", type=_positive, metavar="N", help="tokens of context a request may have")
+    parser.add_argument("--max-num-seqs", type=_positive, metavar="N", help="requests that run at once")
+    parser.add_argument("--kv-cache-dtype", metavar="DTYPE", help="fp8, auto, … (default: the checkpoint's, else the profile's)")
+    parser.add_argument("--api-key", metavar="KEY", help=f"what clients must send; better in {KEY_VARIABLES[0]}: ps shows this")
+    parser.add_argument("--engine", metavar="PATH", help="vLLM's environment, its python or its vllm command")
+    parser.add_argument("--log", metavar="FILE", type=Path, help="where the engine's own output goes (default mtpress-serve-PORT.log here)")
+    parser.add_argument(
+        "--min-available-gb", type=_amount, metavar="X", help="stop the engine when the host has less memory than this available; 0: never"
+    )
+    parser.add_argument("--start-timeout", type=_amount, metavar="S", default=1800.0, help="seconds to wait for it (default 1800)")
+    parser.add_argument("--force", action="store_true", help="serve what is refused: a dangerous pair, what does not fit")
+    parser.add_argument("--dry-run", action="store_true", help="print the command, each setting's reason and what fits; start nothing")
+    parser.usage = f"{parser.prog} [options] CKPT [-- ENGINE ARGUMENTS]"
+    parser.epilog = "Everything after -- goes to `vllm serve` as it stands and wins over what mtpress chooses."
+    parser.set_defaults(engine_arguments=())
+    whole = parser.parse_known_args
+
+    def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        # argparse loses what stands after -- when options stand between it and the positional
+        given = list(args or ())
+        at = given.index("--") if "--" in given else len(given)
+        found, unknown = whole(given[:at], namespace)
+        found.engine_arguments = tuple(given[at + 1 :])
+        return found, unknown
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+
+
+def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """The stage as the command line calls it: (exit code, result for --json)."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    result = plan(options)
+    if options.dry_run:
+        refused = () if options.force else result.launch.refused
+        if not options.json:
+            show(result)
+        if refused:
+            raise type(refused[0])(f"{refused[0]}; --force serves it all the same")
+        return 0, result.as_json()
+    launch = result.launch
+    for line in (f"profile {launch.profile}: {launch.chosen_by}", *(f"warning: {text}" for text in launch.warnings)):
+        say(line)
+    log = options.log or Path(f"mtpress-serve-{launch.port}.log")
+    result = serve(result, log, options.start_timeout, say)
+    return 0, result.as_json()
+
+
+def show(result: ServeResult) -> None:
+    """The command, then why it is so, on stdout."""
+    launch = result.launch
+    print(launch.shown())
+    print(f"\nprofile {launch.profile}: {launch.chosen_by}")
+    print(f"engine: vLLM {result.engine.version} for {'CUDA' if result.engine.platform == 'cuda' else 'the CPU'}")
+    for line in result.assumed:
+        print(f"assumed: {line}")
+    _print_settings("why", launch.settings)
+    _print_settings("left out", launch.left_out)
+    print("\nmemory")
+    for line in launch.estimate.lines():
+        print(f"  {line}")
+    if launch.min_available_bytes:
+        print(f"  the watchdog stops the engine when less than {human_bytes(launch.min_available_bytes)} is available")
+    for title, lines in (("warnings", launch.warnings), ("to know", launch.notes)):
+        if lines:
+            print(f"\n{title}")
+        for line in lines:
+            print(f"  {line}")
+
+
+def _print_settings(title: str, settings: Sequence["Setting"]) -> None:
+    if settings:
+        print(f"\n{title}")
+    for setting in settings:
+        print(f"  {setting.flag}{'' if setting.value is None else f' {setting.value}'}: {setting.reason} ({setting.source})")
+
+
+def _port(text: str) -> int:
+    return int(_within(text, 0, 65535, whole=True))
+
+
+def _count(text: str) -> int:
+    return int(_within(text, 0, 64, whole=True))
+
+
+def _positive(text: str) -> int:
+    return int(_within(text, 1, 1 << 40, whole=True))
+
+
+def _amount(text: str) -> float:
+    return _within(text, 0, 1e6)
+
+
+def _within(text: str, least: float, most: float, *, whole: bool = False) -> float:
+    with contextlib.suppress(ValueError):
+        value = int(text) if whole else float(text)
+        if least <= value <= most:
+            return value
+    raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {'whole ' if whole else ''}number from {least:g} to {most:g}")
