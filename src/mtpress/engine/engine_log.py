@@ -21,7 +21,7 @@ PREFIX = re.compile(
 )
 SHARDS = re.compile(r"Loading \S+ checkpoint shards:\s+(?P<percent>\d+)% Completed \| (?P<done>\d+)/(?P<total>\d+)")
 CAPTURING = re.compile(r"Capturing CUDA graphs.*?:\s+(?P<percent>\d+)%")
-KV_CACHE = r"KV cache size: (?P<tokens>[\d,]+) tokens"
+KV_CACHE = r".*?KV cache size: (?P<tokens>[\d,]+) tokens"
 STAGES = (  # first match wins; the groups of the pattern fill the words
     (SHARDS, "loading weights, {done} of {total} files"),
     (CAPTURING, "capturing CUDA graphs, {percent} %"),

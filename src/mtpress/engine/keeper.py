@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-LEFT_BEHIND_SECONDS = 5.0  # what outlives the engine's first process gets these to end by itself
+LEFT_BEHIND_SECONDS = 3.0  # what outlives the engine's first process gets these to end by itself
 AGAIN_SECONDS = 0.1
 OOM_SCORE_ADJ = "500"  # when memory runs out anyway, the kernel takes the engine before the shell and mtpress
 

@@ -1,0 +1,26 @@
+"""mtpress as a process of its own around a server, for tests that kill it: `under_mtpress.py LOG LAUNCH.json GRACE_SECONDS`.
+
+Says "up" when the engine answers. What main() of cli.py does with signals and errors is done here by its own code.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from mtpress import cli
+from mtpress.engine.launch import Launch
+from mtpress.engine.server import Server
+
+
+def run_stage(arguments: list[str]) -> tuple[int, dict[str, Any]]:
+    launch = Launch(**json.loads(Path(arguments[1]).read_text(encoding="utf-8")))
+    with Server(launch, Path(arguments[0]), grace_seconds=float(arguments[2])) as server:
+        print("up", flush=True)
+        server.wait()
+    return 0, {}
+
+
+with mock.patch.object(cli, "run_stage", run_stage):
+    sys.exit(cli.main(sys.argv[1:]))
