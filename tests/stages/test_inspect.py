@@ -114,7 +114,7 @@ def test_27b_sizes_and_fit_of_every_recipe(headers: Path) -> None:
     assert vlm.context_tokens and text.context_tokens and fp8.context_tokens and found.as_it_is.context_tokens
     assert vlm.context_tokens["24 GB"] == 0
     assert vlm.context_tokens["32 GB"] > 100_000
-    assert fp8.context_tokens["32 GB"] // 2 == vlm.context_tokens["32 GB"]
+    assert fp8.context_tokens["32 GB"] == pytest.approx(2 * vlm.context_tokens["32 GB"], rel=0.02)
     assert text.context_tokens["32 GB"] > vlm.context_tokens["32 GB"]
     assert found.as_it_is.context_tokens["48 GB"] == 0
 
@@ -283,7 +283,7 @@ def test_the_text_says_it_all(headers: Path, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     for word in (
         "64 layers (48 linear attention, 16 full attention)", "Gated DeltaNet", "17,112,760,320", "55.6 GB", "quantization: none",
-        "draft head: whole, 15 tensors", "nvfp4-mtp-vlm", "20.6 GB", "115k", "2 GiB",
+        "draft head: whole, 15 tensors", "nvfp4-mtp-vlm", "20.6 GB", "101k", "one at a time",
     ):  # fmt: skip
         assert word in shown
 

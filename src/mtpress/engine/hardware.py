@@ -84,11 +84,22 @@ def _visible(pynvml: Any, handles: list[Any]) -> list[Any]:
 def _read_gpu(pynvml: Any, handle: Any, host_bytes: int, available_bytes: int) -> Gpu:
     name, capability = str(pynvml.nvmlDeviceGetName(handle)), pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        total, free = int(memory.total), int(memory.free)
+        total, free = _read_memory(pynvml, handle)
     except pynvml.NVMLError_NotSupported:  # GB10 answers so: there is no memory that is the GPU's
         total, free = 0, 0
     unified = total == 0 or abs(total - host_bytes) <= SAME_MEMORY * host_bytes
     if unified:
         total, free = host_bytes, available_bytes
     return Gpu(name, total, free, (int(capability[0]), int(capability[1])), unified)
+
+
+def _read_memory(pynvml: Any, handle: Any) -> tuple[int, int]:
+    """(total, free), total as CUDA tells it: without the 600 MiB or so that driver and firmware keep."""
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        return int(memory.total) - int(memory.reserved), int(memory.free)
+    except pynvml.NVMLError_NotSupported:
+        raise
+    except pynvml.NVMLError:  # a driver before 510 knows the first version only
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return int(memory.total), int(memory.free)

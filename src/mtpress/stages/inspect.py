@@ -100,7 +100,7 @@ def inspect(path: str | Path) -> InspectResult:
     subject = Subject(checkpoint)
     components = _components(subject)
     config = checkpoint.config
-    kv_bits = 8 if subject.declared is not None and subject.declared.kv_cache == "fp8" else 16
+    kv_cache_dtype = "fp8" if subject.declared is not None and subject.declared.kv_cache == "fp8" else "auto"
     return InspectResult(
         path=str(checkpoint.path),
         architecture=subject.architecture,
@@ -113,8 +113,8 @@ def inspect(path: str | Path) -> InspectResult:
         components=components,
         quantization=_quantization(subject),
         draft_head=_draft_head(subject),
-        as_it_is=_build(checkpoint.num_bytes, config, kv_bits),
-        recipes={name: _recipe_build(checkpoint, name) for name in shipped()},
+        as_it_is=_build(checkpoint.num_bytes, config, kv_cache_dtype, bool(subject.stored_vision)),
+        recipes={name: _recipe_build(checkpoint, name, bool(subject.stored_vision)) for name in shipped()},
     )
 
 
@@ -176,20 +176,21 @@ def _ignored(subject: Subject) -> bool | None:
     return any("mtp" in entry for entry in (*subject.declared.ignore, *(exceptions if isinstance(exceptions, Mapping) else ())))
 
 
-def _build(num_bytes: int, config: Mapping[str, Any], kv_bits: int) -> Build:
+def _build(num_bytes: int, config: Mapping[str, Any], kv_cache_dtype: str, vision: bool) -> Build:
     try:
-        return Build(num_bytes, fit.context_tokens(num_bytes, config, kv_bits), None)
+        return Build(num_bytes, fit.context_tokens(num_bytes, config, kv_cache_dtype, vision=vision), None)
     except InputError as error:
         return Build(num_bytes, None, str(error))
 
 
-def _recipe_build(checkpoint: Checkpoint, name: str) -> Build:
+def _recipe_build(checkpoint: Checkpoint, name: str, stored_vision: bool) -> Build:
     recipe = load_recipe(name)
     try:
         plan = make_plan(checkpoint, recipe)
     except InputError as error:
         return Build(None, None, str(error).removeprefix(f"{checkpoint.path}: "))
-    return _build(plan.output_bytes, checkpoint.config, 8 if recipe.kv_cache == "fp8_cast" else 16)
+    kv_cache_dtype = "fp8" if recipe.kv_cache == "fp8_cast" else "auto"
+    return _build(plan.output_bytes, checkpoint.config, kv_cache_dtype, stored_vision and recipe.vision == "keep")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
