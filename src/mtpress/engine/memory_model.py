@@ -34,7 +34,11 @@ CPU_WORKER_BYTES, CPU_SERVER_BYTES = 700_000_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """What of a launch decides over memory, by vLLM's own names. cpu_kv_bytes: VLLM_CPU_KVCACHE_SPACE; not None means the CPU platform."""
+    """What of a launch decides over memory, by vLLM's own names.
+
+    cpu_kv_bytes: VLLM_CPU_KVCACHE_SPACE. Not None means the CPU platform, 0 that it is not set: the worker then takes
+    gpu_memory_utilization of the host's memory.
+    """
 
     max_model_len: int
     max_num_seqs: int
@@ -200,7 +204,7 @@ class _Launch:
         return int(self.settings.gpu_memory_utilization * memory)
 
     def _room(self) -> int:
-        if self.settings.cpu_kv_bytes is not None:
+        if self.settings.cpu_kv_bytes:
             return self.settings.cpu_kv_bytes
         return self.budget - self.taken
 
