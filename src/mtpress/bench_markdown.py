@@ -10,6 +10,7 @@ from mtpress.measurement import Cell, CellSummary, Spread
 
 Row = Sequence[str]
 MISSING = "–"
+NOISY = 0.1  # a spread over rounds from which small ratios mean nothing
 
 
 def markdown(result: BenchResult, picture: str | None = None) -> str:
@@ -45,7 +46,7 @@ def summary_table(result: BenchResult) -> tuple[Row, list[Row]]:
     """As model cards have it: one line a configuration, the lengths side by side, single stream and then each aggregate."""
     lengths, streams = lengths_and_streams(result)
     tokens = "/".join(map(str, lengths))
-    heads = [f"single, tok/s ({tokens})" if s == 1 else f"{s} streams, total tok/s ({tokens})" for s in streams]
+    heads = [f"single tok/s, {tokens}" if s == 1 else f"{s} streams tok/s, {tokens}" for s in streams]
     rows: list[Row] = []
     for number, configuration in enumerate(result.configurations):
         summaries = result.summaries[number]
@@ -57,9 +58,15 @@ def summary_table(result: BenchResult) -> tuple[Row, list[Row]]:
 
 def summary_note(result: BenchResult) -> str:
     rounds = result.settings["rounds"]
+    spread_note = f" Speeds of a cell differ by up to {result.largest_spread:.0%} between rounds" if rounds > 1 else ""
+    if spread_note:
+        noisy = "; the machine was not quiet, and smaller differences between configurations mean nothing."
+        spread_note += noisy if result.largest_spread > NOISY else "."
     return (
         f"Decodes of {', '.join(map(str, lengths_and_streams(result)[0]))} tokens. × baseline: against "
-        f"“{result.configurations[result.baseline].label}”, compared within each round; median of {rounds} round{'s' * (rounds != 1)}."
+        f"“{result.configurations[result.baseline].label}”, compared within each round; "
+        + (f"median of {rounds} rounds." if rounds > 1 else "one round, so nothing is known of the spread.")
+        + spread_note
     )
 
 
@@ -138,11 +145,13 @@ def how(result: BenchResult) -> str:
     machine, settings = result.machine, result.settings
     gpus = ", ".join(f"{gpu['name']} ({gpu['memory_bytes'] / 2**30:.0f} GiB)" for gpu in machine["gpus"]) or "no GPU"
     short = sum(run.num_short for run in result.runs)
+    each = "each measuring every server" if settings["running"] else "each starting every configuration once, to and fro"
+    cores = f"{machine['num_cores']} core{'s' * (machine['num_cores'] != 1)}"
     lines = [
-        f"- {result.date}, {gpus}; {machine['cpu']}, {machine['num_cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB",
+        f"- {result.date}, {gpus}; {machine['cpu']}, {cores}, {machine['memory_bytes'] / 2**30:.0f} GiB",
         f"- vLLM {result.engine}, measured with its own `vllm bench serve`; greedy" + _temperature(settings["temperature"]),
-        f"- {settings['rounds']} rounds, each starting every configuration once, in alternating order; warm-up before each; at least "
-        f"{settings['requests']} requests a cell, and twice as many as streams",
+        f"- rounds: {settings['rounds']}, {each}; warm-up before each; at least {settings['requests']} requests a cell, and twice as many "
+        "as streams",
         f"- prompts: {result.prompts['source']}",
         "- answers end where the model ends them" if settings["natural_end"] else "- every answer is decoded to the full length",
         f"- {short} of {sum(len(run.output_tokens) for run in result.runs)} answers were shorter than the cell" if short else "",

@@ -84,6 +84,12 @@ class BenchResult:
         """By configuration, then by cell; a configuration that never came up has none."""
         return tuple({s.cell: s for s in summarize(self.runs, number, self.baseline)} for number in range(len(self.configurations)))
 
+    @property
+    def largest_spread(self) -> float:
+        """(highest − lowest) / median of a cell's speed over rounds, where that is largest; 0 with one round."""
+        speeds = (summary.metrics["tokens_per_second"] for cells in self.summaries for summary in cells.values())
+        return max((speed.relative for speed in speeds if speed is not None), default=0.0)
+
     def spec_decode(self, configuration: int) -> SpecDecode | None:
         """The counters of all cells and rounds of one configuration."""
         return total_spec_decode(run.spec_decode for run in self.runs if run.configuration == configuration)
@@ -123,6 +129,7 @@ class BenchResult:
             "prompts": dict(self.prompts),
             "settings": dict(self.settings),
             "baseline": self.baseline,
+            "largest_spread": self.largest_spread,
             "configurations": configurations,
             "failures": [asdict(failure) for failure in self.failures],
             "servers": [asdict(server) for server in self.servers],

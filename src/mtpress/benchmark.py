@@ -7,6 +7,7 @@ Rounds go through the configurations to and fro (A B C, C B A, …), so that a m
 the first. A configuration that does not come up, or dies, is recorded and left out from then on; the others go on.
 """
 
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -235,7 +236,7 @@ def _facts(number: int, round_number: int, client: Client, launch: Launch | None
     return ServerFacts(
         configuration=number,
         round=round_number,
-        command=launch.shown() if launch is not None else None,
+        command=launch.shown().replace(shlex.join(launch.command[: launch.command.index("serve")]), "vllm") if launch is not None else None,
         start_seconds=seconds,
         max_model_len=context_of(launch.command) if launch is not None else None,
         kv_cache_tokens=kv_cache.num_tokens if kv_cache is not None else None,

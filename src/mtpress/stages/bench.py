@@ -94,7 +94,7 @@ def bench(
         ran.run()
     from mtpress.record import command_line
 
-    settings = {"rounds": rounds, "requests": requests, "temperature": temperature, "natural_end": natural_end}
+    settings = {"rounds": rounds, "requests": requests, "temperature": temperature, "natural_end": natural_end, "running": bool(urls)}
     return BenchResult(
         command=without_key(command_line()),
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -428,7 +428,8 @@ def _finish(result: "BenchResult", partial: Path, out: Path, plot: bool) -> list
 def _shortened(checkpoints: Sequence[str], out: Path | None) -> dict[str, str]:
     """Paths of this machine and what to show instead: their last part."""
     paths = [*checkpoints, *(str(Path(c).resolve()) for c in checkpoints), *([str(out)] if out is not None else []), sys.prefix]
-    return {path: Path(path).name for path in paths if path.startswith("/")}
+    partial = {f"{out}.partial": out.name} if out is not None else {}  # where logs were while it ran
+    return {path: Path(path).name for path in paths if path.startswith("/")} | partial
 
 
 def show(result: "BenchResult") -> None:
@@ -443,9 +444,9 @@ def show(result: "BenchResult") -> None:
     head, rows = summary_table(result)
     table = Table(box=box.SIMPLE_HEAD)
     for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold", no_wrap=number > 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" / ", "/") for cell in row))
     console.print(table)
     console.print(summary_note(result), soft_wrap=True, markup=False)
     for label, rate, length, *shares in acceptance_rows(result):

@@ -1,0 +1,208 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench_results import FAILURE, result
+from mtpress.benchmark import Benchmark
+from mtpress.builtin import BUILTIN_MODEL
+from mtpress.cli import main
+from mtpress.engine.installed import Engine
+from mtpress.errors import EngineError, InputError
+from mtpress.stages import bench as stage
+from mtpress.stages.bench import baseline_of, bench, configurations_of, without_key
+
+TINY = str(BUILTIN_MODEL)
+
+
+class Model:
+    """As much of a ServedModel as a configuration needs."""
+
+    def __init__(self, path: str, num_mtp_layers: int = 1) -> None:
+        self.path, self.name, self.num_mtp_layers = Path(path), Path(path).name, num_mtp_layers
+
+
+def labels(models: list[Any], mtp: tuple[int, ...] = (0, 2)) -> list[str]:
+    return [configuration.label for configuration in configurations_of(models, mtp)]
+
+
+def test_configurations_are_every_checkpoint_with_every_number_of_drafts() -> None:
+    assert labels([Model("/a/one")]) == ["MTP off", "MTP n=2"]
+    assert labels([Model("/a/one"), Model("/b/two")]) == ["one, MTP off", "one, MTP n=2", "two, MTP off", "two, MTP n=2"]
+    assert labels([Model("/a/one"), Model("/b/one")], (0,)) == ["a/one, MTP off", "b/one, MTP off"]
+    assert labels([Model("/a/one"), Model("/b/plain", 0)]) == ["one, MTP off", "one, MTP n=2", "plain, MTP off"]
+
+
+def test_a_checkpoint_without_a_draft_head_needs_mtp_off() -> None:
+    with pytest.raises(InputError, match="only be measured with MTP off; add off"):
+        labels([Model("/a/plain", 0)], (1, 2))
+
+
+def test_the_same_checkpoint_twice_is_a_mistake() -> None:
+    with pytest.raises(InputError, match="a/one is named twice"):
+        labels([Model("/a/one"), Model("/a/one")])
+
+
+def test_baseline_by_label_or_number() -> None:
+    configurations = result().configurations
+    assert [baseline_of(named, configurations) for named in (None, "TINY, mtp n=2", "1", "2")] == [0, 1, 0, 1]
+    with pytest.raises(InputError, match="--baseline 3: is none of 1 tiny, MTP off; 2 tiny, MTP n=2"):
+        baseline_of("3", configurations)
+
+
+@pytest.mark.parametrize("given", ["--api-key secret", "--api-key=secret", "--api-key 'a secret'"])
+def test_a_key_is_not_published(given: str) -> None:
+    assert "secret" not in without_key(f"mtpress bench --url http://h {given} --rounds 1")
+    assert without_key(f"mtpress bench {given} --rounds 1").endswith("--rounds 1")
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is found but must not be started."""
+    monkeypatch.setattr("mtpress.engine.installed.find_engine", lambda where=None: Engine(Path("python"), ("vllm",), "0.32.0", "cpu"))
+
+    def refuse(self: Benchmark) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(Benchmark, "run", refuse)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name checkpoints to start, or servers"),
+        ([TINY, "--url", "http://127.0.0.1:1"], "and not both"),
+        ([TINY, "--baseline", "best"], "--baseline best: is none of 1 MTP off"),
+        ([TINY, "--prompts", "random"], "--prompts random with MTP on: random tokens have no next token"),
+        ([TINY, "--lengths", "3900"], "3900 more do not fit a context of 4096"),
+        (["/nowhere"], "/nowhere"),
+        (["--url", "http://127.0.0.1:1", "--max-model-len", "9"], "leave out the options of serving"),
+        (["--url", "http://127.0.0.1:1"], "nothing answers at http://127.0.0.1:1"),
+        ([TINY, "--out", "{here}"], "exists; name a new directory"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    no_engine: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    assert main(["bench", *(argument.format(here=tmp_path) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mtp", "off,many"], "'off,many' is no list like off,1,2,3"),
+        (["--mtp", "99"], "'99' is no list like off,1,2,3"),
+        (["--lengths", "50,0"], "'50,0' is no list of positive numbers"),
+        (["--streams", ""], "is no list of positive numbers"),
+        (["--rounds", "0"], "'0' is no positive number"),
+        (["--temperature", "hot"], "'hot' is no temperature"),
+    ],
+)
+def test_mistyped_options_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", TINY, *arguments])
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_without_matplotlib_nothing_starts(
+    no_engine: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", TINY, "--out", str(tmp_path / "out")]) == 2
+    assert "--no-plot" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def pretended(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> dict[str, Any]:
+    """bench() that hands back a result, or raises; gives what it was called with."""
+    called: dict[str, Any] = {}
+
+    def instead(checkpoints: Any, *, logs: Path | None = None, **options: Any) -> Any:
+        called.update(options, checkpoints=checkpoints)
+        if logs is not None:
+            (logs / "1-1.engine.log").write_text("…")
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(stage, "bench", instead)
+    return called
+
+
+def test_the_directory_holds_data_tables_pictures_and_logs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    called = pretended(monkeypatch, result())
+    out = tmp_path / "out"
+    assert main(["bench", TINY, "--out", str(out), "--mtp", "off,2", "--", "--max-num-batched-tokens", "512"]) == 0
+    assert {path.name for path in out.iterdir()} == {"bench.json", "bench.md", "bench.svg", "bench.png", "logs"}
+    assert list(tmp_path.iterdir()) == [out]
+    assert capsys.readouterr().out.splitlines()[-4:] == [str(out / f"bench.{kind}") for kind in ("json", "md", "svg", "png")]
+    assert called["checkpoints"] == [TINY]
+    assert called["mtp"] == (0, 2)
+    assert called["serve"].extra == ("--max-num-batched-tokens", "512")
+    assert json.loads((out / "bench.json").read_text())["baseline"] == 0
+
+
+def test_json_is_all_that_json_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pretended(monkeypatch, result())
+    assert main(["bench", TINY, "--json", "--no-plot", "--out", str(tmp_path / "out")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["written"] == [str(tmp_path / "out/bench.json"), str(tmp_path / "out/bench.md")]
+    assert "bench.png" not in (tmp_path / "out/bench.md").read_text()
+
+
+def test_a_failed_configuration_is_exit_code_1_and_the_rest_is_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pretended(monkeypatch, result(failures=(FAILURE,)))
+    assert main(["bench", TINY, "--no-plot", "--out", str(tmp_path / "out")]) == 1
+    assert "tiny, MTP n=2, round 1: the engine died" in capsys.readouterr().out
+    assert (tmp_path / "out/bench.json").is_file()
+
+
+def test_ctrl_c_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pretended(monkeypatch, KeyboardInterrupt())
+    assert main(["bench", TINY, "--no-plot", "--out", str(tmp_path / "out")]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_came_up_the_logs_stay_until_the_next_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretended(monkeypatch, EngineError("nothing was measured"))
+    out = tmp_path / "out"
+    assert main(["bench", TINY, "--no-plot", "--out", str(out)]) == 2
+    assert (tmp_path / "out.partial/logs/1-1.engine.log").is_file()
+    assert not out.exists()
+    pretended(monkeypatch, result())
+    assert main(["bench", TINY, "--no-plot", "--out", str(out)]) == 0
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_partial_directory_of_another_kind_is_not_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretended(monkeypatch, result())
+    (tmp_path / "out.partial/logs").mkdir(parents=True)
+    (tmp_path / "out.partial/thesis.md").write_text("mine")
+    assert main(["bench", TINY, "--no-plot", "--out", str(tmp_path / "out")]) == 2
+    assert (tmp_path / "out.partial/thesis.md").read_text() == "mine"
+
+
+def test_called_from_python_it_gives_what_the_rounds_found(no_engine: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = result()
+
+    def run(self: Benchmark) -> None:
+        self.runs.extend(made.runs)
+        assert self.folder == tmp_path
+
+    monkeypatch.setattr(Benchmark, "run", run)
+    found = bench([TINY], mtp=(0, 2), lengths=(50, 350), streams=(1, 2), baseline="2", logs=tmp_path, engine="anything")
+    assert found.summaries[0][found.cells[0]].ratios["tokens_per_second"].median == 0.5
+    assert found.checkpoints[0]["name"] == "mtpress-tiny"
+    assert found.checkpoints[0]["weight_bytes"] > 1e6
+    assert found.prompts["num_prompts"] == 45
+    assert found.complete
