@@ -4,6 +4,7 @@ print=FILE  writes that file to stderr, as a log          exit=N      ends with 
 late=S      answers /health only after S seconds          kill        kills itself with SIGKILL before it answers anything
 falls=S     killed S seconds after its first answer          child       starts a child that leaves the session and ignores SIGTERM
 stubborn    ignores SIGTERM                               orphan      starts a child that outlives it, then ends with code 3
+sibling     starts a child of its own group that says when it is asked to end, and ends half a second after it is asked itself
 """
 
 import json
@@ -17,6 +18,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 CHILD = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('child up', flush=True); time.sleep(600)"
+
+SIBLING = """
+import os, signal, sys, time
+
+def end(number, frame):
+    print("asked to end", file=sys.stderr, flush=True)
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+print("child up", flush=True)
+time.sleep(600)
+"""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -53,6 +66,16 @@ def main(port: int, words: list[str]) -> int:
         assert child.stdout and child.stdout.readline()
     if "orphan" in words:
         return 3
+    if "sibling" in words:
+        sibling = subprocess.Popen([sys.executable, "-c", SIBLING, str(port)], stdout=subprocess.PIPE)
+        assert sibling.stdout and sibling.stdout.readline()
+
+        def end(number: int, frame: object) -> None:
+            time.sleep(0.5)
+            sibling.kill()
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, end)
     if "print" in values:
         sys.stderr.write(Path(values["print"]).read_text(encoding="utf-8"))
         sys.stderr.flush()

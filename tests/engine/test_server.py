@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 
 from mtpress.engine.first_words import first_words
 from mtpress.engine.launch import Launch
-from mtpress.engine.server import Server
+from mtpress.engine.server import Server, drain_seconds
 from mtpress.errors import EngineError, InputError
 from serving import HELLO, Family, about_picture, fake_launch, free_port, launch, real_launch, red_circle, said, storm
 
@@ -146,6 +148,27 @@ def test_what_will_not_end_is_killed(words: tuple[str, ...], tmp_path: Path) -> 
     with serve(tmp_path, *words, grace_seconds=0.5) as server:
         family = Family(server.launch.port).meet(server)
     assert len(family.members) == (2 if "child" in words else 1)
+    assert_nothing_left(family)
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [((), 0.0), (("--shutdown-timeout", "20"), 20.0), (("--shutdown-timeout=7",), 7.0), (("--shutdown-timeout",), 0.0), (("20",), 0.0)],
+)
+def test_a_shutdown_timeout_is_waited_for(words: tuple[str, ...], seconds: float) -> None:
+    assert drain_seconds(["vllm", "serve", *words]) == seconds
+
+
+def test_with_a_shutdown_timeout_only_the_first_process_is_asked(tmp_path: Path) -> None:
+    """A child that would die of SIGTERM is still there when the first process ends by itself."""
+    with serve(tmp_path, "sibling", "--shutdown-timeout", "1") as server:
+        family = Family(server.launch.port).meet(server)
+        assert len(family.members) == 2
+    assert "asked to end" not in server.log.read_text()
+    with serve(tmp_path, "sibling") as server:
+        family.port = server.launch.port
+        family.meet(server)
+    assert "asked to end" in server.log.read_text()
     assert_nothing_left(family)
 
 
@@ -349,4 +372,51 @@ def test_the_engine_core_killed_in_a_request(server: Server) -> None:
         list(stream)
     with pytest.raises(EngineError, match=r"the engine died while serving.*\(log: .*engine.log\)"):
         server.wait()
+    assert_nothing_left(family)
+
+
+LOADING = {"API server": "Initializing a V1 LLM engine", "EngineCore": "world_size=1 rank=0"}  # a line of the log by which it is there
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("victim", list(LOADING))
+def test_a_process_of_the_real_engine_killed_while_it_loads(victim: str, engine_python: Path, tmp_path: Path) -> None:
+    server = Server(real_launch(engine_python), tmp_path / "engine.log", say=silent)
+    family = Family(server.launch.port)
+
+    def kill() -> None:
+        deadline = time.monotonic() + PROMPTLY_SECONDS
+        while not log_says(tmp_path, LOADING[victim])() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        first, *others = family.meet(server).members.values()
+        chosen = first if victim == "API server" else next(process for process in others if "EngineCore" in process.name())
+        chosen.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(EngineError) as died, server:
+        pass
+    killer.join()
+    message = str(died.value)
+    assert re.match(r"the engine died while [a-z' ]+[,:]", message), message
+    assert str(tmp_path / "engine.log") in message
+    assert ("killed by SIGKILL" if victim == "API server" else "Engine core") in message
+    assert len(family.members) >= 3
+    assert_nothing_left(family)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_mtpress_stopped_or_killed_while_the_real_engine_loads(number: signal.Signals, engine_python: Path, tmp_path: Path) -> None:
+    launch = real_launch(engine_python)
+    family = Family(launch.port)
+    with mtpress(launch, tmp_path) as running:
+        wait_for(log_says(tmp_path, LOADING["API server"]), running)
+        meet(family, running)
+        running.send_signal(number)
+        running.wait(PROMPTLY_SECONDS)
+        gone, alive = psutil.wait_procs(list(family.members.values()), timeout=PROMPTLY_SECONDS)
+        assert not alive
+        assert len(gone) >= 4  # keeper, API server, resource tracker, engine core
+    assert running.returncode == (-number if number == signal.SIGKILL else 128 + number)
     assert_nothing_left(family)

@@ -101,6 +101,7 @@ KNOWN = tuple(
         (r"No available memory for the cache blocks", f"raise --gpu-memory-utilization if there is room, otherwise {LESS_MEMORY}", None),
         (r"To serve at least one request with the model's max", "lower --max-model-len, or raise --gpu-memory-utilization", None),
         (r"Free memory on device .*less than", "lower --gpu-memory-utilization, or end what else uses the GPU", None),
+        (r"User-specified max_model_len .* is greater than the derived", "lower --max-model-len", None),
         (r"exceeds available Mamba cache", "lower --max-num-seqs", None),
         (r"Error in memory profiling", "end what else uses the GPU while the engine starts", None),
         (

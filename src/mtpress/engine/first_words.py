@@ -60,7 +60,8 @@ class FirstWords:
 def first_words(client: "Client", num_speculative_tokens: int) -> FirstWords:
     """Asks one short question, greedily. EngineError where the request fails; what is odd about its answer is a warning."""
     before = client.metrics().spec_decode
-    texts, num_tokens = [], 0
+    texts: list[str] = []
+    num_tokens = 0
     started = first = last = time.perf_counter()
     stream = client.stream_chat([{"role": "user", "content": PROMPT}], max_tokens=MAX_TOKENS, temperature=0)
     for chunk in stream:

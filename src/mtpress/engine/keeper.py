@@ -1,10 +1,11 @@
 """The parent of an engine: ends it, with every process it has started, when it is told to or when mtpress is gone.
 
 A program of its own, run by server.py as a file (`python -I -S keeper.py`): it imports nothing but the standard library, so that
-it is there in 20 ms and cannot be taken down by what takes mtpress down. In, on stdin: one line of JSON (command, grace_seconds),
-then `t` to end the engine politely or `k` to kill it; the end of stdin is mtpress's own end and counts as `t`. Out, on stdout: the
-engine's process id, or `!` and why it could not be started. The engine writes to what is stderr here. Exits with the engine's exit
-code, 128 + n for signal n, and only when no descendant of the engine is left: as "subreaper" it inherits those whose parent dies.
+it is there in 20 ms and cannot be taken down by what takes mtpress down. In, on stdin: one line of JSON (command; grace_seconds;
+drain: whether the first process alone is asked to end, as it then waits for requests), then `t` to end the engine politely or `k`
+to kill it; the end of stdin is mtpress's own end and counts as `t`. Out, on stdout: the engine's process id, or `!` and why it could
+not be started. The engine writes to what is stderr here. Exits with the engine's exit code, 128 + n for signal n, and only when no
+descendant of the engine is left: as "subreaper" it inherits those whose parent dies.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ def send(number: int, engine: int) -> None:
                 os.kill(pid, number)
 
 
-def keep(engine: int, grace_seconds: float, woken: int) -> int:
+def keep(engine: int, grace_seconds: float, drain: bool, woken: int) -> int:
     """Until no process is left. Returns the exit code of the first one."""
     code, listening, kill_at = 0, True, None
     while True:
@@ -78,7 +79,10 @@ def keep(engine: int, grace_seconds: float, woken: int) -> int:
             if order == b"k":
                 kill_at = 0.0
             elif kill_at is None:
-                send(signal.SIGTERM, engine)
+                if drain:
+                    os.kill(engine, signal.SIGTERM)
+                else:
+                    send(signal.SIGTERM, engine)
                 kill_at = time.monotonic() + grace_seconds
         if kill_at is not None and time.monotonic() >= kill_at:
             send(signal.SIGKILL, engine)
@@ -118,7 +122,7 @@ def main() -> int:
         print(f"!{error.strerror or error}", flush=True)
         return 127
     print(engine, flush=True)
-    return keep(engine, asked["grace_seconds"], read_end)
+    return keep(engine, asked["grace_seconds"], asked["drain"], read_end)
 
 
 if __name__ == "__main__":
