@@ -50,8 +50,10 @@ class Condition(Strict):
     @field_validator("matches", "not_matches")
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:
-        if value is not None:
-            re.compile(value)
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is no pattern: {error}") from None
         return value
 
     def holds(self, fact: Any) -> bool:
@@ -101,8 +103,11 @@ class KnownIssue(Strict):
         return self
 
     def applies(self, version: Version, facts: Mapping[str, Any]) -> bool:
-        """Whether it meets a launch; a flag that facts do not hold is one that the command does not pass."""
-        if not SpecifierSet(self.versions, prereleases=True).contains(version):
+        """Whether it meets a launch; a flag that facts do not hold is one that the command does not pass.
+
+        A build on the way to a version counts as that version: 0.29.0rc1 as 0.29.0, the nightly 0.28.1rc1.dev5 as 0.28.1.
+        """
+        if not SpecifierSet(self.versions).contains(version.base_version):
             return False
         return all(condition.holds(facts.get(fact) if fact.startswith("--") else facts[fact]) for fact, condition in self.when.items())
 

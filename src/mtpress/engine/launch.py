@@ -9,7 +9,7 @@ import os
 import shlex
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mtpress.engine.arguments import ON, Argument, read
@@ -121,7 +121,6 @@ def compose(
     it cannot fit; with `force` these are warnings.
     """
     from mtpress.engine import profiles
-    from mtpress.engine.memory_model import estimate
     from mtpress.engine.thinking import read_template
 
     environ = os.environ if environ is None else environ
@@ -152,13 +151,14 @@ def compose(
     meaning = Meaning(model, engine, hardware, template, environ, theirs)
     settings, warnings, notes, dangers = _heed(meaning, settings)
     refused += [InputError(danger) for danger in dangers]
-    values = meaning.values(settings)
-    fits = estimate(model, meaning.serve_settings(settings), hardware)
-    if fits.problem is not None:
-        refused.append(ResourceError("; ".join((fits.problem, *fits.remedies))))
     if refused and not force:
         raise type(refused[0])(f"{refused[0]}; --force serves it all the same")
+    settings, fits, problem = _fit(meaning, settings, force)
+    if problem is not None and not force:
+        raise type(problem)(f"{problem}; --force serves it all the same")
+    refused += [problem] if problem is not None else []
     warnings = [*map(str, refused), *warnings]
+    values = meaning.values(settings)
     if not is_local(values["--host"]) and key is None:
         warnings.append(f"everyone who reaches {values['--host']} can use this server; --api-key closes it")
     settings = [as_that_version_knows(setting, engine.release) for setting in settings]
@@ -222,6 +222,33 @@ def _without_key(arguments: Iterable[Argument]) -> tuple[list[Argument], str | N
 def _written(arguments: Iterable[Argument]) -> tuple[Setting, ...]:
     written = ((a.tokens[0].partition("=")[0], a.text) for a in arguments)
     return tuple(Setting(flag, text, "written after --", YOU) for flag, text in written)
+
+
+def _fit(meaning: Meaning, settings: list[Setting], force: bool) -> tuple[list[Setting], "MemoryEstimate", MtpressError | None]:
+    """(settings with fewer of the profile's sequences where they do not fit, what they take, why they cannot be served)."""
+    from mtpress.engine.memory_model import estimate
+
+    wanted = meaning.serve_settings(settings)
+    try:
+        fits = estimate(meaning.model, wanted, meaning.hardware)
+    except InputError as error:  # a fork's own KV cache: its size is not known, the rest is
+        if not force or wanted.kv_cache_dtype == "auto":
+            raise
+        return settings, estimate(meaning.model, replace(wanted, kv_cache_dtype="auto"), meaning.hardware), error
+    if fits.problem is not None and (fewer := _fewer_sequences(settings, fits.num_sequences)):
+        settings, fits = fewer, estimate(meaning.model, meaning.serve_settings(fewer), meaning.hardware)
+    problem = ResourceError("; ".join((fits.problem, *fits.remedies))) if fits.problem is not None else None
+    return settings, fits, problem
+
+
+def _fewer_sequences(settings: list[Setting], num_sequences: int) -> list[Setting] | None:
+    """The settings with as many sequences as have room, where the profile's are more; what the user asked for is not touched."""
+    old = next((s for s in settings if s.flag == "--max-num-seqs" and s.source != YOU), None)
+    if old is None or old.value is None or not 1 <= num_sequences < int(old.value):
+        return None
+    fits = str(1 << (num_sequences.bit_length() - 1))
+    new = replace(old, value=fits, reason=f"the profile's {old.value} do not fit, {num_sequences} do by the memory model", source=OURS)
+    return [new if setting is old else setting for setting in settings]
 
 
 def _heed(meaning: Meaning, settings: list[Setting]) -> tuple[list[Setting], list[str], list[str], list[str]]:

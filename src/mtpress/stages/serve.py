@@ -99,12 +99,14 @@ def serve(result: ServeResult, log: Path, start_timeout_seconds: float, say: Cal
     from mtpress.engine.server import Server
 
     launch = result.launch
-    with Server(
-        launch, log, start_timeout_seconds=start_timeout_seconds, min_available_bytes=launch.min_available_bytes, say=say
-    ) as server:
-        say(f"serving {launch.served_model_name} at {launch.url}/v1 (Ctrl-C stops it; log: {log})")
-        say(f"it says: {_asked(server.client)}")
-        server.wait()
+    threshold = launch.min_available_bytes
+    try:
+        with Server(launch, log, start_timeout_seconds=start_timeout_seconds, min_available_bytes=threshold, say=say) as server:
+            say(f"serving {launch.served_model_name} at {launch.url}/v1 (Ctrl-C stops it; log: {log})")
+            say(f"it says: {_asked(server.client)}")
+            server.wait()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the engine is stopped") from None
     return replace(result, served=True)
 
 

@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mtpress.engine.thinking import Template, read_template
+
+OURS = (Path(__file__).parents[2] / "src/mtpress/templates/qwen3_5.jinja").read_text()
+LAST = "{% if add_generation_prompt %}<|im_start|>assistant\nLAST{% endif %}"
+
+
+def last(text: str) -> str:
+    return LAST.replace("LAST", text)
+
+
+def written(folder: Path, source: str) -> Path:
+    (folder / "chat_template.jinja").write_text(source)
+    return folder
+
+
+def test_our_template_is_off_by_default_and_knows_the_tags(tmp_path: Path) -> None:
+    assert read_template(written(tmp_path, OURS)) == Template("chat_template.jinja", "off", True)
+
+
+@pytest.mark.parametrize(
+    ("source", "default"),
+    [
+        (last("<think>\n"), "on"),
+        (last("<think>\n\n</think>\n\n"), "off"),
+        (last(""), None),
+        (last("{% if enable_thinking is defined and enable_thinking is false %}</think>{% else %}<think>\n{% endif %}"), "on"),
+        ("{{ raise_exception('no') }}", None),
+        ("{% broken", None),
+        ("{{ messages[0].content.__class__.__mro__ }}</think>", None),
+        ("{% for m in messages %}{% if m.role == 'x' %}{% continue %}{% endif %}{% endfor %}<think>", "on"),
+    ],
+)
+def test_defaults(tmp_path: Path, source: str, default: str | None) -> None:
+    assert read_template(written(tmp_path, source)).default == default
+
+
+def test_a_template_in_the_tokenizer_config_counts_where_there_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": last("<think>\n")}))
+    assert read_template(tmp_path) == Template("tokenizer_config.json", "on", False)
+    assert read_template(written(tmp_path, OURS)).file == "chat_template.jinja"
+
+
+def test_no_template_and_no_readable_one(tmp_path: Path) -> None:
+    assert read_template(tmp_path) == Template(None, None, False)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    assert read_template(tmp_path) == Template(None, None, False)
