@@ -83,6 +83,16 @@ KILLED_WORKER = (
     + prefixed(CORE, "Worker proc VllmWorker-0 died unexpectedly (exit code: -9), shutting down executor.")
     + prefixed(CORE, f"EngineCore encountered a fatal error.\n{TRACE}\n{FRAME}RuntimeError: Executor failed.")
 )
+KILLED_CORE = prefixed(
+    "(Worker pid=32058) ERROR 11-21 10:23:30 [multiproc_executor.py:953] ",
+    f"WorkerProc failed to start.\n{TRACE}\n{FRAME}BrokenPipeError: [Errno 32] Broken pipe",
+) + prefixed(
+    SERVER,
+    f"{TRACE}\n{FRAME}RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {{'EngineCore': -9}}",
+)
+LOST_CORE = "INFO:     Application startup complete.\n" + prefixed(
+    SERVER + "ERROR 11-21 10:23:30 [core_client.py:1] ", "Engine core proc EngineCore died unexpectedly, shutting down client."
+)
 OUT_OF_MEMORY = start_failure(
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.37 GiB. GPU 0 has a total capacity of 31.36 GiB"
 )
@@ -136,7 +146,12 @@ CHAINED = start_failure(
         pytest.param(MISSING, "ValueError: Following weights were not initialized from checkpoint", "mtpress check", id="missing tensor"),
         pytest.param(HALF_FUSED, "ValueError: Detected some but not all shards of", "ignore list", id="half a fused group"),
         pytest.param(CHAINED, "KeyError: 'the first'", "", id="chained"),
-        pytest.param(KILLED_WORKER, "Worker proc VllmWorker-0 died unexpectedly (exit code: -9)", "dmesg", id="killed worker"),
+        pytest.param(KILLED_WORKER, "Worker proc VllmWorker-0 was killed by SIGKILL", "dmesg", id="killed worker"),
+        pytest.param(KILLED_CORE, "EngineCore was killed by SIGKILL", "dmesg", id="killed core, real"),
+        pytest.param(
+            KILLED_CORE.replace("'EngineCore': -9", ""), "one of the engine's processes ended without", "dmesg", id="killed, real"
+        ),
+        pytest.param(LOST_CORE, "Engine core proc EngineCore died unexpectedly", "dmesg", id="lost core"),
     ],
 )
 def test_the_first_error_is_the_one_that_counts(log: str, text: str, remedy: str) -> None:
@@ -157,6 +172,7 @@ def test_lines_of_other_processes_stand_between() -> None:
 def test_what_came_before_the_engine_was_up_is_not_why_it_died() -> None:
     assert first_error(OUT_OF_MEMORY + "INFO:     Application startup complete.\n") is None
     assert first_error("") is None
+    assert first_error(CORE + "EngineCore failed to start.\n") is None  # and was killed before it could say why
     assert first_error("INFO 11-21 09:54:23 [x.py:1] all is well\n") is None
 
 
@@ -181,19 +197,19 @@ INFO = "(Worker pid=1) INFO 11-21 09:51:07 [x.py:68] "
     ("line", "words"),
     [
         (INFO + "Starting to load model src/tiny...", "loading weights"),
-        ("Loading safetensors checkpoint shards:  27% Completed | 3/11 [00:04<00:12,  1.50s/it]", "loading weights, 3 of 11 files"),
+        ("Loading safetensors checkpoint shards:  27% Completed | 3/11 [00:04<00:12,  1.50s/it]", "loading weights: 3 of 11 files"),
         (INFO + "Loading drafter model...", "loading the draft head"),
-        (INFO + "Model loading took 15.42 GiB memory and 12.341234 seconds", "weights loaded: 15.42 GiB in 12 s"),
-        (INFO + "Available KV cache memory: 9.1 GiB", "profiled: 9.1 GiB are left for the KV cache"),
+        (INFO + "Model loading took 15.42 GiB memory and 12.341234 seconds", "loading weights: 15.42 GiB in 12 s"),
+        (INFO + "Available KV cache memory: 9.1 GiB", "profiling memory: 9.1 GiB are left for the KV cache"),
         (
             INFO + "GPU KV cache size: 524,288 tokens, Maximum concurrency for 2,048 tokens per request: 256.00x",
-            "KV cache: 524,288 tokens, 256.00 requests of 2,048",
+            "making the KV cache: 524,288 tokens, 256.00 × 2,048",
         ),
-        (INFO + "GPU KV cache size: 524,288 tokens", "KV cache: 524,288 tokens"),
-        ("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  40%|####      | 4/10", "capturing CUDA graphs, 40 %"),
-        (INFO + "Graph capturing finished in 5 secs, took 0.61 GiB", "CUDA graphs captured in 5 s"),
-        (INFO + "init engine (profile, create kv cache, warmup model) took 0.48 s", "warmed up in 0.48 s"),
-        (INFO + "init engine (profile, create kv cache, warmup model) took 60.48 s (compilation: 41.20 s)", "warmed up in 60.48 s"),
+        (INFO + "GPU KV cache size: 524,288 tokens", "making the KV cache: 524,288 tokens"),
+        ("Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  40%|####      | 4/10", "capturing CUDA graphs: 40 %"),
+        (INFO + "Graph capturing finished in 5 secs, took 0.61 GiB", "capturing CUDA graphs: done in 5 s"),
+        (INFO + "init engine (profile, create kv cache, warmup model) took 0.48 s", "warming up: done in 0.48 s"),
+        (INFO + "init engine (profile, create kv cache, warmup model) took 60.48 s (compilation: 41.20 s)", "warming up: done in 60.48 s"),
         (INFO + "Starting vLLM server on http://127.0.0.1:8120", "opening the port"),
         (INFO.replace("INFO", "WARNING") + "Starting to load model", None),
         ('INFO:     127.0.0.1:54204 - "GET /health HTTP/1.1" 200 OK', None),

@@ -4,6 +4,7 @@ Says "up" when the engine answers. What main() of cli.py does with signals and e
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,5 +23,6 @@ def run_stage(arguments: list[str]) -> tuple[int, dict[str, Any]]:
     return 0, {}
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 with mock.patch.object(cli, "run_stage", run_stage):
     sys.exit(cli.main(sys.argv[1:]))

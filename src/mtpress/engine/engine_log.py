@@ -23,27 +23,30 @@ SHARDS = re.compile(r"Loading \S+ checkpoint shards:\s+(?P<percent>\d+)% Complet
 CAPTURING = re.compile(r"Capturing CUDA graphs.*?:\s+(?P<percent>\d+)%")
 KV_CACHE = r".*?KV cache size: (?P<tokens>[\d,]+) tokens"
 STAGES = (  # first match wins; the groups of the pattern fill the words
-    (SHARDS, "loading weights, {done} of {total} files"),
-    (CAPTURING, "capturing CUDA graphs, {percent} %"),
+    (SHARDS, "loading weights: {done} of {total} files"),
+    (CAPTURING, "capturing CUDA graphs: {percent} %"),
     (re.compile(r"Resolved architecture: (?P<name>\w+)"), "reading the configuration"),
     (re.compile(r"Initializing an? .*LLM engine"), "starting the engine's processes"),
     (re.compile(r"Starting to load model"), "loading weights"),
     (re.compile(r"Loading drafter model"), "loading the draft head"),
-    (re.compile(r"Model loading took (?P<gib>[\d.]+) GiB.* (?P<seconds>\d+)[\d.]* seconds"), "weights loaded: {gib} GiB in {seconds} s"),
-    (re.compile(r"Loading weights took (?P<seconds>[\d.]+) seconds"), "weights read in {seconds} s"),
+    (re.compile(r"Model loading took (?P<gib>[\d.]+) GiB.* (?P<seconds>\d+)[\d.]* seconds"), "loading weights: {gib} GiB in {seconds} s"),
+    (re.compile(r"Loading weights took (?P<seconds>[\d.]+) seconds"), "loading weights: read in {seconds} s"),
     (re.compile(r"torch\.compile t|Using cache directory: .* for vLLM's torch|Dynamo bytecode|Compiling a graph"), "compiling"),
-    (re.compile(r"Available KV cache memory: (?P<gib>[\d.]+) GiB"), "profiled: {gib} GiB are left for the KV cache"),
-    (re.compile(KV_CACHE + r", Maximum concurrency for (?P<n>[\d,]+) .*: (?P<x>[\d.]+)"), "KV cache: {tokens} tokens, {x} requests of {n}"),
-    (re.compile(KV_CACHE), "KV cache: {tokens} tokens"),
-    (re.compile(r"Graph capturing finished in (?P<seconds>[\d.]+) secs"), "CUDA graphs captured in {seconds} s"),
-    (re.compile(r"init engine \(profile.*?\) took (?P<seconds>[\d.]+) s"), "warmed up in {seconds} s"),
+    (re.compile(r"Available KV cache memory: (?P<gib>[\d.]+) GiB"), "profiling memory: {gib} GiB are left for the KV cache"),
+    (
+        re.compile(KV_CACHE + r", Maximum concurrency for (?P<n>[\d,]+) .*: (?P<x>[\d.]+)"),
+        "making the KV cache: {tokens} tokens, {x} × {n}",
+    ),
+    (re.compile(KV_CACHE), "making the KV cache: {tokens} tokens"),
+    (re.compile(r"Graph capturing finished in (?P<seconds>[\d.]+) secs"), "capturing CUDA graphs: done in {seconds} s"),
+    (re.compile(r"init engine \(profile.*?\) took (?P<seconds>[\d.]+) s"), "warming up: done in {seconds} s"),
     (re.compile(r"Warming up (?!chat template|multi-modal)"), "warming up"),
     (re.compile(r"Starting vLLM (API )?server"), "opening the port"),
 )
 
 
 def stage(line: str) -> str | None:
-    """What the engine is doing by this line of its log, in words; None where the line does not say."""
+    """What the engine is doing by this line of its log: "loading weights: 3 of 11 files"; None where the line does not say."""
     said = _Line.of(line)
     for pattern, words in STAGES if said.level in ("", "INFO") else ():
         if found := pattern.match(said.text.strip()):
@@ -86,6 +89,7 @@ class Known:
 
 
 LESS_MEMORY = "lower --max-num-seqs or --max-model-len, or pass --enforce-eager after --"
+KILLED = "a SIGKILL is what the kernel sends when memory runs out (dmesg says so); use a smaller launch"
 CHECK = "`mtpress check` says which"
 KNOWN = tuple(
     Known(re.compile(pattern), remedy, says)
@@ -137,7 +141,10 @@ CONSEQUENCES = re.compile(
 # vLLM logs one of these, then the traceback, in the process that fails first.
 ANCHORS = re.compile(r"failed to start\.|encountered a fatal error|WorkerProc hit an exception|Traceback \(most recent call last\)")
 EXCEPTION = re.compile(r"^(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt|Warning|Timeout|Unavailable))(?:: (?P<text>.*))?$")
-DIED = re.compile(r"(?P<who>Worker proc \S+|Engine core proc(?:ess)? \S+) died unexpectedly(?: \(exit code: (?P<code>-?\d+)\))?")
+DIED = (
+    re.compile(r"Failed core proc\(s\): \{'(?P<who>[^']+)': (?P<code>-\d+)"),
+    re.compile(r"(?P<who>Worker proc \S+|Engine core proc(?:ess)? \S+) died unexpectedly(?: \(exit code: (?P<code>-?\d+)\))?"),
+)
 
 
 def first_error(log: str) -> Error | None:
@@ -149,8 +156,9 @@ def first_error(log: str) -> Error | None:
     text = next((error for error in found if not CONSEQUENCES.search(error)), None) or _usage_error(lines)
     if text is None and (died := _died(lines)):
         return died
-    if text is None:
-        text = next((error for error in found if "See root cause above" not in error), None) or _last_error_line(lines)
+    if text is None and found:  # consequences alone: what caused them was killed before it could say anything
+        return Error("one of the engine's processes ended without a word", KILLED)
+    text = text or _last_error_line(lines)
     if text is None:
         return None
     for known in KNOWN:
@@ -218,17 +226,19 @@ def _usage_error(lines: list[_Line]) -> str | None:
 
 
 def _died(lines: list[_Line]) -> Error | None:
+    """A process that went without a word of its own; what the others say of it."""
     for line in lines:
-        if match := DIED.search(line.text):
-            code = match["code"]
-            killed = code in ("-9", None)
-            remedy = "something killed it, as the kernel does when memory runs out (dmesg says so); use a smaller launch" if killed else ""
-            return Error(_short(match[0]), remedy)
+        for pattern in DIED:
+            if match := pattern.search(line.text):
+                killed = match["code"] in ("-9", None)
+                remedy = KILLED if killed else ""
+                how = {None: "died unexpectedly", "-9": "was killed by SIGKILL"}.get(match["code"], f"died with exit code {match['code']}")
+                return Error(f"{match['who']} {how}", remedy)
     return None
 
 
 def _last_error_line(lines: list[_Line]) -> str | None:
-    said = [line.text for line in lines if line.level in ("ERROR", "CRITICAL") and line.text and not line.text.startswith(" ")]
+    said = [line.text for line in lines if line.level in ("ERROR", "CRITICAL") and line.text[:1].strip() and not ANCHORS.search(line.text)]
     return said[0] if said else None
 
 

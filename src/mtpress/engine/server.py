@@ -186,7 +186,7 @@ class Server:
             while True:
                 for line in follower.lines():
                     progress.see(line)
-                self._stage = progress.stage
+                self._stage = progress.stage.partition(":")[0]
                 if not self.alive:
                     raise EngineError(self._how_it_ended())
                 now = time.monotonic()
