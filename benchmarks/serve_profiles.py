@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/serving.md"
 SEEDS = Path(__file__).with_name("seed_launches.yaml")
 VERSION, PORT, MODEL = "0.32.0", 8000, "CKPT"
+PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # as `make engine` installs them
 MARKER = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUILDS = {"cpu": "nvfp4-mtp-vlm", "int4-rtx-5090": INT4, "gpu-24gb": "nvfp4-mtp-text"}  # the others: the VLM build
 
@@ -63,7 +64,7 @@ class Layouts:
 def dry_run(profile: str, model: ServedModel) -> Launch:
     """The launch of a profile on its own hardware; raises where it is refused."""
     chosen = profiles.named(profile)
-    engine = Engine(Path("python"), ("vllm",), VERSION, chosen.match.platform)
+    engine = Engine(Path("python"), ("vllm",), VERSION, chosen.match.platform, PLUGINS)
     return compose(model, engine, chosen.hardware.as_hardware(), profile=profile, port=PORT, environ={})
 
 

@@ -26,8 +26,8 @@ def model(**changes: Any) -> ServedModel:
     return replace(tiny(), **{"max_position_embeddings": 262144, **changes})
 
 
-def engine(version: str = "0.32.0", platform: Platform = "cuda") -> Engine:
-    return Engine(Path("python"), ("/env/bin/vllm",), version, platform)
+def engine(version: str = "0.32.0", platform: Platform = "cuda", plugins: tuple[str, ...] = ()) -> Engine:
+    return Engine(Path("python"), ("/env/bin/vllm",), version, platform, plugins)
 
 
 def machine(profile: str) -> Hardware:
@@ -40,12 +40,19 @@ def card(name: str, memory_gib: float, capability: tuple[int, int], *, count: in
     return Hardware((Gpu(name, memory, memory, capability, unified),) * count, 128 * GIB, 100 * GIB, 16)
 
 
-def launch(on: str | Hardware = "rtx-pro-6000-256k", *, version: str = "0.32.0", served: ServedModel | None = None, **asked: Any) -> Launch:
+def launch(
+    on: str | Hardware = "rtx-pro-6000-256k",
+    *,
+    version: str = "0.32.0",
+    plugins: tuple[str, ...] = (),
+    served: ServedModel | None = None,
+    **asked: Any,
+) -> Launch:
     """A launch on a profile's hardware or another; the platform follows from it."""
     hardware = machine(on) if isinstance(on, str) else on
     built: Platform = "cuda" if hardware.gpus else "cpu"
     given = {"port": 8000, "environ": {}} | asked
-    return compose(served or model(), engine(version, built), hardware, **given)
+    return compose(served or model(), engine(version, built, plugins), hardware, **given)
 
 
 def flags(launch: Launch) -> dict[str, str | None]:

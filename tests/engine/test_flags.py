@@ -74,3 +74,4 @@ def test_the_engine_here_is_found_by_any_of_its_names(engine_python: Path) -> No
     named = [find_engine(str(path)) for path in (engine_python.parents[1], engine_python, engine_python.with_name("vllm"))]
     assert len({(engine.python, engine.command) for engine in named}) == 1
     assert (named[0].version, named[0].platform, str(named[0].release)) == ("0.32.0+cpu", "cpu", "0.32.0")
+    assert "mtpress_nvfp4_cpu" in named[0].plugins

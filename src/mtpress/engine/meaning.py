@@ -105,6 +105,7 @@ class Meaning:
             "think_tags": self.template.tags,
             "tokenizer_backend": tokenizer.get("tokenizer_class") == "TokenizersBackend" or "backend" in tokenizer,
             "old_backend_variables": any(name in self.environ for name in OLD_VARIABLES),
+            "plugins": " ".join(self.engine.plugins),
             "v1_runner": self.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",
         }
 

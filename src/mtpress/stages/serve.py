@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 8000  # vLLM's own
 KEY_VARIABLES = ("MTPRESS_API_KEY", "VLLM_API_KEY")
 NEWEST_READ = "0.32.0"  # the version whose sources profiles and known issues were read in
+PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # what `make engine` installs beside the CPU build
 CANARY = "Say hello in one sentence."
 
 
@@ -75,7 +76,7 @@ def _engine(options: argparse.Namespace, assumed: list[str]) -> "Engine":
         if not options.dry_run or options.engine is not None:
             raise
         assumed.append(f"vLLM {NEWEST_READ}, built for CUDA: {error}")
-        return Engine(Path("python"), ("vllm",), NEWEST_READ, "cuda")
+        return Engine(Path("python"), ("vllm",), NEWEST_READ, "cuda", PLUGINS)
 
 
 def _assume_profile(name: str, engine: "Engine", hardware: "Hardware", assumed: list[str]) -> tuple["Engine", "Hardware"]:
@@ -88,7 +89,7 @@ def _assume_profile(name: str, engine: "Engine", hardware: "Hardware", assumed: 
         return engine, hardware
     nominal = profile.hardware.as_hardware()
     if engine.platform != profile.match.platform:
-        engine = replace(engine, version=str(engine.release), platform=profile.match.platform)
+        engine = replace(engine, version=str(engine.release), platform=profile.match.platform, plugins=PLUGINS)
     built = "CUDA" if profile.match.platform == "cuda" else "the CPU"
     assumed.append(f"{profiles.described(nominal)} and a vLLM built for {built}; the profile is not for this machine: {reason}")
     return engine, nominal
@@ -112,7 +113,8 @@ def serve(result: ServeResult, log: Path, start_timeout_seconds: float, say: Cal
 
 def _asked(client: Any) -> str:
     """The answer to one small question; an EngineError where there is none, for then it does not serve."""
-    answer = client.chat([{"role": "user", "content": CANARY}], max_tokens=48, chat_template_kwargs={"enable_thinking": False})
+    body: dict[str, Any] = {"max_tokens": 48, "temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
+    answer = client.chat([{"role": "user", "content": CANARY}], **body)
     message = answer["choices"][0]["message"]
     return " ".join(str(message.get("content") or message.get("reasoning") or "(nothing)").split())
 
