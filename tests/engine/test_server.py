@@ -281,7 +281,7 @@ def test_a_signal_stops_the_engine_first(words: tuple[str, ...], number: signal.
         running.send_signal(number)
         _, stderr = running.communicate(timeout=PROMPTLY_SECONDS)
     assert running.returncode == 128 + number
-    assert f"ended by {number.name}" in stderr
+    assert f"ended by {number.name}; the engine is stopped, and nothing of it is left\n" in stderr
     assert "Traceback" not in stderr
     assert len(family.members) == 3  # keeper, engine, child
     assert_nothing_left(family)

@@ -1,34 +1,25 @@
-"""A vLLM plugin: requests that sample, on vLLM's CPU platform without Triton, while a draft head drafts.
+"""A vLLM plugin: sampled requests with speculative decoding on vLLM's CPU platform.
 
-In: vLLM's stand-in for the kernel that repeats a request's temperature, top-p and top-k for each drafted token. Out: one
-that writes its result. Leaves out: everything else. vLLM 0.32's (utils/cpu_triton_utils.py, _expand_kernel_impl) writes into
-a copy whenever the values are not int64, which they never are here: the sampler then reads memory that nobody wrote, and
-the first request that sets top_k ends the engine (vllm#42638 has the same symptom). Greedy requests do not come here.
+vLLM 0.32's stand-in for the kernel that repeats each request's temperature, top_k and top_p over its drafted tokens fills an int64
+copy of its output and drops it, unless the output is int64 itself, which it never is. What is left is uninitialised memory: a
+request with a temperature gets arbitrary text, one with top_k brings the engine down ("index … is out of bounds"). The stand-in
+here says the same in PyTorch, for every dtype. Leaves out: greedy requests, which never come here, and other platforms. Harmless
+where Triton runs on the CPU, or where a later vLLM has another stand-in: then nothing asks for this one, or it is right as well.
 
-vLLM calls `register` in each process it starts (entry point group vllm.general_plugins), before it puts its stand-ins in
-place; it may be called more than once.
+vLLM calls `register` in each process it starts, before it registers its stand-ins.
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("vllm.plugins.mtpress_sampling_cpu")
 
 
-def expand(output: Any, values: Any, cu_num_tokens: Any, replace_from: float, replace_to: float, MAX_NUM_TOKENS: Any = None) -> None:
-    """Writes each of values [num_requests] as often as the request has tokens into output [num_tokens].
-
-    cu_num_tokens [num_requests]: tokens of all requests up to and with this one. A value of replace_from becomes replace_to.
-    """
-    import torch
-
-    lengths = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-    replaced = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
-    output.copy_(torch.repeat_interleave(replaced, lengths))
-
-
 def register() -> None:
-    """Replaces the stand-in on the CPU, where there is one; on other platforms nothing changes."""
+    """Puts `expand` in the place of vLLM's stand-in, on the CPU only."""
     try:
         from vllm.platforms import PlatformEnum, current_platform
 
@@ -36,10 +27,25 @@ def register() -> None:
             return
         from vllm.utils import cpu_triton_utils
 
-        stand_in = cpu_triton_utils._expand_kernel_impl
+        cpu_triton_utils._expand_kernel_impl  # noqa: B018  AttributeError where there is none
     except (ImportError, AttributeError) as error:
-        logger.debug("this vLLM has no such stand-in: %s", error)
+        logger.debug("this vLLM has no stand-in for expand_kernel: %s", error)
         return
-    if stand_in is not expand:
-        cpu_triton_utils._expand_kernel_impl = expand
-        logger.debug("replaced %s", stand_in.__name__)
+    cpu_triton_utils._expand_kernel_impl = expand
+
+
+def expand(
+    output: "torch.Tensor",
+    values: "torch.Tensor",
+    cu_num_tokens: "torch.Tensor",
+    replace_from: float,
+    replace_to: float,
+    max_num_tokens: int | None = None,
+) -> None:
+    """output[num_tokens] ← values[batch], each as often as its request has tokens; replace_from becomes replace_to.
+
+    cu_num_tokens[batch]: running sum of tokens. As expand_kernel in vllm/v1/sample/rejection_sampler.py (0.32).
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    output[: int(counts.sum())] = replaced.repeat_interleave(counts)

@@ -77,8 +77,9 @@ class Server:
         try:
             self._start()
             self._wait_until_ready()
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            _say_what_is_left(error)
             raise
         return self
 
@@ -86,6 +87,7 @@ class Server:
         """A request that broke off because the engine died is told as that death."""
         problem = self._death_behind(error) if isinstance(error, EngineError) else None
         self.stop()
+        _say_what_is_left(error)
         if problem and problem != str(error):
             raise EngineError(problem) from None
 
@@ -115,8 +117,9 @@ class Server:
         try:
             while self.alive:
                 time.sleep(POLL_SECONDS)
-        except BaseException:
+        except BaseException as error:
             self.stop()
+            _say_what_is_left(error)
             raise
         problem = self._how_it_ended()
         self.stop()
@@ -275,6 +278,12 @@ class Server:
         while (taken := _bind_error(self.launch.host, self.launch.port)) == errno.EADDRINUSE and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
         assert taken != errno.EADDRINUSE or _owner(self.launch.port) is not None, "the port is ours and not free"
+
+
+def _say_what_is_left(error: BaseException | None) -> None:
+    """What cli.py tells after "ended by SIGINT"."""
+    if isinstance(error, KeyboardInterrupt) and not error.args:
+        error.args = ("the engine is stopped, and nothing of it is left",)
 
 
 def drain_seconds(command: Sequence[str]) -> float:
