@@ -18,7 +18,7 @@ from serving import HELLO, Family, real_launch, storm
 
 ENGINE = Path(__file__).resolve().parents[2] / ".envs/engine/bin/python"
 NUM_REQUESTS, ROUNDS = 500, 10
-FLAT_BYTES = 50_000_000
+FLAT_BYTES = 100_000_000  # of 3.2 GB; seen: 63 MB in steps over the first 3,500, as batches of new shapes come, then 1 MB
 MOMENTS = {
     "reading the configuration": "Resolved architecture",
     "starting processes": "Initializing a V1 LLM engine",
@@ -99,5 +99,20 @@ def test_a_signal_to_the_engine_itself(number: signal.Signals, tmp_path: Path) -
         with pytest.raises(EngineError) as died:
             server.wait()
     print(f"\n{number.name}: {died.value}")
+    assert family.left() == []
+    assert family.port_is_free
+
+
+@pytest.mark.engine
+def test_the_watchdog_stops_the_engine_when_its_own_loading_takes_too_much(tmp_path: Path) -> None:
+    """The engine comes to 3 GB; the threshold is 1.5 GB under what is available before."""
+    threshold = psutil.virtual_memory().available - 1_500_000_000
+    server = Server(real_launch(ENGINE), tmp_path / "engine.log", min_available_bytes=threshold, say=lambda line: None)
+    family = Family(server.launch.port)
+    with pytest.raises(EngineError) as stopped, server:
+        pass
+    print(f"\n{stopped.value}")
+    assert str(stopped.value).startswith("stopped the engine while ")
+    assert server.start_seconds is None
     assert family.left() == []
     assert family.port_is_free
