@@ -1,11 +1,12 @@
 import importlib.util
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from bench_results import result
+from bench_results import FAILURE, result
 from mtpress.chart import column_major, configuration_colours, draw, require_matplotlib, shade
 from mtpress.errors import InputError
 
@@ -33,6 +34,15 @@ def test_svg_and_png_are_written_and_the_svg_is_the_same_each_time(tmp_path: Pat
 def test_any_number_of_configurations_is_drawn(tmp_path: Path, builds: tuple[str, ...], mtp: tuple[int, ...]) -> None:
     svg, _ = draw(result(builds, mtp), tmp_path)
     assert ("draft acceptance" in svg.read_text()) == (len(mtp) > 1)  # text is drawn as shapes, and named in a comment
+
+
+@needs_matplotlib
+def test_what_failed_is_named_and_not_drawn(tmp_path: Path) -> None:
+    whole = result()
+    broken = replace(whole, failures=(FAILURE,), runs=tuple(run for run in whole.runs if run.configuration == 0))
+    svg, _ = draw(broken, tmp_path)
+    assert "failed: tiny, MTP n=2" in svg.read_text()
+    assert "failed" not in draw(whole, tmp_path)[0].read_text()
 
 
 def test_builds_differ_by_hue_and_drafted_tokens_by_lightness() -> None:

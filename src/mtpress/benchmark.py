@@ -197,35 +197,40 @@ class Benchmark:
 
 
 class Schedule:
-    """How long the rest will take: each start and cell as it took before, with this configuration if it has been seen."""
+    """How long the rest will take: each start and cell as it took before, with this configuration, or else this build, or any."""
 
     def __init__(self, plan: BenchPlan) -> None:
         self.ahead: dict[tuple[int, Cell | str], int] = {}
         for number, configuration in enumerate(plan.configurations):
             steps: tuple[Cell | str, ...] = plan.cells if configuration.url else (START, *plan.cells)
             self.ahead |= {(number, what): plan.rounds for what in steps}
+        self.builds = [configuration.build for configuration in plan.configurations]
         self.weights = {cell: cell.length * plan.num_requests(cell) / cell.streams for cell in plan.cells}
-        self.seen: defaultdict[int, dict[Cell | str, list[float]]] = defaultdict(dict)
+        self.seen: defaultdict[tuple[int, Cell | str], list[float]] = defaultdict(list)
 
     def done(self, number: int, what: Cell | str, seconds: float) -> None:
-        self.seen[number].setdefault(what, []).append(seconds)
+        self.seen[number, what].append(seconds)
         self.ahead[number, what] -= 1
 
     def drop(self, number: int) -> None:
         self.ahead = {step: count for step, count in self.ahead.items() if step[0] != number}
 
     def left(self) -> float | None:
-        """Seconds, or None while nothing has been measured."""
-        rates = [fmean(s) / self.weights[w] for steps in self.seen.values() for w, s in steps.items() if isinstance(w, Cell)]
-        if not rates:
+        """Seconds, or None while no cell has been measured."""
+        if not any(isinstance(what, Cell) for _, what in self.seen):
             return None
-        total = 0.0
-        for (number, what), count in self.ahead.items():
-            others = [seconds for steps in self.seen.values() for seconds in steps.get(what, ())]
-            known = self.seen[number].get(what) or others
-            guess = fmean(rates) * self.weights[what] if isinstance(what, Cell) else 0.0
-            total += count * (fmean(known) if known else guess)
-        return total
+        return sum(count * self._guess(number, what) for (number, what), count in self.ahead.items() if count)
+
+    def _guess(self, number: int, what: Cell | str) -> float:
+        own = {number}
+        same_build = {other for other, build in enumerate(self.builds) if build == self.builds[number]}
+        for alike in (own, same_build, set(range(len(self.builds)))):
+            if known := [seconds for (other, step), s in self.seen.items() if other in alike and step == what for seconds in s]:
+                return fmean(known)
+            rates = [fmean(s) / self.weights[w] for (other, w), s in self.seen.items() if other in alike and isinstance(w, Cell)]
+            if isinstance(what, Cell) and rates:
+                return fmean(rates) * self.weights[what]
+        return 0.0
 
 
 def _facts(number: int, round_number: int, client: Client, launch: Launch | None, seconds: float | None) -> ServerFacts:
