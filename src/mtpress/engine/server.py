@@ -158,7 +158,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.launch.environment},
+                env=_environment(self.launch),
                 start_new_session=True,
             )
         finally:
@@ -278,6 +278,15 @@ class Server:
         while (taken := _bind_error(self.launch.host, self.launch.port)) == errno.EADDRINUSE and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
         assert taken != errno.EADDRINUSE or _owner(self.launch.port) is not None, "the port is ours and not free"
+
+
+def _environment(launch: "Launch") -> dict[str, str]:
+    """Ours and the launch's. The engine's own programs come first, as if its environment were activated: FlashInfer calls ninja."""
+    given = {**os.environ, "PYTHONUNBUFFERED": "1", **launch.environment}
+    folder = Path(launch.command[0]).parent
+    if folder.is_absolute():
+        given["PATH"] = os.pathsep.join(part for part in (str(folder), given.get("PATH", os.defpath)) if part)
+    return given
 
 
 def _say_what_is_left(error: BaseException | None) -> None:
