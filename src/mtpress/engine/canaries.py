@@ -33,6 +33,12 @@ STORY_REQUESTS = tuple(
         ("Rosa", "Max", "blue", "lamp", "Wick"),
         ("Ada", "Carl", "yellow", "cup", "Lorne"),
         ("Leo", "Jane", "black", "book", "Istra"),
+        ("Ivy", "Otto", "white", "drum", "Arlen"),
+        ("Sam", "Zoe", "orange", "coin", "Kelm"),
+        ("Emil", "Rosa", "green", "bell", "Quill"),
+        ("Jane", "Paul", "red", "clock", "Yarrow"),
+        ("Otto", "Ada", "purple", "flute", "Velden"),
+        ("Lena", "Hugo", "yellow", "rope", "Marsk"),
     )
 )
 STORY_TOKENS, ANSWER_TOKENS = 160, 48
