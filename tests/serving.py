@@ -61,7 +61,7 @@ def real_launch(engine_python: Path, *flags: str, mtp: int = 3, port: int | None
     command += ["--served-model-name", "tiny", *REAL_FLAGS]
     if mtp:
         command += ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": mtp})]
-    return launch([*command, *flags], port, mtp=mtp, **REAL_ENVIRONMENT, **environment)
+    return launch([*command, *flags], port, mtp=mtp, **{**REAL_ENVIRONMENT, **environment})
 
 
 def fake_launch(*words: str, python: str, port: int | None = None, **environment: str) -> Launch:
