@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from mtpress.errors import EngineError, InputError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from mtpress.bench_result import BenchResult, Configuration
     from mtpress.benchmark import BenchPlan, ServeOptions
     from mtpress.engine.client import Client
@@ -433,24 +435,40 @@ def _shortened(checkpoints: Sequence[str], out: Path | None) -> dict[str, str]:
 
 
 def show(result: "BenchResult") -> None:
-    """The summary and what failed, on stdout."""
-    from rich import box
+    """A table for each number of streams, acceptance and what failed, on stdout."""
     from rich.console import Console
-    from rich.table import Table
 
-    from mtpress.bench_markdown import acceptance_rows, failure_part, summary_note, summary_table
+    from mtpress.bench_markdown import acceptance_rows, failure_part, lengths_and_streams, summary_note
 
     console = Console(highlight=False)
-    head, rows = summary_table(result)
-    table = Table(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number < 2 else "right", overflow="fold", no_wrap=number > 0)
-    for row in rows:
-        table.add_row(*(cell.replace(" / ", "/") for cell in row))
-    console.print(table)
+    for streams in lengths_and_streams(result)[1]:
+        console.print(_speed_table(result, streams))
     console.print(summary_note(result), soft_wrap=True, markup=False)
     for label, rate, length, *shares in acceptance_rows(result):
         line = f"{label}: acceptance {rate}, mean accepted length {length}, by position {' '.join(shares)}"
         console.print(line, soft_wrap=True, markup=False)
     for part in failure_part(result)[1:]:
         console.print(part, soft_wrap=True, markup=False)
+
+
+def _speed_table(result: "BenchResult", streams: int) -> "Table":
+    """Total tokens/s and × baseline by length; narrow enough for a terminal of 80 columns."""
+    from rich import box
+    from rich.table import Table
+
+    from mtpress.bench_markdown import lengths_and_streams, plain
+    from mtpress.measurement import Cell
+
+    lengths = [length for length in lengths_and_streams(result)[0] if Cell(length, streams) in result.cells]
+    table = Table("1 stream, tok/s" if streams == 1 else f"{streams} streams, total tok/s", box=box.SIMPLE_HEAD)
+    for length in lengths:
+        table.add_column(str(length), justify="right")
+        table.add_column("×", justify="right", style="dim")
+    for configuration, summaries in zip(result.configurations, result.summaries, strict=True):
+        cells = []
+        for length in lengths:
+            found = summaries.get(Cell(length, streams))
+            cells += [plain(found.metrics["tokens_per_second"]) if found else "–"]
+            cells += [plain(found.ratios["tokens_per_second"], 2) if found else ""]
+        table.add_row(configuration.label, *cells)
+    return table
