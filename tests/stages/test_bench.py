@@ -1,17 +1,22 @@
 import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from bench_results import FAILURE, result
-from mtpress.benchmark import Benchmark
+from mtpress.bench_configurations import baseline_of, configurations_of
+from mtpress.bench_facts import without_key
+from mtpress.benchmark import Benchmark, ServeOptions
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.cli import main
 from mtpress.engine.installed import Engine
 from mtpress.errors import EngineError, InputError
 from mtpress.stages import bench as stage
-from mtpress.stages.bench import baseline_of, bench, configurations_of, without_key
+from mtpress.stages.bench import bench
 
 TINY = str(BUILTIN_MODEL)
 
@@ -206,3 +211,71 @@ def test_called_from_python_it_gives_what_the_rounds_found(no_engine: None, monk
     assert found.checkpoints[0]["weight_bytes"] > 1e6
     assert found.prompts["num_prompts"] == 45
     assert found.complete
+
+
+def test_a_key_among_the_engine_arguments_reaches_the_client(no_engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    monkeypatch.setattr(Benchmark, "run", lambda self: keys.append(self.plan.api_key))
+    bench([TINY], mtp=(0,), lengths=(50,), streams=(1,), serve=ServeOptions(extra=("--api-key", "secret")))
+    assert keys == ["secret"]
+
+
+class Running(BaseHTTPRequestHandler):
+    """As much of a server as is asked before a benchmark of it. A prompt and answer of more than `context` characters do not fit."""
+
+    context = 2000
+    metrics = (
+        "vllm:spec_decode_num_drafts_total 0\nvllm:spec_decode_num_draft_tokens_total 0\nvllm:spec_decode_num_accepted_tokens_total 0\n"
+    )
+    positions = 'vllm:spec_decode_num_accepted_tokens_per_pos_total{{position="{}"}} 0\n'
+
+    def do_GET(self) -> None:
+        if self.path == "/metrics":
+            self._answer(200, self.metrics + "".join(self.positions.format(at) for at in range(3)))
+        else:
+            self._answer(200, json.dumps({"data": [{"id": "first"}, {"id": "second"}]}))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if len(body["messages"][0]["content"]) + body["max_completion_tokens"] > self.context:
+            self._answer(400, json.dumps({"error": {"message": "it is too long"}}))
+        else:
+            self._answer(200, 'data: {"choices": []}\n\ndata: [DONE]\n\n')
+
+    def _answer(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Running) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_running_server_is_asked_what_it_serves(no_engine: None, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(Benchmark, "run", lambda self: None)
+    found = bench(urls=[url], lengths=(50,), streams=(1,))
+    (configuration,) = found.configurations
+    assert (configuration.label, configuration.mtp, configuration.url) == ("first", "n=3", url)
+    assert bench(urls=[url], model="second", lengths=(50,)).configurations[0].build == "second"
+    with pytest.raises(InputError, match="does not serve third; it has first, second"):
+        bench(urls=[url], model="third")
+
+
+def test_a_running_server_is_asked_the_longest_prompt_first(no_engine: None, url: str) -> None:
+    with pytest.raises(InputError, match=r"the longest prompt with 1990 tokens to follow: .*it is too long"):
+        bench(urls=[url], lengths=(50, 1990))
+
+
+def test_random_tokens_are_not_for_a_running_server(no_engine: None, url: str) -> None:
+    with pytest.raises(InputError, match="not for --url"):
+        bench(urls=[url], prompts="random")

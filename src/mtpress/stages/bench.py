@@ -8,11 +8,11 @@ bench.md, bench.svg, bench.png and the logs. Leaves out: how a checkpoint is lau
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +22,13 @@ from mtpress.errors import EngineError, InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mtpress.bench_result import BenchResult, Configuration
+    from mtpress.bench_result import BenchResult
     from mtpress.benchmark import BenchPlan, ServeOptions
-    from mtpress.engine.client import Client
-    from mtpress.engine.hardware import Hardware
-    from mtpress.engine.served_model import ServedModel
-    from mtpress.prompt_mix import PromptMix
 
 LENGTHS, STREAMS, MTP = (50, 350, 700), (1, 2, 64), (0, 1, 2, 3)
 MAX_DRAFTED = 16
 LOGS = "logs"
+KEY_VARIABLES = ("MTPRESS_API_KEY", "VLLM_API_KEY")  # as mtpress serve
 
 
 def bench(
@@ -60,21 +57,23 @@ def bench(
     logs: a directory for what the engines print; without one it is thrown away. InputError before anything starts where the
     call cannot work; EngineError where nothing could be measured. A configuration that fails is in the result's failures.
     """
+    from mtpress.bench_configurations import baseline_of, configurations_of, refuse_random, running
+    from mtpress.bench_facts import describe_machine, identity, prompt_facts, without_key
     from mtpress.bench_result import BenchResult
     from mtpress.benchmark import Benchmark, BenchPlan, ServeOptions
     from mtpress.engine.hardware import read_hardware
     from mtpress.engine.installed import find_engine
     from mtpress.engine.served_model import ServedModel
     from mtpress.measurement import Cell
-    from mtpress.prompt_mix import NO_ACCEPTANCE, load_prompts
+    from mtpress.prompt_mix import load_prompts
 
     if bool(checkpoints) == bool(urls):
         raise InputError("name checkpoints to start, or servers that are running with --url, and not both")
     mix = load_prompts(prompts)
     models = tuple(ServedModel.read(path) for path in checkpoints)
-    configurations = configurations_of(models, mtp) if models else _running(urls, model, api_key)
+    configurations = configurations_of(models, mtp) if models else running(urls, model, api_key)
     if mix.kind == "random":
-        _refuse_random(configurations)
+        refuse_random(configurations)
     plan = BenchPlan(
         configurations=configurations,
         models=models,
@@ -90,20 +89,23 @@ def bench(
         api_key=api_key,
     )
     chosen = baseline_of(baseline, configurations)
-    _check_launches(plan)
+    plan = replace(plan, api_key=_check_launches(plan) or plan.api_key)
     with tempfile.TemporaryDirectory(prefix="mtpress-bench-") as scratch:
         ran = Benchmark(plan, logs or Path(scratch), say)
         ran.run()
     from mtpress.record import command_line
 
+    machine = describe_machine(plan.hardware) | ({"note": "of the client; the server may be elsewhere"} if urls else {})
     settings = {"rounds": rounds, "requests": requests, "temperature": temperature, "natural_end": natural_end, "running": bool(urls)}
     return BenchResult(
         command=without_key(command_line()),
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         engine=plan.engine.version,
-        machine=_machine(plan.hardware) if models else _machine(plan.hardware) | {"note": "of the client; the server may be elsewhere"},
-        checkpoints=tuple(_identity(one) for one in models),
-        prompts=_prompt_facts(mix, NO_ACCEPTANCE),
+        machine=machine,
+        if models
+        else describe_machine(plan.hardware) | {"note": "of the client; the server may be elsewhere"},
+        checkpoints=tuple(identity(one) for one in models),
+        prompts=prompt_facts(mix),
         settings=settings,
         cells=plan.cells,
         configurations=configurations,
@@ -114,75 +116,21 @@ def bench(
     )
 
 
-def configurations_of(models: "Sequence[ServedModel]", mtp: Sequence[int]) -> "tuple[Configuration, ...]":
-    """Each checkpoint with each number of drafted tokens; one without a draft head only with MTP off."""
-    from mtpress.bench_result import Configuration
-
-    names = [model.name for model in models]
-    builds = [
-        name if names.count(name) == 1 else f"{model.path.resolve().parent.name}/{name}" for name, model in zip(names, models, strict=True)
-    ]
-    if len(set(builds)) < len(builds):
-        raise InputError(f"{', '.join(sorted(b for b in set(builds) if builds.count(b) > 1))} is named twice")
-    found = []
-    for number, (build, model) in enumerate(zip(builds, models, strict=True)):
-        for drafted in dict.fromkeys(mtp):
-            if drafted and not model.num_mtp_layers:
-                continue
-            words = "MTP off" if not drafted else f"MTP n={drafted}"
-            found.append(Configuration(words if len(builds) == 1 else f"{build}, {words}", build, drafted, checkpoint=number))
-    if len({one.checkpoint for one in found}) < len(models):
-        raise InputError("a checkpoint without a draft head can only be measured with MTP off; add off to --mtp")
-    return tuple(found)
-
-
-def _running(urls: Sequence[str], model: str | None, api_key: str | None) -> "tuple[Configuration, ...]":
-    """A configuration for each server, by its model's name; InputError or EngineError where one does not answer."""
-    from mtpress.bench_result import Configuration
-    from mtpress.engine.client import Client
-
-    found = []
-    for url in urls:
-        with Client(url, api_key) as client:
-            served = client.models()
-            drafted = _drafted_by(client)
-        if model is not None and model not in served:
-            raise InputError(f"{url} does not serve {model}; it has {', '.join(served) or 'no model'}")
-        if not served:
-            raise InputError(f"{url} serves no model")
-        name = model or served[0]
-        found.append(Configuration(name if len(urls) == 1 else f"{name} at {url}", name, drafted, url=url))
-    return tuple(found)
-
-
-def _drafted_by(client: "Client") -> int | None:
-    """The number of tokens that a running vLLM drafts, 0 for none; None of another server."""
-    try:
-        counted = client.metrics().spec_decode
-    except EngineError:
-        return None
-    return len(counted.accepted_per_position) if counted is not None else 0
-
-
-def _refuse_random(configurations: "Sequence[Configuration]") -> None:
-    from mtpress.prompt_mix import NO_ACCEPTANCE
-
-    if any(configuration.url for configuration in configurations):
-        raise InputError("--prompts random needs the checkpoint's tokenizer and MTP off, so it is not for --url; use the shipped mix")
-    if any(configuration.num_speculative_tokens for configuration in configurations):
-        raise InputError(f"--prompts random with MTP on: {NO_ACCEPTANCE}, and the speed follows from it; use the shipped mix, or --mtp off")
-
-
-def _check_launches(plan: "BenchPlan") -> None:
-    """Everything that can be refused is refused here: launches that cannot fit, prompts that are too long."""
+def _check_launches(plan: "BenchPlan") -> str | None:
+    """Everything that can be refused is refused here: launches that cannot fit, prompts that are too long. Gives the launches' API key."""
     from mtpress.benchmark import context_of
+    from mtpress.engine.launch import API_KEY
 
+    key = None
     for configuration in plan.configurations:
         if configuration.checkpoint is not None:
-            context = context_of(plan.launch(configuration).command)
+            launch = plan.launch(configuration)
+            key = launch.environment.get(API_KEY, key)
+            context = context_of(launch.command)
             plan.check_prompts(configuration, context or plan.models[configuration.checkpoint].max_position_embeddings)
         elif configuration.url is not None:
             _check_running(plan, configuration.url, configuration.build)
+    return key
 
 
 def _check_running(plan: "BenchPlan", url: str, model: str) -> None:
@@ -199,68 +147,6 @@ def _check_running(plan: "BenchPlan", url: str, model: str) -> None:
             raise InputError(f"the longest prompt with {length} tokens to follow: {error}") from None
         finally:
             chunks.close()  # type: ignore[attr-defined]  # a generator: closing it cancels the request
-
-
-def baseline_of(named: str | None, configurations: "Sequence[Configuration]") -> int:
-    """The number of the configuration that `named` is the label or the number (from 1) of; the first without a name."""
-    if named is None:
-        return 0
-    labels = [configuration.label for configuration in configurations]
-    folded = [label.casefold() for label in labels]
-    if named.casefold() in folded:
-        return folded.index(named.casefold())
-    if named.isdigit() and 1 <= int(named) <= len(labels):
-        return int(named) - 1
-    listed = "; ".join(f"{number} {label}" for number, label in enumerate(labels, 1))
-    raise InputError(f"--baseline {named}: is none of {listed}")
-
-
-def without_key(command: str) -> str:
-    """A command line that may be published."""
-    return re.sub(r"(--api-key[= ])('[^']*'|\S+)", r"\1...", command)
-
-
-def _prompt_facts(mix: "PromptMix", no_acceptance: str) -> dict[str, Any]:
-    if mix.kind == "random":
-        return {"source": mix.source, "short": mix.source, "no_acceptance": no_acceptance}
-    short = f"{len(mix.prompts)} prompts of {'its shipped mix' if mix.kind == 'mix' else mix.source.partition(',')[0]}"
-    return {"source": mix.source, "short": short, "num_prompts": len(mix.prompts), "num_left_out": mix.num_left_out, "sha256": mix.sha256}
-
-
-def _machine(hardware: "Hardware") -> dict[str, Any]:
-    import platform
-    from dataclasses import asdict
-
-    names = (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
-    gpus = [asdict(gpu) for gpu in hardware.gpus]
-    cpu = next(names, platform.processor() or platform.machine())
-    return {"gpus": gpus, "cpu": cpu, "num_cores": hardware.num_cores, "memory_bytes": hardware.memory_bytes, "system": platform.platform()}
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _identity(model: "ServedModel") -> dict[str, Any]:
-    """headers_sha256: over the names and headers of its safetensors files in order, which name every tensor, dtype and shape."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for shard in sorted(model.path.glob("*.safetensors")):
-        with shard.open("rb") as file:
-            size = file.read(8)
-            digest.update(shard.name.encode() + size + file.read(int.from_bytes(size, "little")))
-    return {
-        "name": model.name,
-        "format": model.format,
-        "num_params": model.num_params,
-        "weight_bytes": sum(model.weight_bytes.values()),
-        "config_sha256": hashlib.sha256((model.path / "config.json").read_bytes()).hexdigest(),
-        "headers_sha256": digest.hexdigest(),
-    }
 
 
 def write_report(result: "BenchResult", folder: Path, *, plot: bool = True) -> list[str]:
@@ -282,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoints", metavar="CKPT", nargs="*", help="one or more directories or Hub ids, compared in one run")
     add("--url", action="append", default=[], metavar="URL", help="measure a server that is running instead; may be repeated")
     add("--model", metavar="NAME", help="with --url: which of its models (default: the first)")
-    add("--api-key", metavar="KEY", help="with --url: its key (default: the environment's VLLM_API_KEY)")
+    add("--api-key", metavar="KEY", help=f"with --url: its key; better in {KEY_VARIABLES[0]}: ps shows this")
     add("--mtp", type=_mtp, default=MTP, metavar="LIST", help="drafted tokens to compare (default: off,1,2,3)")
     add("--lengths", type=_numbers, default=LENGTHS, metavar="LIST", help="tokens of each answer (default: 50,350,700)")
     add("--streams", type=_numbers, default=STREAMS, metavar="LIST", help="requests at the same time (default: 1,2,64)")
@@ -388,7 +274,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             engine=options.engine,
             serve=serve,
             model=options.model,
-            api_key=options.api_key or os.environ.get("VLLM_API_KEY"),
+            api_key=options.api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None),
             logs=partial / LOGS if partial is not None else None,
         )
         result = result.without_paths(_shortened(options.checkpoints, out))
