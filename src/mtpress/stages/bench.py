@@ -102,8 +102,6 @@ def bench(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         engine=plan.engine.version,
         machine=machine,
-        if models
-        else describe_machine(plan.hardware) | {"note": "of the client; the server may be elsewhere"},
         checkpoints=tuple(identity(one) for one in models),
         prompts=prompt_facts(mix),
         settings=settings,
