@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from mtpress.cli import main
-from mtpress.engine import server
+from mtpress.engine import first_words, server
+from mtpress.engine.first_words import FirstWords
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.installed import Engine
+from mtpress.engine.metrics import SpecDecode
 from mtpress.errors import EngineError
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +185,7 @@ class FakeServer:
     ends_by: BaseException = EngineError("it died")
     given: dict[str, Any]
 
-    def __init__(self, launch: Any, log: Path, *, say: Any, **limits: Any) -> None:
+    def __init__(self, launch: Any, log: Path, **limits: Any) -> None:
         type(self).given = {"launch": launch, "log": log, **limits}
         self.client = self
 
@@ -193,28 +195,31 @@ class FakeServer:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def chat(self, messages: Any, **body: Any) -> dict[str, Any]:
-        return {"choices": [{"message": {"content": "Hello\nyou."}}]}
-
     def wait(self) -> None:
         raise self.ends_by
 
 
 @pytest.mark.parametrize(
     ("ends_by", "code", "said"),
-    [(EngineError("the engine died: no room"), 2, "the engine died: no room"), (KeyboardInterrupt(), 130, "the engine is stopped")],
+    [
+        (EngineError("the engine died: no room"), 2, "the engine died: no room"),
+        (KeyboardInterrupt("the engine is stopped"), 130, "the engine is stopped"),
+    ],
 )
 def test_it_serves_until_it_ends(
     ends_by: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(server, "Server", FakeServer)
     monkeypatch.setattr(FakeServer, "ends_by", ends_by)
+    said_first = FirstWords("Once\nupon.", 3, 0.5, 20.0, SpecDecode(1, 1, 0, (0,)), ("none of 1 drafted tokens was accepted",))
+    monkeypatch.setattr(first_words, "first_words", lambda client, drafts: said_first)
     assert main(["serve", str(TINY), "--port", "8123", "--start-timeout", "5", "--api-key", KEY]) == code
     shown = capsys.readouterr()
     assert shown.out == ""
     assert said in shown.err.splitlines()[-1]
     assert "serving mtpress-tiny at http://127.0.0.1:8123/v1" in shown.err
-    assert "it says: Hello you." in shown.err
+    assert 'it says "Once upon.", 3 tokens, 20.0 tokens/s' in shown.err
+    assert "warning: none of 1 drafted tokens was accepted" in shown.err
     assert "profile cpu" in shown.err
     assert KEY not in shown.err
     given = FakeServer.given

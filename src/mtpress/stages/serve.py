@@ -26,7 +26,6 @@ DEFAULT_PORT = 8000  # vLLM's own
 KEY_VARIABLES = ("MTPRESS_API_KEY", "VLLM_API_KEY")
 NEWEST_READ = "0.32.0"  # the version whose sources profiles and known issues were read in
 PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # what `make engine` installs beside the CPU build
-CANARY = "Say hello in one sentence."
 
 
 @dataclass(frozen=True)
@@ -97,26 +96,18 @@ def _assume_profile(name: str, engine: "Engine", hardware: "Hardware", assumed: 
 
 def serve(result: ServeResult, log: Path, start_timeout_seconds: float, say: Callable[[str], None]) -> ServeResult:
     """Starts it, asks one question, waits until it ends: EngineError where it dies, KeyboardInterrupt on Ctrl-C."""
+    from mtpress.engine.first_words import first_words
     from mtpress.engine.server import Server
 
     launch = result.launch
-    threshold = launch.min_available_bytes
-    try:
-        with Server(launch, log, start_timeout_seconds=start_timeout_seconds, min_available_bytes=threshold, say=say) as server:
-            say(f"serving {launch.served_model_name} at {launch.url}/v1 (Ctrl-C stops it; log: {log})")
-            say(f"it says: {_asked(server.client)}")
-            server.wait()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the engine is stopped") from None
+    with Server(launch, log, start_timeout_seconds=start_timeout_seconds, min_available_bytes=launch.min_available_bytes) as server:
+        said = first_words(server.client, launch.num_speculative_tokens)
+        say(f"asked for a story, it says {said}")
+        for warning in said.warnings:
+            say(f"warning: {warning}")
+        say(f"serving {launch.served_model_name} at {launch.url}/v1 (Ctrl-C stops it; log: {log})")
+        server.wait()
     return replace(result, served=True)
-
-
-def _asked(client: Any) -> str:
-    """The answer to one small question; an EngineError where there is none, for then it does not serve."""
-    body: dict[str, Any] = {"max_tokens": 48, "temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
-    answer = client.chat([{"role": "user", "content": CANARY}], **body)
-    message = answer["choices"][0]["message"]
-    return " ".join(str(message.get("content") or message.get("reasoning") or "(nothing)").split())
 
 
 # ---- the command line
