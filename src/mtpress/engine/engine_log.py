@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 READY = "Application startup complete"
 MAX_READ = 8 << 20  # of a log that has grown for days, its end is read
-MAX_ERROR = 600
+MAX_ERROR = 300
 
 # "(EngineCore pid=20370) ERROR 11-21 09:50:56 [core.py:1512] text", each part of it optional
 PREFIX = re.compile(

@@ -212,13 +212,13 @@ class Server:
         """One line for an engine that is no longer there."""
         if self._watchdog is not None and self._watchdog.seen_bytes is not None:
             return (
-                f"stopped the engine while {self._stage}: {human_bytes(self._watchdog.seen_bytes)} of memory were available, under the "
+                f"stopped the engine {_when(self._stage)}: {human_bytes(self._watchdog.seen_bytes)} of memory were available, under the "
                 f"threshold of {human_bytes(self._watchdog.threshold_bytes)}; {LESS_MEMORY}"
             )
         code = 0 if self._keeper is None else self._keeper.wait()
         text = read_end(self.log)
         error = first_error(text)
-        ended = f"the engine died while {self._stage}"
+        ended = f"the engine died {_when(self._stage)}"
         if code > 128 or code < 0:
             number = code - 128 if code > 0 else -code
             with contextlib.suppress(ValueError):
@@ -287,6 +287,11 @@ def _environment(launch: "Launch") -> dict[str, str]:
     if folder.is_absolute():
         given["PATH"] = os.pathsep.join(part for part in (str(folder), given.get("PATH", os.defpath)) if part)
     return given
+
+
+def _when(stage: str) -> str:
+    """ "loading weights" is going on, "weights read in 4 s" is over."""
+    return f"while {stage}" if stage.partition(" ")[0].endswith("ing") else f'after "{stage}"'
 
 
 def _say_what_is_left(error: BaseException | None) -> None:
