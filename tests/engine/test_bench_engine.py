@@ -1,7 +1,6 @@
 """One benchmark of the built-in model on the real engine: two starts, a cell of two streams each."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ LENGTH, STREAMS, REQUESTS = 24, 2, 4
 def measured(engine_python: Path, bf16_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The directory that the command writes, and its bench.json."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads that spin on a busy machine are many times slower than one
     options = ["--mtp", "off,2", "--lengths", str(LENGTH), "--streams", str(STREAMS), "--rounds", "1", "--requests", str(REQUESTS)]
-    code = main(["bench", str(bf16_model), *options, "--engine", str(engine_python), "--out", str(out), "--no-plot"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # two threads that spin on a busy machine are many times slower than one
+        code = main(["bench", str(bf16_model), *options, "--engine", str(engine_python), "--out", str(out), "--no-plot"])
     assert code == 0
     return out, json.loads((out / "bench.json").read_text(encoding="utf-8"))
 

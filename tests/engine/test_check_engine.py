@@ -1,9 +1,12 @@
 """`mtpress check --engine` on the real vLLM: green on what mtpress makes, red with the right reason on what it must not serve.
 
-Each check is two or three starts of the engine, about half a minute of one core each; two checks run at a time.
+Each check is two or three starts of the engine, most of a minute of one core each; two checks run at a time, each on a core of its own,
+for the engine starts a thread a core and threads that wait for one another spin.
 """
 
 import json
+import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.engine
 NVFP4 = "nvfp4-mtp-vlm"
 LAYER = "model.language_model.layers.0."
 CHECK_TIMEOUT_SECONDS = 900
+RUN_ON_CORE = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
 
 
 def mtp_dropped(e: Edit) -> None:
@@ -97,11 +101,18 @@ def checked(engine_python: Path, bf16_model: Path, tmp_path_factory: pytest.Temp
         edit.save()
         calls[name] = (folder / name, with_base if name == "fused_scales_differ" else [])
 
+    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for core in (sorted(os.sched_getaffinity(0)) * 2)[:2]:
+        cores.put(core)
+
     def call(name: str) -> Checked:
         checkpoint, arguments = calls[name]
         command = [sys.executable, "-m", "mtpress", "check", str(checkpoint), "--engine", str(engine_python), "--json", *arguments]
         command += ["--engine-logs", str(folder / f"{name}-logs")]
+        core = cores.get()
+        command = [sys.executable, "-c", RUN_ON_CORE, str(core), *command]
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_SECONDS)
+        cores.put(core)
         assert done.returncode in (0, 1), f"{name}: {done.stderr[-3000:]}"
         return Checked(done.returncode, json.loads(done.stdout), checkpoint)
 

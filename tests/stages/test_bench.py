@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from bench_results import FAILURE, result
-from mtpress.bench_configurations import baseline_of, configurations_of
-from mtpress.bench_facts import without_key
-from mtpress.benchmark import Benchmark, ServeOptions
+from mtpress.bench.benchmark import Benchmark, ServeOptions
+from mtpress.bench.configurations import baseline_of, configurations_of
+from mtpress.bench.facts import without_key
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.cli import main
 from mtpress.engine.installed import Engine

@@ -22,8 +22,8 @@ from mtpress.errors import EngineError, InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mtpress.bench_result import BenchResult
-    from mtpress.benchmark import BenchPlan, ServeOptions
+    from mtpress.bench.benchmark import BenchPlan, ServeOptions
+    from mtpress.bench.result import BenchResult
 
 LENGTHS, STREAMS, MTP = (50, 350, 700), (1, 2, 64), (0, 1, 2, 3)
 MAX_DRAFTED = 16
@@ -57,15 +57,15 @@ def bench(
     logs: a directory for what the engines print; without one it is thrown away. InputError before anything starts where the
     call cannot work; EngineError where nothing could be measured. A configuration that fails is in the result's failures.
     """
-    from mtpress.bench_configurations import baseline_of, configurations_of, refuse_random, running
-    from mtpress.bench_facts import describe_machine, identity, prompt_facts, without_key
-    from mtpress.bench_result import BenchResult
-    from mtpress.benchmark import Benchmark, BenchPlan, ServeOptions
+    from mtpress.bench.benchmark import Benchmark, BenchPlan, ServeOptions
+    from mtpress.bench.configurations import baseline_of, configurations_of, refuse_random, running
+    from mtpress.bench.facts import describe_machine, identity, prompt_facts, without_key
+    from mtpress.bench.measurement import Cell
+    from mtpress.bench.prompt_mix import load_prompts
+    from mtpress.bench.result import BenchResult
     from mtpress.engine.hardware import read_hardware
     from mtpress.engine.installed import find_engine
     from mtpress.engine.served_model import ServedModel
-    from mtpress.measurement import Cell
-    from mtpress.prompt_mix import load_prompts
 
     if bool(checkpoints) == bool(urls):
         raise InputError("name checkpoints to start, or servers that are running with --url, and not both")
@@ -116,7 +116,7 @@ def bench(
 
 def _check_launches(plan: "BenchPlan") -> str | None:
     """Everything that can be refused is refused here: launches that cannot fit, prompts that are too long. Gives the launches' API key."""
-    from mtpress.benchmark import context_of
+    from mtpress.bench.benchmark import context_of
     from mtpress.engine.launch import API_KEY
 
     key = None
@@ -149,13 +149,13 @@ def _check_running(plan: "BenchPlan", url: str, model: str) -> None:
 
 def write_report(result: "BenchResult", folder: Path, *, plot: bool = True) -> list[str]:
     """Writes bench.json and bench.md, and with plot the pictures, into an existing folder; gives their names."""
-    from mtpress.bench_markdown import markdown
+    from mtpress.bench.markdown import markdown
 
     names = ["bench.json", "bench.md"]
     (folder / "bench.json").write_text(json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "bench.md").write_text(markdown(result, "bench.png" if plot else None), encoding="utf-8")
     if plot:
-        from mtpress.chart import draw
+        from mtpress.bench.chart import draw
 
         names += [path.name for path in draw(result, folder)]
     return names
@@ -235,14 +235,14 @@ def _temperature(text: str) -> float:
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: 1 where a configuration or a request failed."""
-    from mtpress.benchmark import ServeOptions
+    from mtpress.bench.benchmark import ServeOptions
 
     out: Path | None = options.out
     plot = out is not None and not options.no_plot
     if out is not None and out.exists():
         raise InputError(f"{out}: exists; name a new directory")
     if plot:
-        from mtpress.chart import require_matplotlib
+        from mtpress.bench.chart import require_matplotlib
 
         require_matplotlib()
     serve = ServeOptions(
@@ -322,7 +322,7 @@ def show(result: "BenchResult") -> None:
     """A table for each number of streams, acceptance and what failed, on stdout."""
     from rich.console import Console
 
-    from mtpress.bench_markdown import acceptance_rows, failure_part, lengths_and_streams, summary_note
+    from mtpress.bench.markdown import acceptance_rows, failure_part, lengths_and_streams, summary_note
 
     console = Console(highlight=False)
     for streams in lengths_and_streams(result)[1]:
@@ -340,8 +340,8 @@ def _speed_table(result: "BenchResult", streams: int) -> "Table":
     from rich import box
     from rich.table import Table
 
-    from mtpress.bench_markdown import lengths_and_streams, plain
-    from mtpress.measurement import Cell
+    from mtpress.bench.markdown import lengths_and_streams, plain
+    from mtpress.bench.measurement import Cell
 
     lengths = [length for length in lengths_and_streams(result)[0] if Cell(length, streams) in result.cells]
     table = Table("1 stream, tok/s" if streams == 1 else f"{streams} streams, total tok/s", box=box.SIMPLE_HEAD)

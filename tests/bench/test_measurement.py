@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtpress.bench.measurement import Cell, CellRun, Spread, percentile, summarize, total_spec_decode
 from mtpress.engine.metrics import SpecDecode
-from mtpress.measurement import Cell, CellRun, Spread, percentile, summarize, total_spec_decode
 
 CELL = Cell(50, 2)
 

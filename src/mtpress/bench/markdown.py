@@ -5,8 +5,8 @@ In: a `BenchResult`. Out: text. Leaves out: the picture (chart.py).
 
 from collections.abc import Iterable, Sequence
 
-from mtpress.bench_result import BenchResult
-from mtpress.measurement import Cell, CellSummary, Spread
+from mtpress.bench.measurement import Cell, CellSummary, Spread
+from mtpress.bench.result import BenchResult
 
 Row = Sequence[str]
 MISSING = "–"

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from mtpress.bench.prompt_mix import TEMPLATE_TOKENS, load_prompts
 from mtpress.builtin import BUILTIN_MODEL, EVALUATION_FILE
 from mtpress.errors import InputError
-from mtpress.prompt_mix import TEMPLATE_TOKENS, load_prompts
 
 KINDS = ("chat", "code", "maths", "summary", "tools")
 

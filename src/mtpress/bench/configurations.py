@@ -6,11 +6,11 @@ they are started (engine/launch.py).
 
 from collections.abc import Sequence
 
-from mtpress.bench_result import Configuration
+from mtpress.bench.prompt_mix import NO_ACCEPTANCE
+from mtpress.bench.result import Configuration
 from mtpress.engine.client import Client
 from mtpress.engine.served_model import ServedModel
 from mtpress.errors import EngineError, InputError
-from mtpress.prompt_mix import NO_ACCEPTANCE
 
 
 def configurations_of(models: Sequence[ServedModel], mtp: Sequence[int]) -> tuple[Configuration, ...]:

@@ -2,7 +2,7 @@ import json
 from dataclasses import replace
 
 from bench_results import CELLS, FAILURE, result
-from mtpress.bench_markdown import markdown, summary_table
+from mtpress.bench.markdown import markdown, summary_table
 
 
 def rows_of(text: str, heading: str) -> list[list[str]]:

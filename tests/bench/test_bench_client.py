@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from mtpress.engine import bench_driver
-from mtpress.engine.bench_client import RUN_DRIVER, BenchClient, Load, cell_run, client_environment
+from mtpress.bench import driver as bench_driver
+from mtpress.bench.client import RUN_DRIVER, BenchClient, Load, cell_run, client_environment
+from mtpress.bench.measurement import Cell
 from mtpress.engine.installed import Engine
 from mtpress.engine.metrics import SpecDecode
 from mtpress.errors import EngineError, InputError
-from mtpress.measurement import Cell
 
 CELL = Cell(50, 2)
 RESULT: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench_results import FAILURE, result
-from mtpress.chart import column_major, configuration_colours, draw, require_matplotlib, shade
+from mtpress.bench.chart import column_major, configuration_colours, draw, require_matplotlib, shade
 from mtpress.errors import InputError
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is an extra")

@@ -1,7 +1,7 @@
 """What a benchmark measured, and what follows from it: rates, latencies, draft acceptance, their spread over rounds, ratios.
 
 In: the answers of single requests, cell by cell (`CellRun`). Out: `Spread`s of each metric over rounds and paired ratios to
-a baseline. Leaves out: how the requests were sent (engine/bench_driver.py) and how the figures are shown.
+a baseline. Leaves out: how the requests were sent (driver.py) and how the figures are shown.
 
 A cell is one decode length at one number of parallel streams. Each round starts every configuration once, so a spread over
 rounds holds what a restart changes and how the machine drifts, not only the noise of one start.

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mtpress.bench.prompt_mix import NO_ACCEPTANCE, PromptMix
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.served_model import ServedModel
-from mtpress.prompt_mix import NO_ACCEPTANCE, PromptMix
 
 
 def without_key(command: str) -> str:

@@ -1,7 +1,7 @@
 """What `mtpress bench` gives back: configurations, servers, every measured cell, what failed, and the summaries of it.
 
 In: nothing but its own fields. Out: `BenchResult` and its JSON. Leaves out: the arithmetic (measurement.py), tables
-(bench_markdown.py), pictures (chart.py).
+(markdown.py), pictures (chart.py).
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from mtpress.bench.measurement import Cell, CellRun, CellSummary, summarize, total_spec_decode
 from mtpress.engine.metrics import SpecDecode
-from mtpress.measurement import Cell, CellRun, CellSummary, summarize, total_spec_decode
 
 FORMAT_VERSION = 1
 

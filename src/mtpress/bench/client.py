@@ -1,7 +1,7 @@
 """One process of vLLM's benchmark client, asked for one cell after another.
 
 In: the engine whose client it is, the address of a running server, a cell. Out: a `CellRun`. Leaves out: the server's life
-(server.py), and which cells are measured when (stages/bench.py). What runs on the other side is bench_driver.py.
+(server.py), and which cells are measured when (benchmark.py). What runs on the other side is driver.py.
 """
 
 import json
@@ -14,12 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mtpress.bench.measurement import Cell, CellRun
 from mtpress.engine.installed import Engine
 from mtpress.engine.metrics import SpecDecode
 from mtpress.errors import EngineError, InputError
-from mtpress.measurement import Cell, CellRun
 
-DRIVER = Path(__file__).with_name("bench_driver.py")
+DRIVER = Path(__file__).with_name("driver.py")
 # By path, not by name: the engine's environment need not have mtpress, and this folder must not come first in its imports.
 RUN_DRIVER = f"import runpy; runpy.run_path({str(DRIVER)!r}, run_name='__main__')"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from bench_results import run as cell_run
-from mtpress import benchmark
-from mtpress.bench_result import Configuration
-from mtpress.benchmark import START, WARM_TOKENS, Benchmark, BenchPlan, Schedule, context_of
-from mtpress.engine.bench_client import Load
+from mtpress.bench import benchmark
+from mtpress.bench.benchmark import START, WARM_TOKENS, Benchmark, BenchPlan, Schedule, context_of
+from mtpress.bench.client import Load
+from mtpress.bench.measurement import Cell, CellRun
+from mtpress.bench.prompt_mix import load_prompts
+from mtpress.bench.result import Configuration
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.installed import Engine
 from mtpress.errors import EngineError, InputError
-from mtpress.measurement import Cell, CellRun
-from mtpress.prompt_mix import load_prompts
 
 CELLS = (Cell(50, 1), Cell(50, 8))
 

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from mtpress.bench_result import Configuration, Failure, ServerFacts
-from mtpress.engine.bench_client import BenchClient, Load
+from mtpress.bench.client import BenchClient, Load
+from mtpress.bench.measurement import Cell, CellRun
+from mtpress.bench.prompt_mix import RANDOM, PromptMix
+from mtpress.bench.result import Configuration, Failure, ServerFacts
 from mtpress.engine.client import Client
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.installed import Engine
@@ -26,9 +28,7 @@ from mtpress.engine.launch import Launch, compose
 from mtpress.engine.served_model import ServedModel
 from mtpress.engine.server import Server
 from mtpress.errors import EngineError, InputError, MtpressError
-from mtpress.measurement import Cell, CellRun
 from mtpress.progress import human_seconds
-from mtpress.prompt_mix import RANDOM, PromptMix
 
 WARM_TOKENS = 16
 RANDOM_PROMPT_TOKENS = 256

@@ -1,6 +1,6 @@
 """vLLM's own benchmark client (`vllm bench serve`), imported once and asked many times.
 
-    python -m mtpress.engine.bench_driver
+    python -m mtpress.bench.driver
 
 In: JSON lines on stdin, each {"arguments": [the arguments of `vllm bench serve`]}. Out: JSON lines on stdout: one
 {"ready": version of vLLM} or {"unusable": reason} first, then for each request {"result": …} or {"error": reason}.

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtpress.bench_result import BenchResult
+from mtpress.bench.measurement import Cell, Spread
+from mtpress.bench.result import BenchResult
 from mtpress.errors import InputError
-from mtpress.measurement import Cell, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
