@@ -41,7 +41,7 @@ STORY_REQUESTS = tuple(
         ("Lena", "Hugo", "yellow", "rope", "Marsk"),
     )
 )
-STORY_TOKENS, ANSWER_TOKENS = 160, 48
+STORY_TOKENS, ANSWER_TOKENS = 64, 48
 
 
 @dataclass(frozen=True)
