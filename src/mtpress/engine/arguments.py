@@ -6,6 +6,7 @@ underscores are dashes, `--flag=value` is two tokens, `--no-flag` turns a switch
 JSON value, of a flag that stands twice the last counts.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,20 @@ SPECULATIVE_PARTS = {"--spec-method": "method", "--spec-model": "model", "--spec
 MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 ON, OFF = "true", "false"  # what a switch and its --no- twin stand for
 NEGATIVE = re.compile(r"^-\d")
+
+
+def take_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Makes what stands after -- the option engine_arguments; argparse would take it for positionals."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        given = list(args or ())
+        at = given.index("--") if "--" in given else len(given)
+        found, unknown = parse(given[:at], namespace)
+        found.engine_arguments = tuple(given[at + 1 :])
+        return found, unknown
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import EngineError, InputError
 
 if TYPE_CHECKING:
@@ -186,21 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="start what a known issue would refuse")
     parser.usage = f"{parser.prog} [options] CKPT... [-- ENGINE ARGUMENTS]\n       {parser.prog} [options] --url URL"
     parser.epilog = "Everything after -- goes to every `vllm serve` as it stands and wins over what mtpress chooses."
-    _take_engine_arguments(parser)
-
-
-def _take_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """What stands after -- becomes options.engine_arguments; argparse would take it for checkpoints."""
-    parse = parser.parse_known_args
-
-    def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        given = list(args or ())
-        at = given.index("--") if "--" in given else len(given)
-        found, unknown = parse(given[:at], namespace)
-        found.engine_arguments = tuple(given[at + 1 :])
-        return found, unknown
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+    take_engine_arguments(parser)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

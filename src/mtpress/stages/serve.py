@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import InputError
 from mtpress.progress import human_bytes
 
@@ -135,18 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the command, each setting's reason and what fits; start nothing")
     parser.usage = f"{parser.prog} [options] CKPT [-- ENGINE ARGUMENTS]"
     parser.epilog = "Everything after -- goes to `vllm serve` as it stands and wins over what mtpress chooses."
-    parser.set_defaults(engine_arguments=())
-    whole = parser.parse_known_args
-
-    def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        # argparse loses what stands after -- when options stand between it and the positional
-        given = list(args or ())
-        at = given.index("--") if "--" in given else len(given)
-        found, unknown = whole(given[:at], namespace)
-        found.engine_arguments = tuple(given[at + 1 :])
-        return found, unknown
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+    take_engine_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
