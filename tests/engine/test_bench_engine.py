@@ -19,7 +19,8 @@ def measured(engine_python: Path, bf16_model: Path, tmp_path_factory: pytest.Tem
     options = ["--mtp", "off,2", "--lengths", str(LENGTH), "--streams", str(STREAMS), "--rounds", "1", "--requests", str(REQUESTS)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # two threads that spin on a busy machine are many times slower than one
-        code = main(["bench", str(bf16_model), *options, "--engine", str(engine_python), "--out", str(out), "--no-plot"])
+        patch.chdir(out.parent)
+        code = main(["bench", str(bf16_model), *options, "--engine", str(engine_python), "--out", out.name, "--no-plot"])
     assert code == 0
     return out, json.loads((out / "bench.json").read_text(encoding="utf-8"))
 

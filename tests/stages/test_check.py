@@ -179,3 +179,21 @@ def test_a_27b_takes_a_second(headers_27b: Path) -> None:
     assert result.num_quantized == 400
     assert result.num_bytes > 20e9
     assert spent < 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--engine", "nowhere"], "nowhere"),
+        (["--engine", "--mtp", "0"], "--mtp"),
+        (["--engine", "--acceptance-floor", "1.5"], "--acceptance-floor"),
+    ],
+)
+def test_what_the_engine_cannot_be_asked_is_one_line(
+    arguments: list[str], word: str, small_nvfp4: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(small_nvfp4["nvfp4-mtp-vlm"]), *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert word in shown.err
+    assert shown.err.count("\n") == 1

@@ -64,7 +64,7 @@ class Load:
             body["max_completion_tokens"] = self.cell.length
             source = [
                 "--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--skip-tokenizer-init",
-                "--dataset-name", "custom", "--dataset-path", str(self.dataset), "--custom-output-len", str(self.cell.length),
+                "--dataset-name", "custom", "--dataset-path", str(self.dataset.absolute()), "--custom-output-len", str(self.cell.length),
                 "--disable-shuffle",
             ]  # fmt: skip
         return [*shared, *source, *(["--extra-body", json.dumps(body)] if body else [])]
