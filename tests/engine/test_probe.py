@@ -52,4 +52,40 @@ def test_vllm_finds_the_plugin_and_calls_it(engine_python: Path) -> None:
     )
     done = subprocess.run([str(engine_python), "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['EmulationNvFp4LinearKernel']"
+    assert done.stdout.splitlines()[-1] == "['HoldingEmulation']"
+
+
+HELD_AGAINST_VLLM = """
+import torch
+from types import SimpleNamespace
+from mtpress.engine import nvfp4_cpu
+from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel as Stock
+
+Holding = nvfp4_cpu.holding(Stock)
+assert issubclass(Holding, Stock) and Holding is not Stock
+torch.manual_seed(0)
+layer = SimpleNamespace(
+    weight=torch.randint(0, 256, (48, 64), dtype=torch.uint8),
+    weight_scale=(torch.rand(48, 8) * 4).to(torch.float8_e4m3fn),
+    weight_global_scale=torch.tensor(0.01),
+    input_global_scale_inv=torch.tensor(3.0),
+)
+x, bias = torch.randn(5, 128, dtype=torch.bfloat16), torch.randn(48, dtype=torch.bfloat16)
+stock, holding = Stock.apply_weights(Stock.__new__(Stock), layer, x), Holding.__new__(Holding)
+for given in (x, x, x.float(), x):
+    expected = Stock.apply_weights(Stock.__new__(Stock), layer, given, bias.to(given.dtype))
+    assert torch.equal(holding.apply_weights(layer, given, bias.to(given.dtype)), expected)
+assert getattr(layer, nvfp4_cpu.HELD).shape == (48, 128)
+nvfp4_cpu.MEMORY_SHARE = 1 << 60
+delattr(layer, nvfp4_cpu.HELD)
+assert torch.equal(holding.apply_weights(layer, x), stock) and not hasattr(layer, nvfp4_cpu.HELD)
+print("equal")
+"""
+
+
+@pytest.mark.engine
+def test_what_is_kept_of_a_weight_gives_the_bits_of_vllms_emulation(engine_python: Path) -> None:
+    """Also for another dtype of the input, and where memory is short and nothing is kept."""
+    done = subprocess.run([str(engine_python), "-c", HELD_AGAINST_VLLM], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "equal"

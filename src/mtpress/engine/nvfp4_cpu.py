@@ -1,15 +1,21 @@
 """A vLLM plugin: NVFP4 W4A4 checkpoints on vLLM's CPU platform, for acceptance tests without a GPU.
 
 In: vLLM's table of NVFP4 kernels, which has no entry for the CPU. Out: the table with vLLM's own emulation in it (weights
-dequantized, activations rounded to FP4 and back), so the numerics are those of W4A4 and only the speed is not. Leaves
+dequantized, activations rounded to FP4 and back), so the numerics are those of W4A4 and only the speed is not. The emulation
+dequantizes every weight at every step; where memory allows, what it makes of one is kept (the same numbers, several times as fast). Leaves
 out: weight-only NVFP4 (W4A16), which vLLM forces to Marlin before it reads the table. Read in vLLM 0.32.
 
 vLLM calls `register` in each process it starts (entry point group vllm.general_plugins), possibly more than once.
 """
 
 import logging
+from typing import Any
 
 logger = logging.getLogger("vllm.plugins.mtpress_nvfp4_cpu")
+
+HELD = "mtpress_dequantized"
+MEMORY_SHARE = 64  # a weight is kept while this many of its size are available: 11 GB for the largest of a 27B model
+GROUP_SIZE = 16
 
 
 def register() -> None:
@@ -21,11 +27,41 @@ def register() -> None:
             return
         from vllm.model_executor.kernels import linear
 
-        kernel = linear.EmulationNvFp4LinearKernel
         table = linear._POSSIBLE_NVFP4_KERNELS
+        kernel = holding(linear.EmulationNvFp4LinearKernel)
     except (ImportError, AttributeError) as error:
         logger.debug("this vLLM has no table of NVFP4 kernels to extend: %s", error)
         return
     if not table.get(PlatformEnum.CPU):
         table[PlatformEnum.CPU] = [kernel]
         logger.debug("registered %s for the CPU", kernel.__name__)
+
+
+def holding(emulation: Any) -> Any:
+    """The emulation as a class that keeps dequantized weights; the emulation itself where this vLLM has other parts inside."""
+    try:
+        import psutil
+        import torch
+        from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype, ref_nvfp4_quant_dequant
+    except ImportError as error:
+        logger.debug("this vLLM emulates NVFP4 in another way: %s", error)
+        return emulation
+
+    class HoldingEmulation(emulation):  # type: ignore[misc]
+        """run_nvfp4_emulations of vLLM, with the weight's half done once."""
+
+        def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
+            held = getattr(layer, HELD, None)
+            if held is None or held.dtype != x.dtype:
+                needed = layer.weight.numel() * 2 * x.element_size()
+                if needed * MEMORY_SHARE > psutil.virtual_memory().available:
+                    return super().apply_weights(layer, x, bias)
+                packed = layer.weight.data.view(torch.uint8)
+                scales = layer.weight_scale.data
+                held = dequantize_to_dtype(packed, scales, layer.weight_global_scale, x.dtype, GROUP_SIZE, swizzle=False)
+                object.__setattr__(layer, HELD, held)  # not a buffer of the module: it is no part of the checkpoint
+            rounded = ref_nvfp4_quant_dequant(x, layer.input_global_scale_inv, block_size=GROUP_SIZE)
+            out = torch.matmul(rounded, held.t())
+            return out if bias is None else out + bias
+
+    return HoldingEmulation
