@@ -28,6 +28,7 @@ pytestmark = pytest.mark.engine
 NVFP4 = "nvfp4-mtp-vlm"
 LAYER = "model.language_model.layers.0."
 CHECK_TIMEOUT_SECONDS = 900
+ONE_GIB = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
 RUN_ON_CORE = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
 
 
@@ -111,7 +112,7 @@ def checked(engine_python: Path, bf16_model: Path, tmp_path_factory: pytest.Temp
         command += ["--engine-logs", str(folder / f"{name}-logs")]
         core = cores.get()
         command = [sys.executable, "-c", RUN_ON_CORE, str(core), *command]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_SECONDS, env=ONE_GIB)
         cores.put(core)
         assert done.returncode in (0, 1), f"{name}: {done.stderr[-3000:]}"
         return Checked(done.returncode, json.loads(done.stdout), checkpoint)

@@ -38,7 +38,8 @@ def test_a_text_that_stops_early_differs() -> None:
 def test_closeness_is_the_divergence_of_the_base_from_the_checkpoint() -> None:
     base = ({5: LOG(0.5), 6: LOG(0.5)}, {7: LOG(0.9), 8: LOG(0.1)})
     own = ({5: LOG(0.25), 6: LOG(0.75)}, {7: LOG(0.9), 8: LOG(0.1)})
-    seen = closeness([base], [own], [story((5, 7))])
+    seen = closeness([base], [own])
+    assert seen is not None
     expected = 0.5 * LOG(0.5 / 0.25) + 0.5 * LOG(0.5 / 0.75)
     assert seen.num_tokens == 2
     assert seen.largest_kl == pytest.approx(expected)
@@ -47,5 +48,16 @@ def test_closeness_is_the_divergence_of_the_base_from_the_checkpoint() -> None:
 
 
 def test_a_token_that_the_checkpoint_does_not_list_counts_as_its_last() -> None:
-    seen = closeness([({5: LOG(0.9), 9: LOG(0.1)},)], [({5: LOG(0.9), 6: LOG(0.01)},)], [story((5,))])
+    seen = closeness([({5: LOG(0.9), 9: LOG(0.1)},)], [({5: LOG(0.9), 6: LOG(0.01)},)])
+    assert seen is not None
     assert seen.mean_kl == pytest.approx(0.1 * LOG(0.1 / 0.01))
+
+
+def test_an_engine_that_died_half_way_is_compared_as_far_as_it_came() -> None:
+    whole, half = [story((5, 6)), story((7,))], [story((5, 6))]
+    assert list(differences(whole, half)) == []
+    scored = ({5: LOG(0.9)}, {6: LOG(0.9)})
+    seen = closeness([scored], [scored, ({7: LOG(0.9)},)])
+    assert seen is not None
+    assert (seen.num_tokens, seen.mean_kl) == (2, 0)
+    assert closeness([()], [()]) is None

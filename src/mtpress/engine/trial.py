@@ -170,8 +170,9 @@ def examine(
     differing: tuple[Difference, ...] = ()
     compared = 0
     if drafted is not None and drafted.stories and plain.stories:
-        differing, compared = tuple(differences(plain.stories, drafted.stories)), len(plain.stories)
-    close = closeness(based.scores, plain.scores, plain.stories) if based is not None and based.scores and plain.scores else None
+        differing = tuple(differences(plain.stories, drafted.stories))
+        compared = min(len(plain.stories), len(drafted.stories))
+    close = closeness(based.scores, plain.scores) if based is not None and based.scores and plain.scores else None
     return Trial(
         engine=f"vLLM {engine.version} ({engine.platform})",
         format=model.format,
@@ -284,7 +285,7 @@ def read_back(client: "Client", story: Story) -> tuple[Candidates, ...]:
 
 def differences(plain: Sequence[Story], drafted: Sequence[Story]) -> Iterator[Difference]:
     """One for each story whose tokens differ. margin: the larger of the two runs' preferences; infinite where a candidate is far off."""
-    for number, (a, b) in enumerate(zip(plain, drafted, strict=True)):
+    for number, (a, b) in enumerate(zip(plain, drafted, strict=False)):  # an engine that died told fewer
         pairs = zip(a.token_ids, b.token_ids, strict=False)
         position = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
         if position is None:
@@ -297,17 +298,16 @@ def differences(plain: Sequence[Story], drafted: Sequence[Story]) -> Iterator[Di
         yield Difference(number, position, max((m for m in margins if not math.isnan(m)), default=math.inf))
 
 
-def closeness(base: Sequence[Sequence[Candidates]], own: Sequence[Sequence[Candidates]], stories: Sequence[Story]) -> Closeness:
-    """KL and agreement over every token of the stories."""
+def closeness(base: Sequence[Sequence[Candidates]], own: Sequence[Sequence[Candidates]]) -> Closeness | None:
+    """KL and agreement over every token of the stories that both have read; None where that is none."""
     kls, agreed = [], 0
-    for theirs, ours, story in zip(base, own, stories, strict=True):
+    for theirs, ours in zip(base, own, strict=False):  # an engine that died read fewer
         for p, q in zip(theirs, ours, strict=True):
             # vLLM adds the prompt's own token, likely or not: the last of the likeliest is the smallest of the others
             floor = min(q.values())
             kls.append(max(0.0, sum(math.exp(lp) * (lp - q.get(token, floor)) for token, lp in p.items())))
             agreed += max(p, key=lambda token: p[token]) == max(q, key=lambda token: q[token])
-        assert len(ours) == len(story.token_ids)
-    return Closeness(len(kls), sum(kls) / len(kls), max(kls), agreed / len(kls))
+    return Closeness(len(kls), sum(kls) / len(kls), max(kls), agreed / len(kls)) if kls else None
 
 
 def _token(name: str) -> int:
