@@ -73,6 +73,8 @@ BROKEN: dict[str, tuple[Callable[[Edit], None], set[str]]] = {
     "fused_scales_differ": (fused_scales_differ, {"fused-scales-differ", "engine-logits"}),
     "vision_random": (vision_random, {"engine-pictures"}),
 }
+IN_SHORT = ("mtp_dropped", "vision_random")  # a start takes over a minute of a core; `make soak` has all
+TRIED = list(BROKEN) if os.environ.get("MTPRESS_SOAK") else IN_SHORT
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ def checked(engine_python: Path, bf16_model: Path, tmp_path_factory: pytest.Temp
     quantize(bf16_model, sound, NVFP4, calibration=["builtin"], device="cpu", silent=True)
     with_base = ["--base", str(bf16_model)]
     calls: dict[str, tuple[Path, list[str]]] = {NVFP4: (sound, with_base)}
-    for name, (damage, _) in BROKEN.items():
+    for name in TRIED:
         shutil.copytree(sound, folder / name)
         edit = Edit(folder / name)
-        damage(edit)
+        BROKEN[name][0](edit)
         edit.save()
         calls[name] = (folder / name, with_base if name == "fused_scales_differ" else [])
 
@@ -148,7 +150,7 @@ def test_the_verdict_is_written_into_the_record(checked: dict[str, Checked]) -> 
     assert record["recipe"]["name"] == NVFP4
 
 
-@pytest.mark.parametrize("build", BROKEN)
+@pytest.mark.parametrize("build", TRIED)
 def test_a_broken_build_is_red_for_its_reason(build: str, checked: dict[str, Checked]) -> None:
     seen = checked[build]
     assert seen.code == 1
