@@ -113,7 +113,7 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
 
     jobs: dict[tuple[int, int], list[Job]] = {}
     done: set[str] = set()
-    for name in sorted(source.tensors, key=_natural):
+    for name in sorted(source.tensors, key=model.natural):
         if name in done:
             continue
         info, part, layer = source.tensors[name], model.component(name), model.layer_index(name)
@@ -128,12 +128,7 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         done.update(source.name for source in job.sources)
         jobs.setdefault(_place(part, layer), []).append(job)
     steps = tuple(_step(place, jobs[place]) for place in sorted(jobs))
-    return Plan(recipe, source, prefix, steps, tuple(_ignore(source, recipe, prefix, steps)))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return Plan(recipe, source, prefix, steps, tuple(model.kept_modules({t.name: t for step in steps for t in step.outputs}, prefix)))
 
 
 # What is copied comes first: it is written while the first layer computes, and nothing is left to write behind the last.
@@ -231,20 +226,3 @@ def _refuse_misshapen(source: Checkpoint, prefix: str) -> None:
     extra = [n for n in source.tensors if n not in expected and model.component(n) not in ("vision", "mtp")]
     if extra and extra != ["lm_head.weight"]:
         raise InputError(f"{source.path}: {len(extra)} tensors are more than config.json calls for ({extra[0]}, …); engines refuse them")
-
-
-def _ignore(source: Checkpoint, recipe: Recipe, prefix: str, steps: tuple[Step, ...]) -> Iterator[str]:
-    """Every module kept in BF16 that an engine would otherwise take as quantized, by its full name."""
-    model = family(source.model_type)
-    yield "lm_head"
-    yield f"{prefix}embed_tokens"
-    for step in steps:
-        for job in step.jobs:
-            if job.kind != "keep":
-                continue
-            name, module = job.sources[0].name, model.module_of(job.sources[0].name)
-            is_linear = name.endswith(".weight") and len(job.sources[0].shape) >= 2
-            if (is_linear and (step.layer is not None or job.component == "vision")) or (
-                job.component == "mtp" and name.endswith(".weight")
-            ):
-                yield module

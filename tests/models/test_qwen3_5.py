@@ -6,7 +6,8 @@ import pytest
 
 from checkpoints import small_config
 from mtpress.errors import InputError
-from mtpress.models.qwen3_5 import num_mtp_layers, sizes
+from mtpress.models.qwen3_5 import kept_modules, num_mtp_layers, sizes
+from mtpress.shard_writer import OutputTensor
 
 ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
 
@@ -57,3 +58,36 @@ def test_what_it_cannot(changes: dict[str, Any], key: str) -> None:
 @pytest.mark.parametrize(("value", "count"), [(1, 1), (2, 2), (0, 0), (-1, 0), ("1", 0), (True, 0), (None, 0)])
 def test_a_count_of_draft_layers_is_positive(value: Any, count: int) -> None:
     assert num_mtp_layers(config(mtp_num_hidden_layers=value)) == count
+
+
+def plain(*shape: int, dtype: str = "BF16") -> OutputTensor:
+    return OutputTensor("", dtype, shape)
+
+
+def test_modules_kept_whole_are_named_in_the_order_of_a_plan() -> None:
+    layers = "model.language_model.layers."
+    tensors = {
+        f"{layers}10.linear_attn.in_proj_a.weight": plain(2, 64),
+        f"{layers}9.linear_attn.conv1d.weight": plain(8, 1, 4),
+        f"{layers}9.linear_attn.dt_bias": plain(2),
+        f"{layers}9.input_layernorm.weight": plain(64),
+        f"{layers}9.mlp.up_proj.weight": plain(96, 32, dtype="U8"),
+        f"{layers}9.mlp.up_proj.weight_scale": plain(96, 4, dtype="F8_E4M3"),
+        f"{layers}9.mlp.down_proj.qweight": plain(8, 64, dtype="I32"),
+        "model.language_model.embed_tokens.weight": plain(288, 64),
+        "model.language_model.norm.weight": plain(64),
+        "mtp.norm.weight": plain(64),
+        "mtp.fc.weight": plain(64, 128),
+        "mtp.layers.0.mlp.up_proj.qweight": plain(8, 96, dtype="I32"),
+        "model.visual.patch_embed.proj.weight": plain(32, 3, 2, 4, 4),
+        "model.visual.patch_embed.proj.bias": plain(32),
+        "model.visual.merger.norm.weight": plain(32),
+        "lm_head.weight": plain(288, 64),
+    }
+    kept = ["lm_head", "model.language_model.embed_tokens", "model.visual.patch_embed.proj", "mtp.fc", "mtp.norm"]
+    kept += [f"{layers}9.linear_attn.conv1d", f"{layers}10.linear_attn.in_proj_a"]
+    assert kept_modules(tensors, "model.language_model.") == kept
+    del tensors["lm_head.weight"]
+    assert kept_modules(tensors, "model.language_model.") == kept  # tied to the embeddings
+    tensors |= {"lm_head.weight": plain(288, 32, dtype="U8"), "lm_head.weight_scale": plain(288, 4, dtype="F8_E4M3")}
+    assert kept_modules(tensors, "model.language_model.") == kept[1:]

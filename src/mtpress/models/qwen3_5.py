@@ -7,7 +7,7 @@ Names and fusions: vLLM 0.32, model_executor/models/qwen3_5.py and qwen3_5_mtp.p
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from mtpress.errors import InputError
 
@@ -279,6 +279,46 @@ def vision_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def module_of(name: str) -> str:
     """The module that owns a tensor: its name without the last part."""
     return name.rpartition(".")[0]
+
+
+class Stored(Protocol):
+    """A tensor by its header: what is stored, or what will be."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def kept_modules(tensors: Mapping[str, Stored], prefix: str) -> list[str]:
+    """Modules stored in 16 bits (or F32) that a quantization config must name, because an engine would take them as quantized.
+
+    lm_head and the embeddings, the vision tower, the draft head (norms too), then the layers. prefix: of the body's tensors.
+    lm_head is named where none is stored as well: tied to the embeddings, it is as plain as they are.
+    """
+    if not any(name.startswith("lm_head.") for name in tensors) or _is_plain(tensors, "lm_head.weight"):
+        around = ["lm_head", f"{prefix}embed_tokens"]
+    else:
+        around = [f"{prefix}embed_tokens"]
+    parts: dict[str, list[str]] = {"vision": [], "mtp": [], "layers": []}
+    for name in sorted(tensors, key=natural):
+        part = "layers" if layer_index(name) is not None else component(name)
+        if part in parts and _is_plain(tensors, name) and (part == "mtp" or len(tensors[name].shape) >= 2):
+            parts[part].append(module_of(name))
+    return [*around, *parts["vision"], *parts["mtp"], *parts["layers"]]
+
+
+def _is_plain(tensors: Mapping[str, Stored], name: str) -> bool:
+    return name.endswith(".weight") and name in tensors and tensors[name].dtype in PLAIN_DTYPES
 
 
 def text_only_config(config: Mapping[str, Any]) -> dict[str, Any]:
