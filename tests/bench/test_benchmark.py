@@ -11,7 +11,7 @@ import pytest
 
 from bench_results import run as cell_run
 from mtpress.bench import benchmark
-from mtpress.bench.benchmark import START, WARM_TOKENS, Benchmark, BenchPlan, Schedule, context_of
+from mtpress.bench.benchmark import START, WARM_TOKENS, Benchmark, BenchPlan, Schedule
 from mtpress.bench.client import Load
 from mtpress.bench.measurement import Cell, CellRun
 from mtpress.bench.prompt_mix import load_prompts
@@ -161,16 +161,3 @@ def test_prompts_that_do_not_fit_are_refused_with_the_numbers() -> None:
     made.check_prompts(made.configurations[0], 4096)
     with pytest.raises(InputError, match="and 700 more do not fit a context of 1024; raise --max-model-len"):
         made.check_prompts(made.configurations[0], 1024)
-
-
-@pytest.mark.parametrize(
-    ("command", "context"),
-    [
-        (["vllm", "serve", "m", "--max-model-len", "4096"], 4096),
-        (["vllm", "--max-model-len", "1", "--max-model-len=2048"], 2048),
-        (["vllm", "--max-model-len", "auto"], None),
-        (["vllm"], None),
-    ],
-)
-def test_context_is_what_the_last_flag_says(command: list[str], context: int | None) -> None:
-    assert context_of(command) == context

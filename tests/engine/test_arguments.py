@@ -1,6 +1,6 @@
 import pytest
 
-from mtpress.engine.arguments import OFF, ON, final_values, json_object, read, whole_number
+from mtpress.engine.arguments import OFF, ON, command_values, final_values, json_object, read, whole_number
 from mtpress.errors import InputError
 
 
@@ -32,6 +32,11 @@ def test_values_by_any_spelling(tokens: list[str], value: dict[str, str]) -> Non
 def test_tokens_stay_as_they_were_written() -> None:
     tokens = ["--max_model_len=4096", "-tp", "2", "--no-enforce-eager"]
     assert [token for argument in read(tokens) for token in argument.tokens] == tokens
+
+
+def test_of_a_whole_command_the_last_flag_counts() -> None:
+    assert command_values(["vllm", "serve", "m", "--max-model-len", "1", "--max-model-len=2048"]) == {"--max-model-len": "2048"}
+    assert command_values(["python", "-m", "vllm", "serve"]) == {}
 
 
 def test_a_word_without_a_flag_is_refused() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from launches import NVFP4, card, engine, flags, launch, machine, model, tiny
 
-from mtpress.engine.launch import API_KEY, compose, free_port
+from mtpress.engine.api_key import API_KEY
+from mtpress.engine.launch import compose
+from mtpress.engine.ports import free_port
 from mtpress.engine.served_model import ServedModel
 from mtpress.errors import InputError, ResourceError
 from served_layouts import make_layout

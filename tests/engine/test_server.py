@@ -415,7 +415,7 @@ def test_a_process_of_the_real_engine_killed_while_it_loads(victim: str, engine_
         pass
     killer.join()
     message = str(died.value)
-    assert re.match(r"the engine died (while|after) [^:]+[,:]", message), message
+    assert re.match(r"the engine died while [a-z' ]+[,:]", message), message
     assert str(tmp_path / "engine.log") in message
     assert re.search("killed by SIGKILL" if victim == "API server" else "EngineCore was killed|ended without a word", message), message
     assert len(family.members) >= 3

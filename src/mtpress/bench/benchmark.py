@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,27 +238,17 @@ def _facts(number: int, round_number: int, client: Client, launch: Launch | None
         kv_cache = client.metrics().kv_cache
     except MtpressError:  # not a vLLM server
         kv_cache = None
+    settings = launch.estimate.settings if launch is not None else None
     return ServerFacts(
         configuration=number,
         round=round_number,
         command=launch.shown().replace(shlex.join(launch.command[: launch.command.index("serve")]), "vllm") if launch is not None else None,
         start_seconds=seconds,
-        max_model_len=context_of(launch.command) if launch is not None else None,
+        max_model_len=settings.max_model_len if settings is not None else None,
         kv_cache_tokens=kv_cache.num_tokens if kv_cache is not None else None,
         max_concurrency=kv_cache.max_concurrency if kv_cache is not None else None,
         kv_cache_dtype=kv_cache.dtype if kv_cache is not None else None,
     )
-
-
-def context_of(command: Sequence[str]) -> int | None:
-    """--max-model-len of a vLLM command, the last one; None where it does not say a plain number."""
-    found = None
-    for word, following in zip(command, (*command[1:], ""), strict=True):
-        if word == "--max-model-len":
-            found = following
-        elif word.startswith("--max-model-len="):
-            found = word.partition("=")[2]
-    return int(found) if found is not None and found.isdigit() else None
 
 
 def _to_stderr(line: str) -> None:

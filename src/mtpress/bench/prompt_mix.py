@@ -11,6 +11,7 @@ writes past its own end is no text that anyone reads, and a draft head guesses i
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,13 +54,19 @@ class PromptMix:
 
     def longest_tokens(self, tokenizer_file: Path) -> int:
         """Tokens of the longest prompt with its template, rather too many than too few; InputError if there is no tokenizer."""
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # tokenizers raises Exception itself
-            raise InputError(f"{tokenizer_file}: no tokenizer can be read from it ({str(error)[:100]})") from None
+        tokenizer = _tokenizer(tokenizer_file)
         return max(len(tokenizer.encode(p.text, add_special_tokens=False).ids) + TEMPLATE_TOKENS * len(p.messages) for p in self.prompts)
+
+
+@cache
+def _tokenizer(file: Path) -> Any:
+    """Read once for all configurations of a checkpoint; some 13 MB of JSON."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises Exception itself
+        raise InputError(f"{file}: no tokenizer can be read from it ({str(error)[:100]})") from None
 
 
 def _line(prompt: Prompt) -> str:

@@ -70,6 +70,17 @@ def read(tokens: Sequence[str]) -> tuple[Argument, ...]:
     return tuple(_argument(group) for group in groups)
 
 
+def split_command(command: Sequence[str]) -> tuple[Sequence[str], tuple[Argument, ...]]:
+    """A whole `vllm serve MODEL …` as what stands before its first flag, and its arguments."""
+    start = next((i for i, token in enumerate(command) if token.startswith("--")), len(command))
+    return command[:start], read(command[start:])
+
+
+def command_values(command: Sequence[str]) -> dict[str, str]:
+    """Flag → the text that it ends up with, of a whole `vllm serve MODEL …`."""
+    return final_values(split_command(command)[1])
+
+
 def _argument(tokens: Sequence[str]) -> Argument:
     name, equals, value = tokens[0].partition("=")
     if re.match(r"^-O.", name):  # -O3

@@ -7,13 +7,14 @@ arithmetic of memory (memory_model.py), and what is known of hardware and of vLL
 
 import os
 import shlex
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mtpress.engine.arguments import ON, Argument, read
+from mtpress.engine.api_key import API_KEY
+from mtpress.engine.arguments import ON, Argument, read, split_command
 from mtpress.engine.meaning import Meaning, listening_port, speculative, url
+from mtpress.engine.ports import free_port
 from mtpress.engine.settings import (
     OURS,
     TEXT_ONLY,
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from mtpress.engine.installed import Engine
     from mtpress.engine.memory_model import MemoryEstimate
     from mtpress.engine.served_model import ServedModel
-
-__all__ = ["API_KEY", "Launch", "Setting", "compose", "free_port"]
-
-API_KEY = "VLLM_API_KEY"  # vLLM reads it; an argument would stand in the process list
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,10 @@ class Launch:
         named = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items() if name != API_KEY]
         if API_KEY in self.environment:
             named.append(f'{API_KEY}="${API_KEY}"')
-        start = next((i for i, token in enumerate(self.command) if token.startswith("--")), len(self.command))
+        start, arguments = split_command(self.command)
         lines = [" ".join(named)] if named else []
-        lines.append(shlex.join(self.command[:start]))
-        lines += [f"  {shlex.join(argument.tokens)}" for argument in read(self.command[start:])]
+        lines.append(shlex.join(start))
+        lines += [f"  {shlex.join(argument.tokens)}" for argument in arguments]
         return " \\\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -191,16 +188,6 @@ def compose(
 def plain(flag: str) -> str:
     """The flag without its --no- form."""
     return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else flag
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
-        try:
-            server.bind((host, 0))
-        except OSError as error:
-            raise InputError(f"--host {host}: cannot be listened on ({error.strerror or error}); 127.0.0.1 can") from None
-        return int(server.getsockname()[1])
 
 
 def _without_key(arguments: Iterable[Argument]) -> tuple[list[Argument], str | None]:

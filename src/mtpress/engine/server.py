@@ -7,11 +7,9 @@ when mtpress itself is killed. Leaves out: how the command comes to be (launch.p
 """
 
 import contextlib
-import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +20,9 @@ from typing import TYPE_CHECKING, Self
 
 import psutil
 
-from mtpress.engine import keeper
+from mtpress.engine import keeper, ports
+from mtpress.engine.api_key import API_KEY
+from mtpress.engine.arguments import command_values, decimal
 from mtpress.engine.client import Client
 from mtpress.engine.engine_log import LogFollower, first_error, read_end
 from mtpress.engine.load_progress import LoadProgress
@@ -33,7 +33,6 @@ from mtpress.progress import human_bytes, human_seconds
 if TYPE_CHECKING:
     from mtpress.engine.launch import Launch
 
-API_KEY = "VLLM_API_KEY"
 START_SECONDS = 1800.0
 GRACE_SECONDS = 20.0  # for a polite end; the CPU engine needs 1 to 2
 KILLED_SECONDS = 10.0  # for the kernel to take back what was killed
@@ -150,7 +149,7 @@ class Server:
             self._wait_for_port()
 
     def _start(self) -> None:
-        refuse_taken_port(self.launch.host, self.launch.port)
+        ports.refuse_taken(self.launch.host, self.launch.port)
         log = _create_log(self.log)
         try:
             self._keeper = subprocess.Popen(
@@ -212,13 +211,13 @@ class Server:
         """One line for an engine that is no longer there."""
         if self._watchdog is not None and self._watchdog.seen_bytes is not None:
             return (
-                f"stopped the engine {_when(self._stage)}: {human_bytes(self._watchdog.seen_bytes)} of memory were available, under the "
+                f"stopped the engine while {self._stage}: {human_bytes(self._watchdog.seen_bytes)} of memory were available, under the "
                 f"threshold of {human_bytes(self._watchdog.threshold_bytes)}; {LESS_MEMORY}"
             )
         code = 0 if self._keeper is None else self._keeper.wait()
         text = read_end(self.log)
         error = first_error(text)
-        ended = f"the engine died {_when(self._stage)}"
+        ended = f"the engine died while {self._stage}"
         if code > 128 or code < 0:
             number = code - 128 if code > 0 else -code
             with contextlib.suppress(ValueError):
@@ -274,10 +273,8 @@ class Server:
         psutil.wait_procs(left, KILLED_SECONDS)
 
     def _wait_for_port(self) -> None:
-        deadline = time.monotonic() + PORT_SECONDS
-        while (taken := _bind_error(self.launch.host, self.launch.port)) == errno.EADDRINUSE and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS / 4)
-        assert taken != errno.EADDRINUSE or _owner(self.launch.port) is not None, "the port is ours and not free"
+        freed = ports.wait_until_free(self.launch.host, self.launch.port, PORT_SECONDS)
+        assert freed or ports.owner_of(self.launch.port) is not None, "the port is ours and not free"
 
 
 def _environment(launch: "Launch") -> dict[str, str]:
@@ -287,11 +284,6 @@ def _environment(launch: "Launch") -> dict[str, str]:
     if folder.is_absolute():
         given["PATH"] = os.pathsep.join(part for part in (str(folder), given.get("PATH", os.defpath)) if part)
     return given
-
-
-def _when(stage: str) -> str:
-    """ "loading weights" is going on, "weights read in 4 s" is over."""
-    return f"while {stage}" if stage.partition(" ")[0].endswith("ing") else f'after "{stage}"'
 
 
 def _say_what_is_left(error: BaseException | None) -> None:
@@ -306,45 +298,7 @@ def drain_seconds(command: Sequence[str]) -> float:
     A SIGTERM to the whole group would then end the workers under these requests, and one to the first process alone may wait
     for a client that reads no more: each is right only in its own case (tried with 0.32 on a CPU).
     """
-    for word, value in zip(command, [*command[1:], ""], strict=True):
-        given = value if word == "--shutdown-timeout" else word.removeprefix("--shutdown-timeout=") if "=" in word else ""
-        if given.isdigit() and word.startswith("--shutdown-timeout"):
-            return float(given)
-    return 0.0
-
-
-def refuse_taken_port(host: str, port: int) -> None:
-    """InputError where nothing new can listen there, naming who does."""
-    problem = _bind_error(host, port)
-    if problem == errno.EADDRINUSE:
-        owner = _owner(port)
-        raise InputError(f"port {port} is taken{f' by {owner}' if owner else ''}; choose another --port, or end what uses it")
-    if problem:
-        raise InputError(f"{host}:{port} cannot be listened on ({os.strerror(problem)}); choose another --host or --port")
-
-
-def _bind_error(host: str, port: int) -> int:
-    """errno of listening there; 0 where it works."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-    except socket.gaierror:
-        return errno.EADDRNOTAVAIL
-    except OSError as error:
-        return error.errno or errno.EADDRNOTAVAIL
-    return 0
-
-
-def _owner(port: int) -> str | None:
-    """Who listens on a port, where the system tells."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,) and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
-    return None
+    return decimal("--shutdown-timeout", command_values(command).get("--shutdown-timeout", "0"))
 
 
 def _create_log(path: Path) -> int:

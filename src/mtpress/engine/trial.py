@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 NUM_CANDIDATES = 20  # as many as vLLM gives
 ACCEPTANCE_FLOOR = 0.5
 MAX_MODEL_LEN, MAX_NUM_SEQS = 4096, 4
+NUM_DRAFTS = 3  # what the seeds serve with, and as many positions as their cards report
 TOKEN_ID = "token_id:"
 
 Candidates = Mapping[int, float]  # token id → log-probability
@@ -143,7 +144,7 @@ def examine(
     logs: Path,
     *,
     base: "ServedModel | None" = None,
-    num_drafts: int = 3,
+    num_drafts: int = NUM_DRAFTS,
     acceptance_floor: float = ACCEPTANCE_FLOOR,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trial:
@@ -211,8 +212,9 @@ def run(
     from mtpress.engine.launch import compose
     from mtpress.engine.server import Server
 
-    # Written after the flags of mtpress, so that the engine is asked for drafts even where no head is stored.
-    extra = ["--speculative-config", f'{{"method": "mtp", "num_speculative_tokens": {num_drafts}}}'] if num_drafts else []
+    # mtpress itself asks for no drafts where no head is stored; here the engine is asked all the same.
+    headless = num_drafts > 0 and not model.num_mtp_layers
+    extra = ["--speculative-config", f'{{"method": "mtp", "num_speculative_tokens": {num_drafts}}}'] if headless else []
     launch = compose(
         model, engine, hardware,
         num_speculative_tokens=num_drafts if model.num_mtp_layers else 0,
@@ -225,6 +227,7 @@ def run(
     stories: list[Story] = []
     scores: list[tuple[Candidates, ...]] = []
     counted: SpecDecode | None = None
+    refusal: str | None = None
     try:
         with Server(launch, log, say=say) as server:
             client = server.client
@@ -237,8 +240,8 @@ def run(
                 counted = after - before
             scores.extend(read_back(client, story) for story in ([*stories] if score_own else score))
     except EngineError as error:
-        return Run(num_drafts, str(error), tuple(answers), tuple(stories), counted, tuple(scores))
-    return Run(num_drafts, None, tuple(answers), tuple(stories), counted, tuple(scores))
+        refusal = str(error)
+    return Run(num_drafts, refusal, tuple(answers), tuple(stories), counted, tuple(scores))
 
 
 def canaries(pictures: bool) -> Iterator[Canary]:

@@ -44,21 +44,21 @@ def tools_wrong(trial: Trial) -> Iterator[Problem]:
 
 
 def acceptance_low(trial: Trial) -> Iterator[Problem]:
-    for share, _ in _first_position(trial.drafted):
-        if share < trial.acceptance_floor:
-            random = "; a head that is missing or of random weights is at about 0" if share < 0.1 else ""
-            seen = f"{share:.1%} of {_drafts(trial.drafted)}"
-            yield Problem(f"the first drafted token is accepted in {seen}, the floor is {trial.acceptance_floor:.0%}{random}")
+    found = _first_position(trial.drafted)
+    if found is not None and found[0] < trial.acceptance_floor:
+        random = "; a head that is missing or of random weights is at about 0" if found[0] < 0.1 else ""
+        seen = f"{found[0]:.1%} of {_drafts(trial.drafted)}"
+        yield Problem(f"the first drafted token is accepted in {seen}, the floor is {trial.acceptance_floor:.0%}{random}")
 
 
 def acceptance_below_base(trial: Trial) -> Iterator[Problem]:
-    for ours, our_error in _first_position(trial.drafted):
-        for theirs, their_error in _first_position(trial.base):
-            lost, error = theirs - ours, math.hypot(our_error, their_error)
-            if lost > max(ACCEPTANCE_POINTS, NUM_ERRORS * error):
-                yield Problem(
-                    f"the first drafted token is accepted in {ours:.1%}, with the base in {theirs:.1%} (± {NUM_ERRORS * error:.1%})"
-                )
+    found, base = _first_position(trial.drafted), _first_position(trial.base)
+    if found is None or base is None:
+        return
+    (ours, our_error), (theirs, their_error) = found, base
+    error = NUM_ERRORS * math.hypot(our_error, their_error)
+    if theirs - ours > max(ACCEPTANCE_POINTS, error):
+        yield Problem(f"the first drafted token is accepted in {ours:.1%}, with the base in {theirs:.1%} (± {error:.1%})")
 
 
 def drafts_change_text(trial: Trial) -> Iterator[Problem]:
@@ -93,18 +93,19 @@ def _judged(trial: Trial, kind: str) -> Iterator[Problem]:
     if not asked:
         return
     known = base.num_right(kind) if base is not None and base.num_asked(kind) == asked else None
-    if right < asked / 2 if known is None else right < known / 2:
+    if right < (asked if known is None else known) / 2:
         wrong = next(answer for answer in run.answers if answer.canary.kind == kind and not answer.right)
         against = "" if known is None else f", the base {known}"
         yield Problem(f"{right} of {asked} {KINDS[kind]} right{against}; {wrong.canary.question!r} was answered {wrong.said[:80]!r}")
 
 
-def _first_position(run: Run | None) -> Iterator[tuple[float, float]]:
-    """(share accepted at position 1, its standard error), where drafts were counted."""
+def _first_position(run: Run | None) -> tuple[float, float] | None:
+    """(share accepted at position 1, its standard error); None where no drafts were counted."""
     counted = run.spec_decode if run is not None else None
-    if counted is not None and counted.num_drafts and counted.per_position:
-        share = counted.per_position[0]
-        yield share, math.sqrt(max(share * (1 - share), 1 / counted.num_drafts) / counted.num_drafts)
+    if counted is None or not counted.num_drafts or not counted.per_position:
+        return None
+    share = counted.per_position[0]
+    return share, math.sqrt(max(share * (1 - share), 1 / counted.num_drafts) / counted.num_drafts)
 
 
 def _drafts(run: Run | None) -> str:

@@ -7,7 +7,6 @@ bench.md, bench.svg, bench.png and the logs. Leaves out: how a checkpoint is lau
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress.engine.api_key import API_KEY, KEY_VARIABLES, given_key
 from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import EngineError, InputError
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 LENGTHS, STREAMS, MTP = (50, 350, 700), (1, 2, 64), (0, 1, 2, 3)
 MAX_DRAFTED = 16
 LOGS = "logs"
-KEY_VARIABLES = ("MTPRESS_API_KEY", "VLLM_API_KEY")  # as mtpress serve
 
 
 def bench(
@@ -117,16 +116,14 @@ def bench(
 
 def _check_launches(plan: "BenchPlan") -> str | None:
     """Everything that can be refused is refused here: launches that cannot fit, prompts that are too long. Gives the launches' API key."""
-    from mtpress.bench.benchmark import context_of
-    from mtpress.engine.launch import API_KEY
-
     key = None
     for configuration in plan.configurations:
         if configuration.checkpoint is not None:
             launch = plan.launch(configuration)
             key = launch.environment.get(API_KEY, key)
-            context = context_of(launch.command)
-            plan.check_prompts(configuration, context or plan.models[configuration.checkpoint].max_position_embeddings)
+            settings = launch.estimate.settings
+            assert settings is not None
+            plan.check_prompts(configuration, settings.max_model_len)
         elif configuration.url is not None:
             _check_running(plan, configuration.url, configuration.build)
     return key
@@ -259,7 +256,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             engine=options.engine,
             serve=serve,
             model=options.model,
-            api_key=options.api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None),
+            api_key=given_key(options.api_key),
             logs=partial / LOGS if partial is not None else None,
         )
         result = result.without_paths(_shortened(options.checkpoints, out))

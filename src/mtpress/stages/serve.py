@@ -7,13 +7,13 @@ torch is imported here: the engine is another process.
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress.engine.api_key import KEY_VARIABLES, given_key
 from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import InputError
 from mtpress.progress import human_bytes
@@ -21,10 +21,10 @@ from mtpress.progress import human_bytes
 if TYPE_CHECKING:
     from mtpress.engine.hardware import Hardware
     from mtpress.engine.installed import Engine
-    from mtpress.engine.launch import Launch, Setting
+    from mtpress.engine.launch import Launch
+    from mtpress.engine.settings import Setting
 
 DEFAULT_PORT = 8000  # vLLM's own
-KEY_VARIABLES = ("MTPRESS_API_KEY", "VLLM_API_KEY")
 NEWEST_READ = "0.32.0"  # the version whose sources profiles and known issues were read in
 PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # what `make engine` installs beside the CPU build
 
@@ -59,8 +59,7 @@ def plan(options: argparse.Namespace) -> ServeResult:
         model, engine, hardware,
         profile=options.profile, host=options.host, port=options.port or None, num_speculative_tokens=options.mtp,
         max_model_len=options.max_model_len, max_num_seqs=options.max_num_seqs, kv_cache_dtype=options.kv_cache_dtype,
-        api_key=options.api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None),
-        force=options.force or options.dry_run, extra=options.engine_arguments,
+        api_key=given_key(options.api_key), force=options.force or options.dry_run, extra=options.engine_arguments,
     )  # fmt: skip
     if options.min_available_gb is not None:
         launch = replace(launch, min_available_bytes=int(options.min_available_gb * 1e9))
