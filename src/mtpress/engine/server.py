@@ -22,7 +22,7 @@ import psutil
 
 from mtpress.engine import keeper, ports
 from mtpress.engine.api_key import API_KEY
-from mtpress.engine.arguments import command_values, decimal
+from mtpress.engine.arguments import command_values
 from mtpress.engine.client import Client
 from mtpress.engine.engine_log import LogFollower, first_error, read_end
 from mtpress.engine.load_progress import LoadProgress
@@ -298,7 +298,8 @@ def drain_seconds(command: Sequence[str]) -> float:
     A SIGTERM to the whole group would then end the workers under these requests, and one to the first process alone may wait
     for a client that reads no more: each is right only in its own case (tried with 0.32 on a CPU).
     """
-    return decimal("--shutdown-timeout", command_values(command).get("--shutdown-timeout", "0"))
+    given = command_values(command).get("--shutdown-timeout", "")
+    return float(given) if given.isdigit() else 0.0  # anything else is for vLLM's own parser to refuse
 
 
 def _create_log(path: Path) -> int:
