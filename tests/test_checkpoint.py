@@ -299,3 +299,39 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InputError, match=r"org/model: neither a directory nor .* \(no connection\)"):
         resolve("org/model")
+
+
+def test_what_is_stored_counts_whatever_the_index_says(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "c", {"a": "x.safetensors", "b": "x.safetensors", "c": "y.safetensors"})
+    for content in (None, "not json", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"ghost": "z.safetensors", "a": "y.safetensors"}}'):
+        (path / INDEX_NAME).unlink() if content is None else (path / INDEX_NAME).write_text(content)
+        opened = Checkpoint.open_stored(path)
+        assert {name: info.file.name for name, info in opened.tensors.items()} == {
+            n: f"{f}.safetensors" for n, f in zip("abc", "xxy", strict=True)
+        }
+        assert not opened.unindexed and len(opened.shards) == 2
+        assert (opened.index is None) == (content is None or not content.startswith("{"))
+
+
+def test_a_tensor_stored_twice_is_the_index_s_to_decide(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "c", {"a": "x.safetensors", "b": "y.safetensors"})
+    save_file({"a": torch.ones(2)}, path / "z.safetensors")
+    assert Checkpoint.open_stored(path).tensors["a"].file.name == "x.safetensors"
+    (path / INDEX_NAME).write_text('{"weight_map": {"a": "z.safetensors"}}')
+    opened = Checkpoint.open_stored(path)
+    assert opened.tensors["a"].file.name == "z.safetensors" and len(opened.shards) == 3
+    for content in ("{}", '{"weight_map": {"a": "y.safetensors"}}'):
+        (path / INDEX_NAME).write_text(content)
+        with pytest.raises(InputError, match=r"a is stored in x.safetensors and in z.safetensors, and no index says which counts"):
+            Checkpoint.open_stored(path)
+
+
+def test_open_stored_refuses_what_holds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no config[.]json"):
+        Checkpoint.open_stored(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no \*.safetensors file"):
+        Checkpoint.open_stored(tmp_path)
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="torn"):
+        Checkpoint.open_stored(tmp_path)

@@ -251,3 +251,25 @@ def test_bugs_of_the_caller_are_asserted(out: Path) -> None:
             writer._next = 0
             with pytest.raises(AssertionError):
                 wrong()
+
+
+def test_a_copy_may_have_another_name(written: Path, tmp_path: Path) -> None:
+    info = Checkpoint.open(written).tensors["z.weight"]
+    with CheckpointWriter(tmp_path / "copy", {SINGLE_NAME: [OutputTensor("y.weight", info.dtype, info.shape)]}, METADATA) as writer:
+        writer.copy(info, "y.weight")
+        writer.wait()
+        writer.finish()
+    loaded = load_file(tmp_path / "copy" / SINGLE_NAME)
+    assert list(loaded) == ["y.weight"] and same_bits(loaded["y.weight"], TENSORS["z.weight"])
+
+
+def test_linked_shards_are_the_same_files_and_indexed(written: Path, tmp_path: Path) -> None:
+    shards = Checkpoint.open(written).shards
+    with CheckpointWriter(tmp_path / "linked", {"n.safetensors": [OutputTensor("n", "F32", ())]}, METADATA, linked=shards) as writer:
+        writer.write("n", torch.tensor(1.0))
+        writer.wait()
+        writer.finish()
+    assert all((tmp_path / "linked" / file).samefile(written / file) for file in SHARDS)
+    index = json.loads((tmp_path / "linked" / INDEX_NAME).read_text())
+    assert index["weight_map"].keys() == {"n", *TENSORS} and index["weight_map"]["z.weight"] == "model-1.safetensors"
+    assert index["metadata"]["total_size"] == 4 + sum(tensor.nbytes for tensor in TENSORS.values())

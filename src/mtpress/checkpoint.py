@@ -268,10 +268,7 @@ class Checkpoint:
     @classmethod
     def open(cls, path_or_id: str | Path) -> "Checkpoint":
         """Reads config.json, the index and every header; InputError says what is missing or wrong."""
-        path = resolve(path_or_id)
-        if not (path / "config.json").is_file():
-            raise InputError(f"{path}: no config.json; name the directory of a whole checkpoint")
-        config = read_json_object(path / "config.json")
+        path, config = cls._config(path_or_id)
         index = read_json_object(path / INDEX_NAME) if (path / INDEX_NAME).exists() else None
         if index is None and not (path / SINGLE_NAME).is_file():
             raise InputError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors checkpoints are read")
@@ -291,6 +288,44 @@ class Checkpoint:
                 raise InputError(f"{path / INDEX_NAME}: says that {name[:120]} is in {file}, which does not hold it; rebuild the index")
         unindexed = {name: info for name, info in stored.items() if name not in weight_map}
         return cls(path, config, shards, {n: i for n, i in stored.items() if n in weight_map}, unindexed, index)
+
+    @classmethod
+    def open_stored(cls, path_or_id: str | Path) -> "Checkpoint":
+        """The same by what is on disk: every *.safetensors file in the directory, whatever the index says or lacks.
+
+        `tensors` has all that is stored, `unindexed` nothing; `index` is None where it is missing or no JSON object. Where a tensor
+        is stored twice the index decides, the other one is in `shards` alone; InputError where it does not, and for torn files.
+        """
+        path, config = cls._config(path_or_id)
+        files = sorted(file for file in path.glob("*.safetensors") if not file.is_dir())
+        if not files:
+            raise InputError(f"{path}: no *.safetensors file; only safetensors checkpoints are read")
+        try:
+            index = read_json_object(path / INDEX_NAME)
+        except InputError:
+            index = None
+        said = index.get("weight_map") if index is not None else None
+        weight_map = said if isinstance(said, dict) else {}
+        shards = tuple(read_shard(file) for file in files)
+        stored: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for info in shard.tensors:
+                other = stored.get(info.name)
+                if other is not None and weight_map.get(info.name) not in (other.file.name, info.file.name):
+                    raise InputError(
+                        f"{path}: tensor {info.name[:120]} is stored in {other.file.name} and in {info.file.name}, and no index says which "
+                        "counts; move one of the files away"
+                    )
+                if other is None or weight_map[info.name] == info.file.name:
+                    stored[info.name] = info
+        return cls(path, config, shards, stored, {}, index)
+
+    @staticmethod
+    def _config(path_or_id: str | Path) -> tuple[Path, dict[str, Any]]:
+        path = resolve(path_or_id)
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: no config.json; name the directory of a whole checkpoint")
+        return path, read_json_object(path / "config.json")
 
     @staticmethod
     def _weight_map(path: Path, index: dict[str, Any] | None) -> dict[str, str] | None:

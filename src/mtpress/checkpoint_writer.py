@@ -1,26 +1,31 @@
 """The only writer of checkpoints: a partial directory, shards in planned order, the index last, one rename at the end.
 
-In: the planned content of every shard, then tensors in exactly that order, then the other files. Out: a finished
-directory, or none; a run that is told what it is made of leaves, when it is stopped, a partial directory that --resume goes
-on with. Leaves out: how a shard is written (shard_writer.py), what the tensors are (plan.py), what the config files say.
+In: the planned content of every shard, then tensors in exactly that order, then the other files; shards of another
+checkpoint that stay as they are, to be hard-linked. Out: a finished directory, or none; a run that is told what it is made of
+leaves, when it is stopped, a partial directory that --resume goes on with. Leaves out: how a shard is written
+(shard_writer.py), what the tensors are (plan.py, revision.py), what the config files say.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME
+from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Shard, TensorInfo
+from mtpress.disk import StagedFile, read_pieces
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import JOURNAL_NAME, Journal
 from mtpress.shard_writer import MAX_QUEUED_BYTES, OutputTensor, ShardWriter, disk_failure
 
 PARTIAL_SUFFIX = ".partial"
 MAX_SHARD_BYTES = 5_000_000_000
+# Another file system, one without hard links, a file with too many of them, or one that this user may not link.
+CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def split_into_shards(steps: Sequence[Sequence[OutputTensor]], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[OutputTensor]]:
@@ -45,6 +50,8 @@ class CheckpointWriter(ShardWriter):
     run: what the bytes of the output depend on. With it finished steps are journaled, and leaving by anything but an
     InputError keeps them in the partial directory; without it, or where no step is finished, leaving by an exception removes
     that directory. resume: go on with a partial directory of the same run, if there is one.
+    linked: whole shards of another checkpoint that belong to this one as they are. They are hard-linked when it is entered;
+    those whose files must be copied instead are in `unlinked`, by name. The index names their tensors too.
     """
 
     def __init__(
@@ -55,9 +62,11 @@ class CheckpointWriter(ShardWriter):
         *,
         run: Mapping[str, Any] | None = None,
         resume: bool = False,
+        linked: Sequence[Shard] = (),
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
         self.out, self.run, self.resume = out, run, resume
+        self.linked, self.unlinked = linked, dict[str, Path]()
         self.partial = out.with_name(out.name + PARTIAL_SUFFIX)
         self.lock = Journal(self.partial)
         super().__init__(self.partial, shards, metadata, max_queued_bytes=max_queued_bytes)
@@ -74,6 +83,8 @@ class CheckpointWriter(ShardWriter):
                 made = True
                 self.lock.directory.mkdir()
                 self.lock.lock()
+            for shard in self.linked:
+                self.link(shard.path.name, shard.path)
             if self.run is not None:
                 self.lock.begin(self.run)
                 self.journal = self.lock
@@ -102,8 +113,45 @@ class CheckpointWriter(ShardWriter):
             self.lock.refuse_other_run(self.run)
         kept = {JOURNAL_NAME, *self.shards} if done else {JOURNAL_NAME}
         for path in [*self.partial.iterdir(), *(() if done else self.lock.directory.iterdir())]:
-            if path.name not in kept | {"lock"}:
+            if path.name in kept | {"lock"}:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
+
+    def link(self, name: str, path: Path) -> None:
+        """Hard-links a finished file to a name in the directory; where that is impossible, it joins `unlinked`.
+
+        Nothing may write into it then: its bytes are those of the other checkpoint.
+        """
+        place = self.partial / name
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path.resolve(), place)
+        except OSError as error:
+            if error.errno not in CANNOT_LINK:
+                raise disk_failure(place, error) from None
+            self.unlinked[name] = path
+
+    def copy_unlinked(self, advance: Callable[[int], None] = lambda count: None) -> None:
+        """Copies what could not be linked. advance: is told of every so many bytes."""
+        while self.unlinked:
+            name, path = self.unlinked.popitem()
+            digest, size = hashlib.sha256(), path.stat().st_size
+            try:
+                file, whole = StagedFile(self.partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), False
+                try:
+                    for piece in read_pieces(TensorInfo(name, "U8", (size,), path, 0, size)):
+                        digest.update(piece)
+                        file.append(piece)
+                        advance(len(piece))
+                    whole = True
+                finally:
+                    file.close(whole=whole)
+            except OSError as error:
+                raise disk_failure(self.partial / name, error) from None
+            self.sha256[name] = digest.hexdigest()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
@@ -140,8 +188,11 @@ class CheckpointWriter(ShardWriter):
 
     def finish(self) -> None:
         """Writes the index and renames the partial directory to its final name."""
-        weight_map = {tensor.name: file for file, tensors in self.shards.items() for tensor in tensors}
-        total = sum(tensor.num_bytes for tensors in self.shards.values() for tensor in tensors)
+        self.copy_unlinked()
+        stored: dict[str, Sequence[OutputTensor | TensorInfo]] = {**self.shards, **{s.path.name: s.tensors for s in self.linked}}
+        weight_map = {tensor.name: file for file, tensors in stored.items() for tensor in tensors}
+        total = sum(tensor.num_bytes for tensors in stored.values() for tensor in tensors)
+        assert len(weight_map) == sum(len(tensors) for tensors in stored.values()), "a tensor would be stored twice"
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         self.write_file(INDEX_NAME, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
         try:

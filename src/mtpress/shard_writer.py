@@ -142,9 +142,12 @@ class ShardWriter:
         self._next += 1
         return file, planned
 
-    def copy(self, info: TensorInfo) -> None:
-        """Queues the next planned tensor as a copy of a stored one, bit for bit; it never is in memory whole."""
-        file, planned = self._take(info.name)
+    def copy(self, info: TensorInfo, name: str | None = None) -> None:
+        """Queues the next planned tensor as a copy of a stored one, bit for bit; it never is in memory whole.
+
+        name: what it is called from now on, if not as it is stored.
+        """
+        file, planned = self._take(name or info.name)
         assert (info.dtype, info.shape) == (planned.dtype, planned.shape), f"{info.name}: copied where another layout was planned"
         self._raise_failure()
         self._queue.put((file, info))
