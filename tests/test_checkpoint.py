@@ -327,7 +327,7 @@ def test_a_tensor_stored_twice_is_the_index_s_to_decide(tmp_path: Path) -> None:
 
 
 def test_open_stored_refuses_what_holds_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no config[.]json"):
+    with pytest.raises(InputError, match=r"no config\.json"):
         Checkpoint.open_stored(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"no \*.safetensors file"):
