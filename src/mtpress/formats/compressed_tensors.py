@@ -1,0 +1,109 @@
+"""NVFP4 in compressed-tensors' layout (nvfp4-pack-quantized): the numbers of modelopt's layout under other names, two as reciprocals.
+
+In: scales, and which modules stay in 16 bits. Out: names, reciprocals, and the quantization_config. Leaves out: codes and block
+scales, whose bytes are the same in both layouts (formats/nvfp4.py): two codes a byte, the even column in the low nibble, E4M3 in rows.
+
+    modelopt          compressed-tensors
+    weight            weight_packed          uint8 [N, K/2]
+    weight_scale      weight_scale           float8_e4m3fn [N, K/16]
+    weight_scale_2    weight_global_scale    float32; [] there, [1] here; the reciprocal
+    input_scale       input_global_scale     the same; none where activations stay in 16 bits
+
+A reciprocal in float32 gives the number back, to the last bit, for 82.8 % of all significands. The others, all over √2, come
+back one ulp away: there are fewer floats between 1/2 and 1/√2 than between √2 and 2, and no neighbour does better (the test tries
+them all). Once a number has been there and back, it stays.
+Source: compressed-tensors 0.19, compressors/nvfp4 and quantization/quant_scheme.py; vLLM 0.32, compressed_tensors_w4a4_nvfp4.py,
+which computes 1 / weight_global_scale in float32 when it loads, as `reciprocal` does.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mtpress.formats import nvfp4
+
+WEIGHT, SCALE, GLOBAL_SCALE, INPUT_GLOBAL_SCALE = "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"
+OF_MODELOPT = {nvfp4.WEIGHT: WEIGHT, nvfp4.SCALE: SCALE, nvfp4.SCALE_2: GLOBAL_SCALE, nvfp4.INPUT_SCALE: INPUT_GLOBAL_SCALE}
+RECIPROCAL = (nvfp4.SCALE_2, nvfp4.INPUT_SCALE)
+
+FORMAT = "nvfp4-pack-quantized"
+VERSION = "0.19.0"  # whose config this is
+# "Linear" is held against class names. vLLM's lm_head is a ParallelLMHead, so a quantized one must be named.
+LM_HEAD_TARGET = r"re:.*lm_head$"
+
+
+def reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    """1 / scale, float32 of any shape: from either layout to the other."""
+    return 1.0 / scale.float()
+
+
+def returns(scale: torch.Tensor) -> torch.Tensor:
+    """Relative difference, float64, between scales and what two reciprocals make of them; 0 where they come back to the last bit."""
+    there_and_back = reciprocal(reciprocal(scale)).double()
+    return ((there_and_back - scale.double()) / scale.double()).abs()
+
+
+def quantization_config(
+    ignore: Sequence[str], *, weight_only: bool = False, kv_cache_fp8: bool = False, lm_head: bool = False
+) -> dict[str, Any]:
+    """config.json's quantization_config, as llm-compressor 0.14 writes it with compressed-tensors 0.19.
+
+    ignore: full names of modules in 16 bits; a name is compared, not searched. weight_only: activations stay in 16 bits.
+    lm_head: it is quantized too.
+    """
+    number: dict[str, Any] = {
+        "actorder": None, "block_structure": None, "dynamic": False, "group_size": nvfp4.GROUP_SIZE, "num_bits": 4, "observer": None,
+        "observer_kwargs": {}, "scale_dtype": "torch.float8_e4m3fn", "strategy": "tensor_group", "symmetric": True, "type": "float",
+        "zp_dtype": None,
+    }  # fmt: skip
+    kv_cache = {**number, "group_size": None, "num_bits": 8, "scale_dtype": None, "strategy": "tensor"}
+    group = {
+        "format": FORMAT,
+        "input_activations": None if weight_only else {**number, "dynamic": "local", "observer": "static_minmax"},
+        "output_activations": None,
+        "targets": ["Linear", *([LM_HEAD_TARGET] if lm_head else [])],
+        "weights": number,
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": FORMAT,
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": kv_cache if kv_cache_fp8 else None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def departure(config: Mapping[str, Any]) -> str | None:
+    """What in a compressed-tensors quantization_config is not NVFP4 as vLLM takes it, in a few words; None where nothing is."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(group, Mapping) for group in groups.values()):
+        return "no config_groups"
+    for key in ("sparsity_config", "transform_config"):
+        if config.get(key):
+            return f"a {key}"
+    for name, group in groups.items():
+        numbers = {"weights": group.get("weights"), "input_activations": group.get("input_activations")}
+        if group.get("output_activations"):
+            return f"output_activations in {name}"
+        for key, number in numbers.items():
+            if number is None and key == "input_activations":
+                continue
+            if not isinstance(number, Mapping) or not _is_nvfp4(number):
+                return f"{key} in {name} that are not NVFP4"
+    if len({group.get("input_activations") is None for group in groups.values()}) > 1:
+        return "groups with and without input_activations"
+    scheme = config.get("kv_cache_scheme")
+    if isinstance(scheme, Mapping) and (scheme.get("strategy") != "tensor" or scheme.get("symmetric") is not True):
+        return f"a kv_cache_scheme with strategy {str(scheme.get('strategy'))[:20]!r}"
+    return None
+
+
+def _is_nvfp4(number: Mapping[str, Any]) -> bool:
+    wanted = {"num_bits": 4, "type": "float", "group_size": nvfp4.GROUP_SIZE, "strategy": "tensor_group", "symmetric": True}
+    return all(number.get(key) == value for key, value in wanted.items())
