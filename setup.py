@@ -1,16 +1,20 @@
-"""The one thing that pyproject.toml cannot say yet (setuptools calls its tables for it experimental): the compiled kernel.
+"""The one thing that pyproject.toml cannot say yet (setuptools calls its tables for it experimental): the compiled kernels.
 
-optional: where no C compiler is, the install succeeds without it, and formats/nvfp4.py gives the same bits more slowly.
+optional: where no C compiler is, the install succeeds without them, and formats/nvfp4.py and rounding/signround.py give the same bits
+more slowly.
 """
 
 from setuptools import Extension, setup
 
-KERNEL = Extension(
-    "mtpress.formats._nvfp4",
-    ["src/mtpress/formats/_nvfp4.c"],
-    extra_compile_args=["-O3", "-ffp-contract=off"],  # the C code picks its instructions at run time: no -march
-    py_limited_api=True,
-    optional=True,
-)
+KERNELS = [
+    Extension(
+        f"mtpress.formats.{name}",
+        [f"src/mtpress/formats/{name}.c"],
+        extra_compile_args=["-O3", "-ffp-contract=off"],  # the C code picks its instructions at run time: no -march
+        py_limited_api=True,
+        optional=True,
+    )
+    for name in ("_nvfp4", "_int4_search", "_signround")
+]
 
-setup(ext_modules=[KERNEL], options={"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(ext_modules=KERNELS, options={"bdist_wheel": {"py_limited_api": "cp311"}})
