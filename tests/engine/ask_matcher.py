@@ -1,42 +1,112 @@
-"""Runs under the engine's python: asks vLLM's own matcher about many ignore lists.
+"""Runs under the engine's python: asks vLLM's own matchers about many quantization configs.
 
     ask_matcher.py ASKED.json ANSWERED.json
 
-In: {"architecture": class name, "lists": [[entry, …], …], "target": [prefix, …], "draft": [prefix, …]}. Out: for each list
-{"target": {prefix: "ignored" | "quantized" | "split"}, "draft": {…}}. One config object goes through target and draft, as
-it does when vLLM loads a checkpoint with its draft head.
+In: a list of {"architecture": class name, "format", "configs": [content, …], "dtypes": {tensor: safetensors dtype},
+"target": [[prefix, class name], …], "draft": […]}. Out: for each a list with, for each config, {"target": {prefix: [verdict,
+scheme]}, "draft": {…}}, where a verdict is "ignored", "quantized" or "split", or {"error": …} where the config is refused as
+a whole. One config object goes through target and draft, as it does when vLLM loads a checkpoint with its draft head.
 """
 
+import copy
 import json
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy
+import vllm.model_executor.layers.linear as linear
+from safetensors.numpy import save_file
+from vllm.model_executor.layers.quantization import auto_gptq
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.inc import INCConfig
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models import qwen3_5
 from vllm.model_executor.models.qwen3_5_mtp import Qwen3_5MTP
 
+CONFIGS = {"nvfp4": ModelOptNvFp4Config, "compressed-tensors": CompressedTensorsConfig, "auto-round": INCConfig, "gptq": AutoGPTQConfig}
+SPLIT = ("some but not all shards", "different quantization schemes for the shards", "requires consistent quant config")
+NUMPY = {"BF16": numpy.float16, "F16": numpy.float16, "F32": numpy.float32, "U8": numpy.uint8, "I32": numpy.int32, "I64": numpy.int64}
 
-def verdicts(config, prefixes):
+
+def layer_of(name):
+    """A layer of a class, without weights: the matchers look at its class alone."""
+    kind = ParallelLMHead if name == "ParallelLMHead" else getattr(linear, name)
+    return kind.__new__(kind)
+
+
+def modelopt(config, layer, prefix):
+    return ["ignored", None] if config.is_layer_excluded(prefix) else ["quantized", None]
+
+
+def compressed_tensors(config, layer, prefix):
+    found = config.get_scheme_dict(layer, prefix)
+    if found is None:
+        return ["ignored", None]
+    weights = found["weights"]
+    nvfp4 = config._is_nvfp4_format(weights)
+    whole = not nvfp4 and config._is_wNa16_group_channel(weights, found["input_activations"]) and found["format"] == "pack-quantized"
+    size = -1 if weights.group_size is None else weights.group_size
+    kind = "nvfp4" if nvfp4 else "int" if whole and weights.type == "int" else "other"
+    return ["quantized", [kind, weights.num_bits, size, weights.symmetric, found["input_activations"] is not None]]
+
+
+def auto_round(config, layer, prefix):
+    try:
+        method = config.get_quant_method(layer, prefix)
+        if type(method).__name__ == "UnquantizedLinearMethod":
+            return ["ignored", None]
+    except NotImplementedError:
+        pass  # quantized, in a form that this platform has no kernel for
+    found = config.config_parser.resolve(layer, prefix)
+    return ["quantized", ["int", found.bits, found.group_size, found.sym, False]]
+
+
+def gptq(config, layer, prefix):
+    method = config.get_quant_method(layer, prefix)
+    if method is None or type(method).__name__.startswith("Unquantized"):
+        return ["ignored", None]
+    held = method.quant_config
+    return ["quantized", ["int", held.weight_bits, held.group_size, held.is_sym, False]]
+
+
+ASK = {"nvfp4": modelopt, "compressed-tensors": compressed_tensors, "auto-round": auto_round, "gptq": gptq}
+
+
+def verdicts(ask, config, linears):
     found = {}
-    for prefix in prefixes:
+    for prefix, kind in linears:
         try:
-            found[prefix] = "ignored" if config.is_layer_excluded(prefix) else "quantized"
+            found[prefix] = ask(config, layer_of(kind), prefix)
         except ValueError as error:
-            assert "some but not all shards" in str(error)
-            found[prefix] = "split"
+            assert any(said in str(error) for said in SPLIT), error
+            found[prefix] = ["split", None]
     return found
 
 
+def answer(asked, content, folder):
+    model = getattr(qwen3_5, asked["architecture"])
+    try:
+        config = CONFIGS[asked["format"]].from_config(copy.deepcopy(content))
+    except (ValueError, AssertionError, TypeError) as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+    config.maybe_update_config(folder)
+    configure_quant_config(config, model)
+    target = verdicts(ASK[asked["format"]], config, asked["target"])
+    configure_quant_config(config, Qwen3_5MTP)
+    return {"target": target, "draft": verdicts(ASK[asked["format"]], config, asked["draft"])}
+
+
 def main():
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    auto_gptq.verify_marlin_supported = lambda **_: None  # which kernels there are is not what is asked
     answers = []
-    for entries in asked["lists"]:
-        config = ModelOptNvFp4Config.from_config({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": entries})
-        configure_quant_config(config, getattr(qwen3_5, asked["architecture"]))
-        target = verdicts(config, asked["target"])
-        configure_quant_config(config, Qwen3_5MTP)
-        answers.append({"target": target, "draft": verdicts(config, asked["draft"])})
+    for asked in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({n: numpy.zeros(1, NUMPY[dtype]) for n, dtype in asked["dtypes"].items()}, f"{folder}/model.safetensors")
+            answers.append([answer(asked, content, folder) for content in asked["configs"]])
     Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
 
 

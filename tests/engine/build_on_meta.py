@@ -3,8 +3,8 @@ every linear, by its name, whether a checkpoint's config quantizes it.
 
     build_on_meta.py OUT.json CHECKPOINT… [--language-model-only CHECKPOINT…]
 
-Out: for each checkpoint {"target": {prefix: method class}, "draft": {…}, "exclude": its ignore list as vLLM's name map
-leaves it}, or {"error": …} where vLLM refuses the list.
+Out: for each checkpoint {"target": {prefix: [layer class, method class]}, "draft": {…}, "exclude": modelopt's ignore list as
+vLLM's name map leaves it}, or {"error": …} where vLLM refuses the list.
 """
 
 import json
@@ -19,15 +19,17 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.plugins import load_general_plugins
 
 
 def methods(model):
     return {
-        getattr(module, "prefix", "") or name: type(module.quant_method).__name__
+        getattr(module, "prefix", "") or name: [type(module).__name__, type(module.quant_method).__name__]
         for name, module in model.named_modules()
-        if getattr(module, "quant_method", None) is not None and hasattr(module, "weight")
+        if isinstance(module, (LinearBase, VocabParallelEmbedding))
     }
 
 
@@ -47,7 +49,7 @@ def build(checkpoint, language_model_only, rendezvous):
         with torch.device("meta"):
             try:
                 target = initialize_model(config)
-                exclude = list(config.quant_config.exclude_modules)
+                exclude = list(getattr(config.quant_config, "exclude_modules", []))
                 draft = initialize_model(config, model_config=config.speculative_config.draft_model_config)
             except ValueError as error:
                 return {"error": str(error)}

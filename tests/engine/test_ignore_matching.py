@@ -75,6 +75,9 @@ def decisions(folder: Path, engine_python: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((folder / "found.json").read_text())
+    for built in found:
+        for side in ("target", "draft"):
+            built[side] = {prefix: method for prefix, (_, method) in built.get(side, {}).items()}
     return dict(zip([n for n in names if not n.startswith("--")], found, strict=True))
 
 

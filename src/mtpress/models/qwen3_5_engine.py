@@ -2,7 +2,7 @@
 
 In: config.json and the prefix of the body's tensors. Out: `EngineLinear`s of the target and of the draft, in the order
 they are built, and the renames that turn checkpoint names into engine names. Leaves out: whether a linear is taken as
-quantized (ignore.py). conv1d, embed_tokens and the norms are built without a quantization config, so they are not here.
+quantized (matching/). conv1d, embed_tokens and the norms are built without a quantization config, so they are not here.
 Source: vLLM 0.32, models/qwen3_5.py, qwen3_5_mtp.py, qwen3_vl.py, layers/mamba/gdn/qwen_gdn_linear_attn.py.
 """
 
@@ -26,9 +26,21 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     TEXT_ARCHITECTURE: (("model.language_model.", "model."),),
 }
 
-# packed_modules_mapping: fused linear → its shards, by their last names. The draft's own table is shorter.
+# packed_modules_mapping: fused linear → its shards, by their last names. The draft's own table is shorter. Their order counts.
 DRAFT_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-PACKED = DRAFT_PACKED | {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+GDN_PACKED = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+PACKED: dict[str, dict[str, tuple[str, ...]]] = {
+    VL_ARCHITECTURE: DRAFT_PACKED | {"qkv": ("qkv",)} | GDN_PACKED,  # the vision tower's qkv is stored as one
+    TEXT_ARCHITECTURE: DRAFT_PACKED | GDN_PACKED,
+}
+
+# Last name of a linear → the class that vLLM builds it as; compressed-tensors matches its targets with these.
+LAYER_CLASSES = {
+    "qkv_proj": "QKVParallelLinear", "qkv": "QKVParallelLinear", "gate_up_proj": "MergedColumnParallelLinear",
+    "in_proj_qkvz": "MergedColumnParallelLinear", "in_proj_ba": "MergedColumnParallelLinear", "o_proj": "RowParallelLinear",
+    "out_proj": "RowParallelLinear", "down_proj": "RowParallelLinear", "proj": "RowParallelLinear", "fc": "ColumnParallelLinear",
+    "linear_fc1": "ColumnParallelLinear", "linear_fc2": "RowParallelLinear", "lm_head": "ParallelLMHead",
+}  # fmt: skip
 
 Part = Literal["body", "lm_head", "vision", "draft"]
 
@@ -78,6 +90,11 @@ def linears(config: Mapping[str, Any], architecture: str, prefix: str) -> Iterat
     yield EngineLinear("lm_head", ("lm_head",), "draft")
 
 
-def packed(part: Part) -> Mapping[str, tuple[str, ...]]:
-    """The table of fused linears that the engine matches an ignore list with."""
-    return DRAFT_PACKED if part == "draft" else PACKED
+def packed(part: Part, architecture: str) -> Mapping[str, tuple[str, ...]]:
+    """The table of fused linears that the engine matches a quantization config with."""
+    return DRAFT_PACKED if part == "draft" else PACKED[architecture]
+
+
+def layer_class(linear: EngineLinear) -> str:
+    """The name of the class that the engine builds a linear as."""
+    return LAYER_CLASSES[linear.prefix.rpartition(".")[2]]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mtpress.ignore import rename
+from mtpress.matching.names import rename
 from mtpress.models import qwen3_5_engine
 from mtpress.models.qwen3_5_engine import EngineLinear
 from mtpress.rules.declaration import Declaration
@@ -78,10 +78,10 @@ def ignore_too_much(subject: Subject) -> Iterator[Problem]:
 def ignore_matches_nothing(subject: Subject) -> Iterator[Problem]:
     if not subject.linears or (subject.is_vl and subject.prefix != "model.language_model."):
         return  # config-incomplete or body-prefix says it
-    linears = [(linear.prefix, qwen3_5_engine.packed(linear.part)) for linear in subject.linears]
     others = _names_of_other_modules(subject)
     for declared in declarations(subject):
-        idle = tuple(subject.ignore_list(declared).idle(linears, others))
+        held = subject.matcher(declared)
+        idle = tuple(held.idle(subject.linears, others)) if held is not None else ()
         if idle:
             yield Problem(f"{declared.file}: {len(idle)} of {len(declared.ignore)} entries match nothing in the engine", idle)
 

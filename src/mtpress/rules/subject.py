@@ -14,7 +14,7 @@ from typing import Any
 
 from mtpress.checkpoint import Checkpoint, Shard, TensorInfo, read_bytes, read_json_object, read_shard
 from mtpress.errors import InputError
-from mtpress.ignore import IgnoreList, Verdict
+from mtpress.matching import Matcher, Verdict, matcher_of
 from mtpress.models import family, qwen3_5_engine
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE, EngineLinear
 from mtpress.rules.declaration import Declaration
@@ -197,13 +197,20 @@ class Subject:
         except InputError:
             return ()
 
-    def ignore_list(self, declared: Declaration) -> IgnoreList:
-        return IgnoreList(declared.ignore, qwen3_5_engine.RENAMES[self.architecture])
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """Tensor name → dtype of everything in the directory, indexed or not: what vLLM derives the modules of GPTQ from."""
+        shards = [*self.checkpoint.shards, *(shard for shard in self.stray_shards.values() if shard)]
+        return {info.name: info.dtype for shard in shards for info in shard.tensors}
+
+    def matcher(self, declared: Declaration) -> Matcher | None:
+        """vLLM's matching by a declaration; None for a format whose matching is not modelled."""
+        return matcher_of(declared, self.architecture, self.dtypes)
 
     def verdicts_of(self, declared: Declaration) -> dict[EngineLinear, Verdict]:
-        """What the engine takes each linear for, by the ignore list of a declaration of modelopt NVFP4."""
-        held = self.ignore_list(declared)
-        return {linear: held.verdict(linear.prefix, qwen3_5_engine.packed(linear.part)) for linear in self.linears}
+        """What the engine takes each linear for by a declaration; empty where that is not modelled."""
+        held = self.matcher(declared)
+        return {linear: held.verdict(linear) for linear in self.linears} if held is not None else {}
 
     @cached_property
     def verdicts(self) -> Mapping[EngineLinear, Verdict]:

@@ -1,10 +1,12 @@
-"""vLLM's matching of ignore lists, case by case. tests/engine/test_ignore_model.py holds the same code against vLLM itself."""
+"""modelopt's ignore lists, case by case. tests/engine/test_matching.py holds the same code against vLLM itself."""
 
 import pytest
 
-from mtpress.ignore import IgnoreList, rename, shards_of, split_star
-from mtpress.models.qwen3_5_engine import PACKED, RENAMES, TEXT_ARCHITECTURE, VL_ARCHITECTURE, packed
+from mtpress.matching.modelopt import IgnoreList, split_star
+from mtpress.matching.names import rename, shards_of
+from mtpress.models.qwen3_5_engine import PACKED, RENAMES, TEXT_ARCHITECTURE, VL_ARCHITECTURE, EngineLinear, Part, packed
 
+VL = VL_ARCHITECTURE
 LAYER = "language_model.model.layers.1."
 BA, QKV, DOWN = f"{LAYER}linear_attn.in_proj_ba", f"{LAYER}self_attn.qkv_proj", f"{LAYER}mlp.down_proj"
 FC1 = "visual.blocks.0.mlp.linear_fc1"
@@ -49,26 +51,31 @@ DRAFT = [
 ]
 
 
+def linear(prefix: str, part: Part = "body") -> EngineLinear:
+    return EngineLinear(prefix, (), part)
+
+
 @pytest.mark.parametrize(("entries", "prefix", "expected"), VERDICTS)
 def test_verdict_on_the_target(entries: list[str], prefix: str, expected: str) -> None:
-    assert IgnoreList(entries, RENAMES[VL_ARCHITECTURE]).verdict(prefix, PACKED) == expected
+    assert IgnoreList(entries, VL).verdict(linear(prefix)) == expected
 
 
 @pytest.mark.parametrize(("entries", "layer", "fc"), DRAFT)
 def test_verdict_on_the_draft(entries: list[str], layer: bool, fc: bool) -> None:
-    held = IgnoreList(entries, RENAMES[VL_ARCHITECTURE])
-    assert (held.verdict("mtp.layers.0.self_attn.qkv_proj", packed("draft")) == "ignored") is layer
-    assert (held.verdict("mtp.fc", packed("draft")) == "ignored") is fc
+    held = IgnoreList(entries, VL)
+    assert (held.verdict(linear("mtp.layers.0.self_attn.qkv_proj", "draft")) == "ignored") is layer
+    assert (held.verdict(linear("mtp.fc", "draft")) == "ignored") is fc
 
 
 def test_one_of_a_fused_pair_of_the_draft_is_refused() -> None:
-    held = IgnoreList(["mtp.layers.0.mlp.gate_proj"], RENAMES[VL_ARCHITECTURE])
-    assert held.verdict("mtp.layers.0.mlp.gate_up_proj", packed("draft")) == "split"
+    held = IgnoreList(["mtp.layers.0.mlp.gate_proj"], VL)
+    assert held.verdict(linear("mtp.layers.0.mlp.gate_up_proj", "draft")) == "split"
 
 
 def test_the_draft_knows_no_fused_gdn_linear() -> None:
-    assert set(packed("draft")) == {"qkv_proj", "gate_up_proj"}
-    assert set(packed("body")) == {"qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"}
+    assert list(packed("draft", VL)) == ["qkv_proj", "gate_up_proj"]
+    assert list(packed("body", VL)) == ["qkv_proj", "gate_up_proj", "qkv", "in_proj_qkvz", "in_proj_ba"]
+    assert list(packed("body", TEXT_ARCHITECTURE)) == ["qkv_proj", "gate_up_proj", "in_proj_qkvz", "in_proj_ba"]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +102,14 @@ def test_rename(architecture: str, name: str, expected: str) -> None:
 
 
 def test_shards() -> None:
-    assert shards_of(BA, PACKED) == (f"{LAYER}linear_attn.in_proj_b", f"{LAYER}linear_attn.in_proj_a")
-    assert shards_of(DOWN, PACKED) == ()
+    assert shards_of(BA, PACKED[VL]) == (f"{LAYER}linear_attn.in_proj_b", f"{LAYER}linear_attn.in_proj_a")
+    assert shards_of(DOWN, PACKED[VL]) == ()
 
 
 def test_idle_entries() -> None:
-    linears = [(BA, PACKED), (DOWN, PACKED), ("mtp.fc", packed("draft"))]
+    linears = [linear(BA), linear(DOWN), linear("mtp.fc", "draft")]
     others = ["language_model.model.embed_tokens", f"{LAYER}linear_attn.conv1d"]
     working = [A, "mtp*", "model.language_model.embed_tokens", "*linear_attn.conv1d*", "*down_proj", "layers.1"]
     idle = ["*in_proj_a*", "re:.*mtp.*", "model.mtp.fc", "router"]
-    held = IgnoreList([*working, *idle], RENAMES[VL_ARCHITECTURE])
+    held = IgnoreList([*working, *idle], VL)
     assert held.idle(linears, others) == idle

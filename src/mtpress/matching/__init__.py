@@ -1,0 +1,35 @@
+"""How vLLM decides by a quantization config what each of its linears is: one format a file, all of one protocol.
+
+In: a declaration, the class that the engine builds, the dtypes of what is stored (GPTQ goes by them). Out: a `Matcher`.
+Leaves out: judging (rules/).
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from mtpress.matching.auto_round import LayerConfig
+from mtpress.matching.compressed_tensors import ConfigGroups
+from mtpress.matching.gptq import ModuleList
+from mtpress.matching.matcher import Matcher, Scheme, Verdict
+from mtpress.matching.modelopt import IgnoreList
+
+if TYPE_CHECKING:
+    from mtpress.rules.declaration import Declaration
+
+__all__ = ("Matcher", "Scheme", "Verdict", "matcher_of")
+
+
+def matcher_of(declared: "Declaration", architecture: str, dtypes: Mapping[str, str]) -> Matcher | None:
+    """The matcher of a declaration; None for a format whose matching is not modelled.
+
+    architecture: a key of qwen3_5_engine.RENAMES. dtypes: tensor name → safetensors dtype, of every file in the directory.
+    """
+    if declared.format == "nvfp4":
+        return IgnoreList(declared.ignore, architecture, activations=not declared.weight_only)
+    if declared.format == "compressed-tensors":
+        return ConfigGroups(declared.content, architecture)
+    if declared.format == "auto-round":
+        return LayerConfig(declared.content, architecture)
+    if declared.format == "gptq":
+        return ModuleList(declared.content, architecture, dtypes)
+    return None

@@ -1,0 +1,139 @@
+"""Quantization configs for asking vLLM's matchers: some written by hand, many drawn, always the same.
+
+In: the checkpoint's names of some linears. Out: for each format a list of contents of `quantization_config`.
+"""
+
+import os
+import random
+import re
+from typing import Any
+
+from checkpoints import PREFIX
+
+NUM_RANDOM = 400 if os.environ.get("MTPRESS_SOAK") else 60  # of each format and build
+A, B = f"{PREFIX}layers.0.linear_attn.in_proj_a", f"{PREFIX}layers.0.linear_attn.in_proj_b"
+BY_HAND = [
+    ["lm_head"], ["lm_head.weight"], ["language_model.lm_head"], ["*lm_head*"], ["*"], [""], ["**"], [],
+    ["mtp*"], ["mtp.*"], ["*mtp*"], ["mtp"], ["mtp.layers.0*"], ["model.mtp*"], ["re:.*mtp.*"], ["mtp.fc"],
+    ["mtp.layers.0.mlp.gate_proj"], ["mtp.layers.0.mlp.gate_proj", "mtp.layers.0.mlp.up_proj"], ["mtp.layers.0.mlp.gate_up_proj"],
+    ["model.visual"], ["model.visual*"], ["model.visual.*"], ["*visual*"], ["visual"], ["*model.visual*"], ["visual.*"],
+    [A], ["*in_proj_a*", "*in_proj_b*"], ["*in_proj_ba*"], ["in_proj_b"], [A, B], [A, "*in_proj*"],
+    [f"{PREFIX}layers.1*"], [f"{PREFIX}layers.1.*"], [f"{PREFIX}layers.1"], ["layers.1"], ["model.layers.1*"],
+    ["*self_attn.q_proj"], ["q_proj"], ["*qkv_proj"], ["qkv"], ["*.mlp.*"], ["*mlp.gate.*"], ["mlp"], ["*layers.[02].*"],
+    ["*layers.?.mlp.*"], ["model.language_model*"], ["model*"], ["language_model*"], ["model.language_model.model*"],
+    ["re:.*lm_head"], ["re:.*visual.*"], ["re:model.visual.*"], ["re:^mtp.*"], ["re:.*in_proj_[ab]$"], ["re:.*in_proj_a$"],
+    [".*in_proj_qkv.*"], [".*in_proj_qkv$"], [".*in_proj_qkvz"], [".*qkv"], [".*qkv_proj"], [".*mtp.*"], ["^mtp"], [".*lm_head"],
+]  # fmt: skip
+
+NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group", "symmetric": True}
+INT4 = {"num_bits": 4, "type": "int", "group_size": 128, "strategy": "group", "symmetric": True}
+GROUPS: list[dict[str, Any]] = [
+    {"weights": NVFP4, "input_activations": NVFP4 | {"dynamic": "local"}, "format": "nvfp4-pack-quantized"},
+    {"weights": NVFP4, "input_activations": None},
+    {"weights": INT4, "input_activations": None, "format": "pack-quantized"},
+    {"weights": INT4 | {"symmetric": False, "group_size": 32}},
+    {"weights": {"num_bits": 8, "type": "int", "group_size": -1}, "format": "pack-quantized"},
+    {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "format": "float-quantized"},
+]
+TARGETS = ["Linear", "Linear", "Linear", "ParallelLMHead", "QKVParallelLinear", "re:.*mlp.*", "re:.*Row.*", "lm_head", "re:.*self_attn.*"]
+
+
+def entries_over(names: list[str], draw: random.Random) -> list[str]:
+    """Whole names, cut names, and globs and expressions over them."""
+
+    def entry() -> str:
+        name = draw.choice(names)
+        parts = name.split(".")
+        start, end = sorted((draw.randint(0, len(parts)), draw.randint(0, len(parts))))
+        piece, last = ".".join(parts[start:end]), parts[-1]
+        wild = "".join(draw.choice("?*") if draw.random() < 0.05 else c for c in name)
+        chosen = draw.choice(
+            [
+                name, name, name, piece, f"{piece}*", f"*{piece}", f"*{piece}*", f"{piece}.*", ".".join(parts[:end]) + "*", wild,
+                name[:-1], f".*{last}", f".*{last}$", last, f".*{piece}.*", name.replace(".", r"\."), f"{name.rpartition('.')[0]}.*",
+            ]
+        )  # fmt: skip
+        return draw.choice([chosen, chosen, chosen, chosen.replace("language_model.", ""), f"re:{chosen}", f"re:.*{last}"])
+
+    return [entry() for _ in range(draw.randint(1, 6))]
+
+
+def is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+def modelopt(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": entries}
+
+
+def compressed_tensors(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
+    def sound(these: list[str]) -> list[str]:  # vLLM stops on what follows re: and is no expression
+        return [entry for entry in these if is_expression(entry.removeprefix("re:"))]
+
+    groups = {}
+    for i in range(draw.choice([0, 1, 1, 1, 2, 3])):
+        targets = [draw.choice(TARGETS)] if draw.random() < 0.6 else sound(entries_over(names, draw)) or ["Linear"]
+        groups[f"group_{i}"] = {"targets": targets} | draw.choice(GROUPS)
+    if draw.random() < 0.1:
+        groups["cache"] = {"targets": ["re:.*Attention"], "weights": None}
+    layout = draw.choice(["nvfp4-pack-quantized", "pack-quantized", "mixed-precision"])
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": sound(entries)}
+
+
+def auto_round(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
+    said = [
+        {"bits": 16, "data_type": "fp"},
+        {"bits": 16},
+        {"data_type": "float"},
+        {},
+        {"bits": 8},
+        {"bits": 4, "group_size": 32},
+        {"sym": False},
+    ]
+    content: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq"}
+    likely = draw.random() < 0.7
+    extra = {entry: said[draw.choice([0, 1])] if likely else draw.choice(said) for entry in entries}
+    if draw.random() < 0.9:
+        content["extra_config"] = extra
+    blocks = draw.choice([None, f"{PREFIX}layers", f"{PREFIX}layers,mtp.layers", "model.layers", [f"{PREFIX}layers", "mtp"], "lm_head", ""])
+    if draw.random() < 0.2:
+        blocks = entries_over(names, draw)
+    if blocks is not None:
+        content[draw.choice(["block_name_to_quantize", "to_quant_block_names"])] = blocks
+    return content
+
+
+def gptq(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
+    content: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    content["lm_head"] = draw.random() < 0.3
+    if draw.random() < 0.5:
+        some = draw.sample(names, draw.randint(1, 8))
+        modules = draw.choice([entries, some, [["self_attn.q_proj", "self_attn.k_proj"], ["mlp.gate_proj"]], ["mlp.", "self_attn."]])
+        content["modules_in_block_to_quantize"] = modules
+    if draw.random() < 0.6:
+        keys = [entry.removeprefix("re:") for entry in entries_over(names, draw) if is_expression(entry.removeprefix("re:"))]
+        content["dynamic"] = {draw.choice(["-:", "-:", "+:", ""]) + key: draw.choice([{}, {"group_size": 32}, {"bits": 8}]) for key in keys}
+    return content
+
+
+MAKERS = {"nvfp4": modelopt, "compressed-tensors": compressed_tensors, "auto-round": auto_round, "gptq": gptq}
+
+
+def configs(kind: str, names: list[str]) -> list[dict[str, Any]]:
+    """The configs of one format."""
+    draw = random.Random(f"{kind} {names[0]}")
+    lists = BY_HAND + [entries_over(names, draw) for _ in range(NUM_RANDOM)]
+    return [MAKERS[kind](entries, draw, names) for entries in lists]
+
+
+def stored_as_gptq(names: list[str]) -> dict[str, str]:
+    """Tensor → dtype of a checkpoint of which the layers' linears but in_proj_a and in_proj_b are packed."""
+    dtypes = {}
+    for name in names:
+        packed = ".layers." in name and not name.startswith("mtp.") and not name.endswith(("in_proj_a", "in_proj_b"))
+        dtypes |= {f"{name}.qweight": "I32", f"{name}.scales": "F16"} if packed else {f"{name}.weight": "BF16"}
+    return dtypes
