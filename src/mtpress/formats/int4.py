@@ -76,6 +76,11 @@ def unpack(qweight: torch.Tensor) -> torch.Tensor:
     return codes
 
 
+def nearest_codes(scaled: torch.Tensor) -> torch.Tensor:
+    """codes uint8 of float32 numbers that are already divided by their scales; ties to even. Not of NaN."""
+    return scaled.round().clamp_(MIN_CODE, MAX_CODE).add_(ZERO).to(torch.uint8)
+
+
 def zeros(n: int, num_groups: int, stored: int = STORED_LESS_ONE) -> torch.Tensor:
     """qzeros int32 [num_groups, N/8] of a symmetric matrix of N rows; stored: 7 by GPTQ's first version, 8 by auto-round's own."""
     word = sum(stored << 4 * place for place in range(PER_WORD))

@@ -1,0 +1,264 @@
+/* The arithmetic of search.py, compiled.
+ *
+ * In: a buffer of BF16 numbers in groups of 128, and which level of vector instructions to use. Out: the same codes and FP16
+ * scales as the eager PyTorch definition, for every input; tests/rounding/test_search.py holds the two together. Leaves out:
+ * tensors and threads (search_kernel.py); the interpreter lock is released, so pieces of one matrix can be searched at once.
+ *
+ * Candidate scales stand side by side in a vector and every sum runs over the group from its first number to its last, so the
+ * bits do not depend on how long a vector is. Every float32 operation rounds as in PyTorch: no fast-math, no fused multiply-add.
+ */
+#define Py_LIMITED_API 0x030B0000 /* one binary for every CPython from 3.11 on */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __FAST_MATH__
+#error "fast-math changes the bits"
+#endif
+#if FLT_EVAL_METHOD != 0
+#error "float32 operations must round to float32"
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "BF16 and FP16 numbers are stored little-endian"
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math") /* nobody reads the exception flags, and with them GCC leaves choices between numbers scalar */
+#endif
+
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+
+enum {
+    GROUP = 128,   /* numbers that share a scale */
+    COARSE = 32,   /* candidates of the first round */
+    FINE = 16,     /* of the second, the two of plain rounding among them */
+    AT_ONCE = 8,   /* numbers that are added to the sums of a candidate before they go back to memory */
+    INFINITE = 0x7f80,
+    HALF_NAN = 0x7e00,
+};
+static const float LEAST_SCALE = 168.0f / 16777216.0f, LEAST_AMAX = 0x1p-100f;
+
+INLINE float as_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t as_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* FP16 bits of a number that is no NaN, to nearest, ties to even. */
+INLINE uint32_t to_half(float value)
+{
+    uint32_t bits = as_bits(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+    uint32_t normal = (size + 0xfffu + (size >> 13 & 1u)) >> 13;
+    normal = normal > 0x23c00u ? 0x7c00u : normal - ((127 - 15) << 10);
+    uint32_t subnormal = as_bits(as_float(size) + 0.5f) - as_bits(0.5f); /* from 0.5 on float32 goes in steps of 2^-24 too */
+    return sign | (size < 0x38800000u ? subnormal : normal);
+}
+
+INLINE float from_half(uint32_t half)
+{
+    uint32_t size = half & 0x7fffu;
+    float value = as_float((size << 13) + ((127 - 15) << 23));
+    value = size < 0x400u ? (float)(int32_t)size * 0x1p-24f : value;
+    value = size >= 0x7c00u ? INFINITY : value;
+    return half & 0x8000u ? -value : value;
+}
+
+/* The integer from -8 to 7 that is nearest to a number, ties to even. */
+INLINE float nearest(float scaled)
+{
+    const float shift = 12582912.0f; /* 1.5 * 2^23: from there on float32 goes in steps of 1, so the sum is rounded for us */
+    scaled = scaled < -8.0f ? -8.0f : scaled;
+    scaled = scaled > 7.0f ? 7.0f : scaled;
+    return (scaled + shift) - shift;
+}
+
+/* For each candidate, by its reciprocal: products[c] = sum of w q, squares[c] = sum of q q. */
+INLINE void sums(const float *restrict w, const float *restrict inverse, float *restrict products, float *restrict squares, int count)
+{
+    memset(products, 0, sizeof *products * (size_t)count);
+    memset(squares, 0, sizeof *squares * (size_t)count);
+    for (int i = 0; i < GROUP; i += AT_ONCE) {
+        for (int c = 0; c < count; c++) {
+            float product = products[c], square = squares[c];
+#pragma GCC unroll 8
+            for (int j = 0; j < AT_ONCE; j++) {
+                float q = nearest(w[i + j] * inverse[c]);
+                product += w[i + j] * q;
+                square += q * q;
+            }
+            products[c] = product;
+            squares[c] = square;
+        }
+    }
+}
+
+INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, const float *factors)
+{
+    float w[GROUP], inverse[COARSE], products[COARSE], squares[COARSE], candidates[FINE];
+    uint16_t bits[GROUP];
+    int32_t largest = 0;
+    memcpy(bits, weight, sizeof bits);
+    for (int i = 0; i < GROUP; i++) {
+        int32_t size = bits[i] & 0x7fff;
+        largest = size > largest ? size : largest;
+        w[i] = as_float((uint32_t)bits[i] << 16);
+    }
+    if (largest >= INFINITE) {
+        const uint16_t nan = HALF_NAN;
+        memset(codes, 8, GROUP);
+        memcpy(scale, &nan, sizeof nan);
+        return;
+    }
+    float amax = as_float((uint32_t)largest << 16);
+    float unit = 1.0f / (amax < LEAST_AMAX ? LEAST_AMAX : amax);
+    for (int c = 0; c < COARSE; c++)
+        inverse[c] = factors[c] * unit;
+    sums(w, inverse, products, squares, COARSE);
+    float best = 0.0f, middle = LEAST_SCALE;
+    for (int c = 0; c < COARSE; c++) {
+        float gain = products[c] * products[c] / squares[c]; /* a NaN where all codes are those of zero */
+        middle = gain > best ? products[c] / squares[c] : middle;
+        best = gain > best ? gain : best;
+    }
+    for (int c = 0; c < FINE; c++) {
+        float factor = factors[COARSE + c];
+        float candidate = from_half(to_half(c < FINE - 2 ? middle * factor : amax * factor));
+        float least = candidate < 0.0f ? -LEAST_SCALE : LEAST_SCALE;
+        candidates[c] = fabsf(candidate) < LEAST_SCALE ? least : candidate;
+        inverse[c] = 1.0f / candidates[c];
+    }
+    sums(w, inverse, products, squares, FINE);
+    int chosen = 0;
+    float least = INFINITY;
+    for (int c = 0; c < FINE; c++) {
+        float loss = candidates[c] * (candidates[c] * squares[c] - 2.0f * products[c]); /* less the sum of w w */
+        chosen = loss < least ? c : chosen;
+        least = loss < least ? loss : least;
+    }
+    const uint16_t half = (uint16_t)to_half(candidates[chosen]);
+    memcpy(scale, &half, sizeof half);
+    for (int i = 0; i < GROUP; i++)
+        codes[i] = (uint8_t)((int32_t)nearest(w[i] * inverse[chosen]) + 8);
+}
+
+typedef void search_function(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *factors);
+
+#define LEVEL(name, target)                                                                                                  \
+    target static void search_##name(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *f) \
+    {                                                                                                                        \
+        for (size_t g = 0; g < groups; g++)                                                                                  \
+            search_group(weight + g * 2 * GROUP, codes + g * GROUP, scales + g * 2, f);                                      \
+    }
+
+LEVEL(generic, )
+#if defined(__GNUC__) && defined(__x86_64__)
+#define X86
+LEVEL(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+LEVEL(avx2, __attribute__((target("avx2"))))
+#endif
+
+static const struct {
+    const char *name;
+    search_function *search;
+} levels[] = {
+#ifdef X86
+    {"avx512", search_avx512},
+    {"avx2", search_avx2},
+#endif
+    {"generic", search_generic},
+};
+enum { LEVELS = sizeof levels / sizeof *levels };
+
+static int runs_here(int level)
+{
+#ifdef X86
+    __builtin_cpu_init();
+    if (level == 0)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+    if (level == 1)
+        return !!__builtin_cpu_supports("avx2");
+#endif
+    return level == LEVELS - 1;
+}
+
+static PyObject *py_search(PyObject *module, PyObject *args)
+{
+    const char *name;
+    Py_buffer weight, codes, scales, factors;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sy*w*w*y*", &name, &weight, &codes, &scales, &factors))
+        return NULL;
+    PyObject *result = NULL;
+    int level = 0;
+    while (level < LEVELS && !(strcmp(levels[level].name, name) == 0 && runs_here(level)))
+        level++;
+    if (level == LEVELS) {
+        PyErr_Format(PyExc_ValueError, "no kernel '%s' on this machine", name);
+        goto done;
+    }
+    if (weight.len != codes.len * 2 || codes.len != scales.len / 2 * GROUP || factors.len != (COARSE + FINE) * (Py_ssize_t)sizeof(float)) {
+        PyErr_SetString(PyExc_ValueError, "a group is 256 bytes of weight, 128 of codes and 2 of scales; of factors there are 48");
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    levels[level].search(weight.buf, codes.buf, scales.buf, (size_t)scales.len / 2, factors.buf);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    PyBuffer_Release(&weight);
+    PyBuffer_Release(&codes);
+    PyBuffer_Release(&scales);
+    PyBuffer_Release(&factors);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"search", py_search, METH_VARARGS, "search(level, weight, codes, scales, factors): fills codes and scales, buffers of bytes."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_int4_search", .m_size = 0, .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__int4_search(void)
+{
+    PyObject *module = PyModule_Create(&definition), *names = PyList_New(0), *tuple = NULL;
+    if (module == NULL || names == NULL)
+        goto failed;
+    for (int level = 0; level < LEVELS; level++) {
+        if (!runs_here(level))
+            continue;
+        PyObject *name = PyUnicode_FromString(levels[level].name);
+        int bad = name == NULL || PyList_Append(names, name) < 0;
+        Py_XDECREF(name);
+        if (bad)
+            goto failed;
+    }
+    tuple = PyList_AsTuple(names);
+    if (tuple == NULL || PyModule_AddObjectRef(module, "LEVELS", tuple) < 0)
+        goto failed;
+    Py_DECREF(tuple);
+    Py_DECREF(names);
+    return module;
+failed:
+    Py_XDECREF(tuple);
+    Py_XDECREF(names);
+    Py_XDECREF(module);
+    return NULL;
+}
