@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from mtpress.rules.declaration import Declaration
 from mtpress.rules.subject import Subject
 
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt", "version": "0.47.0"}}
-LEGACY = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+LEGACY = {
+    "producer": {"name": "modelopt", "version": "0.47.0"},
+    "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16},
+}
 NVFP4_WEIGHTS = {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "symmetric": True, "type": "float"}
 TENSORS = {
     "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
@@ -66,6 +70,7 @@ BEFORE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@cache
 def stored(kind: str, architecture: str) -> tuple[dict[str, Any], dict[str, str], str]:
     """A config; module → "kept" or "quantized" for every module whose weight is a matrix or belongs to the head; the prefix."""
     config = small_config() | {"architectures": [architecture]}
