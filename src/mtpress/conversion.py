@@ -21,7 +21,7 @@ from mtpress.errors import InputError
 from mtpress.formats import compressed_tensors, nvfp4
 from mtpress.formats.nvfp4_rescale import Member, best_shared_scale, energies, reexpress
 from mtpress.models.qwen3_5 import FUSED
-from mtpress.revision import Revision
+from mtpress.revision import Change, Produce, Revision
 from mtpress.rules.declaration import TITLES, Format
 from mtpress.rules.stored import KV_SCALES, Form
 from mtpress.rules.stored import TITLES as FORM_TITLES
@@ -93,6 +93,24 @@ class Conversion:
     @property
     def kv_cache_fp8(self) -> bool:
         return self.subject.declared is not None and self.subject.declared.kv_cache == "fp8"
+
+
+class InPlace(Revision):
+    """A revision in which a stored tensor may give its place to one of another name: no shard is added, so that a checkpoint of one
+    file stays one. transformers reads model.safetensors alone where there is such a file, whatever the index says."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        super().__init__(source)
+        self._instead: dict[str, Change] = {}
+
+    def replace(self, old: str, tensor: OutputTensor, produce: Produce) -> None:
+        """`tensor`, which `produce` makes in its turn, where `old` is stored."""
+        assert old in self.source.tensors, f"{old} is not stored"
+        self._instead[old] = Change(tensor, produce)
+
+    def _of(self, info: TensorInfo) -> Change | None:
+        change = super()._of(info)
+        return self._instead.get(info.name, change) if change is not None else None
 
 
 def layout_of(subject: Subject) -> Layout:
@@ -219,7 +237,7 @@ def _share(subject: Subject, name: str, members: list[Linear]) -> Rescaled:
     return Rescaled(name, shared.scale_2, shared.exact, before, dict(zip(before, shared.relative_errors, strict=True)))
 
 
-def apply(conversion: Conversion, revision: Revision) -> None:
+def apply(conversion: Conversion, revision: InPlace) -> None:
     """Puts the changes into the revision. Notes in `conversion.reciprocals` every number whose reciprocal is written."""
     shared = {module: rescaled.scale_2 for rescaled in conversion.rescaled for module in rescaled.scales_2}
     to = SUFFIX[conversion.to]
@@ -232,16 +250,16 @@ def apply(conversion: Conversion, revision: Revision) -> None:
         weight = linear.tensors[nvfp4.WEIGHT]
         revision.rename(weight.name, f"{module}.{to[nvfp4.WEIGHT]}")
         for role, value in scalars.items():
-            revision.drop(linear.tensors[role].name)
             if conversion.weight_only and role == nvfp4.INPUT_SCALE:
-                continue  # no engine reads it there
+                revision.drop(linear.tensors[role].name)  # no engine reads it there
+                continue
             if conversion.to == "compressed-tensors":
                 conversion.reciprocals.append(value)
                 value = _reciprocal(value)
             elif not (module in shared and role == nvfp4.SCALE_2):
                 conversion.reciprocals.append(linear.stored[role])
             tensor = OutputTensor(f"{module}.{to[role]}", "F32", SCALAR_SHAPE[conversion.to])
-            revision.compute(tensor, partial(torch.full, tensor.shape, value, dtype=torch.float32))
+            revision.replace(linear.tensors[role].name, tensor, partial(torch.full, tensor.shape, value, dtype=torch.float32))
     _move_kv_scales(conversion, revision)
 
 
@@ -249,7 +267,7 @@ def _block_scales(info: TensorInfo, own: float, shared: float) -> torch.Tensor:
     return reexpress(read_tensor(info), own, shared).scales
 
 
-def _move_kv_scales(conversion: Conversion, revision: Revision) -> None:
+def _move_kv_scales(conversion: Conversion, revision: InPlace) -> None:
     """Scales of the KV cache: modelopt keeps them at k_proj and v_proj, compressed-tensors at the attention; float32 in both."""
     checkpoint: Checkpoint = conversion.subject.checkpoint
     old, new = KV_MODULE[conversion.source], KV_MODULE[conversion.to]
@@ -257,8 +275,7 @@ def _move_kv_scales(conversion: Conversion, revision: Revision) -> None:
         for scale in KV_SCALES:
             if name.endswith(f".self_attn.{old[scale]}") and info.num_params == 1:
                 tensor = OutputTensor(f"{name.removesuffix(old[scale])}{new[scale]}", "F32", SCALAR_SHAPE[conversion.to])
-                revision.drop(name)
-                revision.compute(tensor, partial(_as_float32, info, tensor.shape))
+                revision.replace(name, tensor, partial(_as_float32, info, tensor.shape))
 
 
 def _as_float32(info: TensorInfo, shape: tuple[int, ...]) -> torch.Tensor:

@@ -100,6 +100,15 @@ def test_codes_and_block_scales_keep_their_bytes(tiny: Path, converted: tuple[Pa
     assert old.keys() == new.keys() and all(same_bytes(old[name], new[name]) for name in old)
 
 
+def test_one_file_stays_one(tiny: Path, converted: tuple[Path, ConvertResult]) -> None:
+    """transformers reads model.safetensors alone where there is one."""
+    for path in (tiny, converted[0]):
+        assert [file.name for file in path.glob("*.safetensors")] == ["model.safetensors"]
+    names = [[info.name for info in Checkpoint.open(path).shards[0].tensors] for path in (tiny, converted[0])]
+    modules = [[name.rpartition(".")[0] for name in stored] for stored in names]
+    assert modules[0] == modules[1]
+
+
 def test_what_the_config_says(tiny: Path, converted: tuple[Path, ConvertResult]) -> None:
     out, result = converted
     said = config(out)["quantization_config"]

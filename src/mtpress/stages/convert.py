@@ -72,7 +72,6 @@ def convert(
     Raises InputError, before anything is written, where the checkpoint cannot be converted, ResourceError if the disk is too small.
     """
     from mtpress import conversion  # torch from here on
-    from mtpress.revision import Revision
 
     layout = _layout(to)
     if layout is None and not text_only:
@@ -93,7 +92,7 @@ def convert(
     planned = None
     if layout is not None:
         planned = conversion.plan_conversion(subject, layout, without=vision if text_only else None, rescale=rescale)
-    revision = Revision(source)
+    revision = conversion.InPlace(source)
     for name in dropped:
         revision.drop(name)
     if planned is not None:
@@ -117,7 +116,7 @@ def convert(
         **facts,
         ignore=tuple(kept),
         linked=done.linked,
-        rewritten=(*done.rewritten, *done.added),
+        rewritten=tuple(done.rewritten),
         bytes_linked=done.bytes_linked,
         bytes_written=done.bytes_written,
         seconds=done.seconds,
