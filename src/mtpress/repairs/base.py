@@ -1,0 +1,86 @@
+"""Repairs of what a comparison with the base finds: kept tensors, files and keys are the base's again.
+
+In: the findings of rules/base.py. Out: the base's tensors in place of those that differ. Leaves out: the comparison.
+"""
+
+import copy
+from collections.abc import Iterator
+
+from mtpress.repairs.base_files import base_tensor, bring_back
+from mtpress.repairs.draft_head import head_from_base
+from mtpress.repairs.files import copy_files
+from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn
+from mtpress.rules.base import LARGEST_ERROR
+from mtpress.rules.rule import Finding, count
+
+LARGEST_SHARE = 0.25  # of the quantized matrices; where more are wrong it is the source that is not theirs
+
+
+def mtp_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from head_from_base(ctx)
+
+
+def kept_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """The base's tensors, but not in layers whose quantized matrices are far from the base's too."""
+    assert ctx.comparison is not None
+    layer_of = ctx.subject.model.layer_index
+    far = {layer_of(module + ".") for module, error in ctx.comparison.error.items() if not error <= LARGEST_ERROR}
+    done, folded = list[str](), list[str]()
+    for name in finding.where:
+        origin = base_tensor(ctx, name, ctx.subject.tensors[name].shape)
+        if layer_of(name) in far:
+            folded.append(name)
+        elif origin is not None:
+            ctx.overlay.put(name, origin)
+            done.append(name)
+    if done:
+        yield Fix(f"{count(len(done), 'tensor')} put from the base, bit for bit")
+    if folded:
+        yield Left(
+            f"{folded[0]}: quantized matrices of its layer are further than {LARGEST_ERROR} from the base too; it may be folded into them",
+            OTHER_BASE,
+        )
+
+
+def far_matrices(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """Matrices that cannot be what was quantized, back in BF16, where they are few."""
+    if len(finding.where) > LARGEST_SHARE * len(ctx.subject.quantized):
+        yield Left(
+            f"{len(finding.where)} of {len(ctx.subject.quantized)} quantized matrices are so: it is not its source, or made wrongly", AGAIN
+        )
+        return
+    done, missing = bring_back(ctx, finding.where)
+    if done:
+        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
+    if missing:
+        yield Left(f"the base has no {missing[0]} of that shape", AGAIN)
+
+
+def config_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    assert ctx.base is not None
+    config = copy.deepcopy(ctx.overlay.config)
+    for entry in finding.where:
+        section, _, key = entry.partition(":")[0].partition(".")
+        ours = config[section] if isinstance(config.get(section), dict) else config
+        theirs = ctx.base.config[section] if isinstance(ctx.base.config.get(section), dict) else ctx.base.config
+        ours[key] = copy.deepcopy(theirs[key])
+    ctx.overlay.set_config(config)
+    yield Fix(f"{count(len(finding.where), 'key')} of config.json set to the base's")
+
+
+def tokenizer_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from copy_files(ctx, finding.where)
+
+
+REPAIRS = (
+    Repair("mtp-differs", "the whole head is put from the base, bit for bit", mtp_differs),
+    Repair("kept-differs", "put from the base, bit for bit; left where the matrices of the layer are far from the base's too, as norms may "
+           "have been folded into them", kept_differs),
+    Repair("base-lacks", "nothing to compare with, nothing to take"),
+    Repair("not-compared", "nothing is known to be wrong"),
+    Repair("blocks-broken", "the module in BF16 from the base", far_matrices),
+    Repair("error-large", f"the module in BF16 from the base, where that is at most {LARGEST_SHARE:.0%} of them; else left", far_matrices),
+    Repair("error-outlier", "left: an outlier is a choice to look at, not a fault"),
+    Repair("config-differs", "the keys are set to the base's", config_differs, Turn.CONFIG),
+    Repair("tokenizer-differs", "the base's files, byte for byte", tokenizer_differs),
+)  # fmt: skip

@@ -1,0 +1,122 @@
+"""The loop of repair: find, mend what has a repair, find again, until nothing more can be mended.
+
+In: a `Context` and what finds. Out: an `Outcome` for every finding, in the order in which they were dealt with. Leaves out: opening
+(opening.py) and writing (stages/repair.py).
+
+One finding is mended at a time and everything is found anew, because one repair often takes several findings away, and because what a
+wrong prefix or config hid shows only then. The order is that of `Turn`, and within one that of the rules.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mtpress.comparison import Comparison, compare
+from mtpress.repairs.registry import REPAIRS
+from mtpress.repairs.repair import Context, Fix, Left
+from mtpress.rules.base import config_differs, tokenizer_differs
+from mtpress.rules.registry import BASE_RULES, STATIC_RULES
+from mtpress.rules.rule import Finding, apply
+from mtpress.rules.subject import Subject
+
+FILE_RULES = tuple(rule for rule in BASE_RULES if rule.find in (config_differs, tokenizer_differs))
+WEIGHT_RULES = tuple(rule for rule in BASE_RULES if rule not in FILE_RULES)
+MAX_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a finding: fixed says how, left says why. Both where a part of it could be mended."""
+
+    finding: Finding
+    fixed: tuple[Fix, ...] = ()
+    left: tuple[Left, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "finding": self.finding.as_json(),
+            "fixed": [fix.how for fix in self.fixed],
+            "left": [asdict(left) for left in self.left],
+        }
+
+
+Key = tuple[str, str, tuple[str, ...]]
+
+
+def key(finding: Finding) -> Key:
+    return finding.id, finding.message, finding.where
+
+
+def find(ctx: Context) -> list[Finding]:
+    """What check says of the overlay without reading weights and, with a base, of its files."""
+    subject = ctx.subject
+    found = list(apply(STATIC_RULES, subject))
+    if ctx.base is not None:
+        files = compare(Subject(replace(subject.checkpoint, tensors={})), ctx.base, silent=True)
+        files.tokenizer_files = [name for name in files.tokenizer_files if name not in ctx.overlay.files]
+        found += apply(FILE_RULES, files)
+    return found
+
+
+def compared(ctx: Context, silent: bool) -> Comparison:
+    """Everything that is stored, against the base; reads both. What was put from the base needs no comparing, what is yet to be computed
+    is compared when it is written."""
+    assert ctx.base is not None
+    subject = ctx.subject
+    places = ctx.overlay.places.items()
+    passed = {subject.model.module_of(name) for name, p in places if p.produce is not None or p.info.file.parent == ctx.base.path}
+    rest = {name: info for name, info in subject.tensors.items() if subject.model.module_of(name) not in passed}
+    return compare(Subject(replace(subject.checkpoint, tensors=rest)), ctx.base, silent=silent)
+
+
+def mend_reindexed(ctx: Context, findings: tuple[Finding, ...]) -> Iterator[Outcome]:
+    """What opening by what is stored has mended: findings of check that the overlay no longer has."""
+    ids = {finding.id for finding in find(ctx)}
+    for finding in findings:
+        if finding.id not in ids:
+            mend = REPAIRS[finding.id].mend
+            fixes = [step for step in mend(ctx, finding) if isinstance(step, Fix)] if mend is not None else []
+            yield Outcome(finding, tuple(fixes) or (Fix("left out with the file that holds it"),))
+
+
+def mend_all(ctx: Context, given: tuple[Finding, ...] = ()) -> Iterator[Outcome]:
+    """Mends until nothing changes. given: findings that a comparison made, each dealt with once, beside those that find() makes."""
+    stuck: set[Key] = set()
+    waiting = list(given)
+    for _ in range(MAX_ROUNDS):
+        before = find(ctx)
+        candidates = [finding for finding in [*waiting, *before] if key(finding) not in stuck]
+        if not candidates:
+            return
+        finding = min(candidates, key=lambda f: REPAIRS[f.id].turn)
+        waiting = [other for other in waiting if other is not finding]
+        outcome, changed = _mend(ctx, finding)
+        if not changed:
+            stuck.add(key(finding))
+            yield outcome
+            continue
+        now = {key(other) for other in find(ctx)}
+        if outcome.fixed:
+            yield replace(outcome, left=() if finding in before else outcome.left)
+        stuck_ids = {other[0] for other in stuck}
+        for other in before:
+            if other is not finding and key(other) not in now and other.id != finding.id and other.id not in stuck_ids:
+                gone = other.id not in {k[0] for k in now}
+                if gone:
+                    yield Outcome(other, outcome.fixed)
+    raise AssertionError("repairs undo one another")
+
+
+def _mend(ctx: Context, finding: Finding) -> tuple[Outcome, bool]:
+    """The outcome of one repair, and whether it changed anything."""
+    repair = REPAIRS[finding.id]
+    if repair.mend is None:
+        return Outcome(finding, left=(Left(repair.summary, ""),)), False
+    before = ctx.overlay.state
+    steps = list(repair.mend(ctx, finding))
+    changed = ctx.overlay.state != before
+    fixed = tuple(step for step in steps if isinstance(step, Fix)) if changed else ()
+    left = tuple(step for step in steps if isinstance(step, Left))
+    if not changed and not left:
+        left = (Left("its repair changes nothing here", finding.remedy),)
+    return Outcome(finding, fixed, left), changed

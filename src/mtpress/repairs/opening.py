@@ -1,0 +1,117 @@
+"""How a checkpoint that is to be repaired is opened: what `check` says of it, and everything that is stored and has a place.
+
+In: a directory and, where one is given, the base. Out: `Opened`. Leaves out: repairing. Tensors count by the headers of the files, not
+by the index; files that cannot be read, and files of which no tensor has a place in the model, are left out and named.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtpress.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, read_json_object, read_shard, resolve
+from mtpress.errors import InputError
+from mtpress.models import family
+from mtpress.models.qwen3_5 import component
+from mtpress.rules.registry import OPEN_RULES, STATIC_RULES
+from mtpress.rules.rule import Finding, apply
+from mtpress.rules.subject import CONFIG, MISPLACED_MTP, Subject
+
+PARTS = ("layers.", "visual.", "embed_tokens.", "lm_head.")  # of the family's names, under whatever prefix
+
+
+@dataclass(frozen=True)
+class Opened:
+    """findings: what check says. stored: every tensor that has a place. left_out: files → why. config_is_new: config.json is the base's."""
+
+    findings: tuple[Finding, ...]
+    stored: Checkpoint
+    left_out: Mapping[str, str]
+    config_is_new: bool
+
+
+def open_broken(path_or_id: str | Path, base: Checkpoint | None) -> Opened:
+    """Opens what can be opened. InputError where nothing can be repaired: no safetensors file, or a config.json that only a base mends."""
+    path = resolve(path_or_id)
+    config, problem = _config(path, base)
+    opened = None
+    try:
+        opened = Checkpoint.open(path)
+        if problem is not None:
+            raise problem
+        findings = tuple(apply(STATIC_RULES, Subject(opened)))
+    except InputError as error:
+        findings = tuple(apply(OPEN_RULES, error))
+    shards, left_out = _shards(path, opened)
+    stored = _tensors(path, shards, _weight_map(path))
+    shards, foreign = _with_a_place(shards, stored)
+    kept = {shard.path for shard in shards}
+    tensors = {name: info for name, info in stored.items() if info.file in kept}
+    index = opened.index if opened is not None else None
+    return Opened(findings, Checkpoint(path, config, shards, tensors, {}, index), left_out | foreign, problem is not None)
+
+
+def _config(path: Path, base: Checkpoint | None) -> tuple[dict[str, Any], InputError | None]:
+    """config.json or, where it cannot be read or is of no known family, the base's, and why."""
+    try:
+        config = read_json_object(path / CONFIG)
+        family(str(config.get("model_type", "")))
+        return config, None
+    except InputError as error:
+        if base is None:
+            raise InputError(f"{error}; with --base SRC the source's config.json takes its place") from None
+        return copy.deepcopy(base.config), error
+
+
+def _shards(path: Path, opened: Checkpoint | None) -> tuple[tuple[Shard, ...], dict[str, str]]:
+    """Every safetensors file, and those that cannot be read. One that the engine would read is not passed over: InputError."""
+    known = {shard.path: shard for shard in opened.shards} if opened is not None else {}
+    named = set(_weight_map(path).values()) | ({"model.safetensors"} if not (path / INDEX_NAME).exists() else set())
+    shards, left_out = [], {}
+    for file in sorted(file for file in path.glob("*.safetensors") if not file.is_dir()):
+        try:
+            shards.append(known.get(file) or read_shard(file))
+        except InputError as error:
+            if file.name in named or opened is None:
+                raise InputError(f"{error}; repair cannot bring back what is in it") from None
+            left_out[file.name] = "cannot be read"
+    if not shards:
+        raise InputError(f"{path}: no *.safetensors file; only safetensors checkpoints are read")
+    return tuple(shards), left_out
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        said = read_json_object(path / INDEX_NAME).get("weight_map")
+    except InputError:
+        return {}
+    return {name: file for name, file in said.items() if isinstance(file, str)} if isinstance(said, dict) else {}
+
+
+def _tensors(path: Path, shards: tuple[Shard, ...], weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Name → the tensor that counts: of two the one that the index names."""
+    stored: dict[str, TensorInfo] = {}
+    for info in (info for shard in shards for info in shard.tensors):
+        other = stored.get(info.name)
+        if other is not None and weight_map.get(info.name) not in (other.file.name, info.file.name):
+            raise InputError(
+                f"{path}: tensor {info.name[:120]} is stored in {other.file.name} and in {info.file.name}, and no index says which "
+                "counts; move one of the files away"
+            )
+        if other is None or weight_map[info.name] == info.file.name:
+            stored[info.name] = info
+    return stored
+
+
+def _with_a_place(shards: tuple[Shard, ...], stored: Mapping[str, TensorInfo]) -> tuple[tuple[Shard, ...], dict[str, str]]:
+    """The shards of which some tensor counts and is called as in a model of the family; the others by name."""
+
+    def has_a_place(info: TensorInfo) -> bool:
+        name = info.name
+        known = component(name) != "other" or bool(MISPLACED_MTP.match(name)) or any(part in name for part in PARTS)
+        return known and stored[name] == info
+
+    kept = tuple(shard for shard in shards if any(map(has_a_place, shard.tensors)))
+    others = {shard.path.name for shard in shards} - {shard.path.name for shard in kept}
+    return kept, dict.fromkeys(sorted(others), "holds no tensor that has a place in the model")

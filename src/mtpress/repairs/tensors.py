@@ -1,0 +1,200 @@
+"""Repairs of names, dtypes and shapes: renamed, brought back from the base, cast where no value changes, dropped without a place."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
+from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE
+from mtpress.repairs.base_files import base_tensor, bring_back
+from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.rules.rule import Finding, count
+from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, WEIGHT
+from mtpress.rules.tensors import SCALE_DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE_VALUES = 4 << 20
+IN_A_LAYER = re.compile(r"^(.*?)layers\.\d+\.(?:linear_attn|self_attn|mlp|input_layernorm|post_attention_layernorm)\.")
+
+
+def body_prefix(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """Renames the body, and what stands beside it under vLLM's own names (language_model.lm_head, visual)."""
+    subject = ctx.subject
+    starts = {found[1] for name in subject.tensors if (found := IN_A_LAYER.match(name)) and not re.search(r"(^|\.)mtp\.", found[1])}
+    starts = {start for start in starts if not start.startswith("visual.") and ".visual." not in start}
+    if len(starts) != 1:
+        shown = ", ".join(sorted(starts)[:3]) or "none"
+        yield Left(f"it cannot be said which prefix is the body's (found: {shown})", "fetch or make the checkpoint again")
+        return
+    old = starts.pop()
+    renames = {old: "model." if subject.architecture == TEXT_ARCHITECTURE and not subject.stored_vision else "model.language_model."}
+    outside = old.removesuffix("model.")  # vLLM's own: language_model.model., language_model.lm_head., visual.
+    if outside and outside != old:
+        renames[f"{outside}lm_head."] = "lm_head."
+    renames["visual."] = subject.model.VISION_PREFIX
+    new_names = {}
+    for name in subject.tensors:
+        start = next((start for start in renames if name.startswith(start)), None)
+        body = old != "model." or re.match(r"model\.(layers\.\d+|embed_tokens|norm)\.", name)
+        if start is not None and (start != old or body):
+            new_names[name] = renames[start] + name.removeprefix(start)
+    taken = [new for old_name, new in new_names.items() if new != old_name and new in subject.tensors]
+    if taken:
+        yield Left(f"a tensor of the name {taken[0]} is there already", "fetch or make the checkpoint again")
+        return
+    for name, new in new_names.items():
+        ctx.overlay.rename(name, new)
+    yield Fix(f"{count(len(new_names), 'tensor')} renamed, {old}* to {renames[old]}*")
+
+
+def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | Left]:
+    """Puts the base's tensors in place of tensors of these names; a quantized module becomes its BF16 matrix again."""
+    if ctx.base is None:
+        yield needs_base(what)
+        return
+    subject = ctx.subject
+    decided = {module for linear in subject.linears for module in linear.modules}
+    modules, done, missing = list[str](), list[str](), list[str]()
+    for name in names:
+        module = subject.model.module_of(name)
+        if module in decided:
+            modules.append(module)
+        elif (origin := base_tensor(ctx, name, subject.called_for.get(name))) is not None:
+            ctx.overlay.put(name, origin)
+            done.append(name)
+        else:
+            missing.append(name)
+    brought, not_there = bring_back(ctx, modules)
+    done, missing = done + brought, missing + not_there
+    if done:
+        yield Fix(f"{count(len(done), 'tensor')} put from the base in BF16, bit for bit")
+    if missing:
+        yield Left(f"the base has no such tensor either ({missing[0]}, …)", OTHER_BASE)
+
+
+def tensor_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from from_base(ctx, finding.where, count(len(finding.where), "tensor") + " that is missing" * (len(finding.where) == 1))
+
+
+def tensor_unexpected(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """Drops them, unless they are whole layers: then it is config.json that is wrong."""
+    subject = ctx.subject
+    num_layers = len(subject.model.layer_types(subject.config))
+    beyond = {i for name in finding.where if (i := subject.model.layer_index(name)) is not None and i >= num_layers}
+    whole = [i for i in sorted(beyond) if f"{subject.prefix}layers.{i}.input_layernorm.weight" in subject.tensors]
+    if whole:
+        yield Left(
+            f"layer {whole[0]} is whole, so it may be num_hidden_layers {num_layers} in config.json that is wrong",
+            "restore config.json: mtpress repair CKPT OUT --base SRC",
+        )
+        return
+    names = [name for name in finding.where if name in subject.tensors]
+    for name in names:
+        ctx.overlay.drop(name)
+    if names:
+        yield Fix(f"dropped: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+
+
+def weight_dtype(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """Scales are cast where every value is a number of the right dtype too; weights come from the base."""
+    subject = ctx.subject
+    cast, others = list[str](), list[str]()
+    for name in finding.where:
+        info, suffix = subject.tensors[name], name.rpartition(".")[2]
+        wanted = SCALE_DTYPES.get(suffix) if subject.form(subject.model.module_of(name)) == "nvfp4" else None
+        wanted = wanted or ("F32" if suffix in KV_SCALES else None)
+        if wanted and (info.dtype in PLAIN_DTYPES or info.dtype.startswith("F8_")) and (not ctx.may_read or is_exact(info, wanted)):
+            put_cast(ctx, info, wanted)
+            cast.append(name)
+        else:
+            others.append(name)
+    if cast:
+        yield Fix(f"{count(len(cast), 'scale')} cast, no value changes" + ("" if ctx.may_read else ", if every value allows it"))
+    if others:
+        yield from from_base(ctx, tuple(others), f"{others[0]} in its dtype")
+
+
+def weight_precision(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """The base's BF16 or, without one, a cast where every value is a BF16 number."""
+    subject = ctx.subject
+    done, cast, inexact = 0, 0, list[str]()
+    for name in finding.where:
+        info = subject.tensors[name]
+        origin = base_tensor(ctx, name, info.shape)
+        if origin is not None and origin.dtype == "BF16":
+            ctx.overlay.put(name, origin)
+            done += 1
+        elif not ctx.may_read or is_exact(info, "BF16"):
+            put_cast(ctx, info, "BF16")
+            cast += 1
+        else:
+            inexact.append(name)
+    if done:
+        yield Fix(f"{count(done, 'matrix' if done == 1 else 'matrice')} put from the base in BF16, bit for bit")
+    if cast:
+        yield Fix(
+            f"{count(cast, 'matrix' if cast == 1 else 'matrice')} cast to BF16, no value changes"
+            + ("" if ctx.may_read else ", if that is so")
+        )
+    if inexact:
+        yield Left(f"{inexact[0]} holds values that BF16 rounds, by {relative_change(subject.tensors[inexact[0]]):.2g} in all",
+                   "the source in BF16: --base SRC; the engine rounds them too")  # fmt: skip
+
+
+def is_exact(info: TensorInfo, dtype: str) -> bool:
+    """Whether every value of a stored tensor is a number of another dtype too; reads it."""
+    return all(bool((piece.to(torch_dtype(dtype)).to(piece.dtype) == piece).all()) for piece in _pieces(info))
+
+
+def relative_change(info: TensorInfo) -> float:
+    """‖bf16(w) − w‖ / ‖w‖ of a stored tensor; reads it."""
+    change = norm = 0.0
+    for piece in _pieces(info):
+        exact = piece.double()
+        change += float((piece.to(torch_dtype("BF16")).double() - exact).square().sum())
+        norm += float(exact.square().sum())
+    return math.sqrt(change / norm) if norm else math.inf
+
+
+def _pieces(info: TensorInfo) -> "Iterator[torch.Tensor]":
+    """A stored tensor in pieces; FP8 as float32, which holds all of it and can be compared."""
+    tensor = read_tensor(info).view(-1)
+    for start in range(0, len(tensor), PIECE_VALUES):
+        piece = tensor[start : start + PIECE_VALUES]
+        yield piece.float() if info.dtype.startswith("F8_") else piece
+
+
+def put_cast(ctx: Context, info: TensorInfo, dtype: str) -> None:
+    """The tensor in another dtype, cast when it is written; a float32 scalar at once, so that the rules can read it."""
+    where = ctx.overlay.places[info.name].info
+
+    def produce() -> "torch.Tensor":
+        return read_tensor(where).to(torch_dtype(dtype))
+
+    if dtype == "F32" and info.num_params == 1 and ctx.may_read:
+        ctx.overlay.put_scalar(info.name, bytes(bytes_of(produce().contiguous())), info.shape)
+    else:
+        ctx.overlay.compute(info.name, dtype, info.shape, produce)
+
+
+def weight_shape(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from from_base(ctx, finding.where, f"{finding.where[0]} in its shape")
+
+
+def k_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from from_base(ctx, tuple(f"{module}.{WEIGHT}" for module in finding.where), f"{finding.where[0]} in BF16")
+
+
+REPAIRS = (
+    Repair("body-prefix", "the tensors are renamed", body_prefix, Turn.CONFIG),
+    Repair("tensor-missing", "put from the base in BF16 (`--base`), with the shards that the engine fuses it with", tensor_missing),
+    Repair("tensor-unexpected", "dropped; layers that are whole are left, as then config.json is wrong", tensor_unexpected, Turn.DROPS),
+    Repair("weight-dtype", "scales are cast where no value changes; weights are put from the base (`--base`)", weight_dtype),
+    Repair("weight-precision", "put from the base (`--base`), or cast where every value is a BF16 number; else left, with the error",
+           weight_precision),
+    Repair("weight-shape", "put from the base in BF16 (`--base`)", weight_shape),
+    Repair("k-not-divisible", "put from the base in BF16 (`--base`)", k_not_divisible),
+)  # fmt: skip
