@@ -18,6 +18,16 @@ from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.plan import Plan, Step
 
 
+def embed(plan: Plan, body: StreamedBody, samples: Sequence[Sample]) -> None:
+    """Puts the samples in front of the first layer: embeddings of their tokens, the vision tower's patches for their pictures."""
+    tensors, model = plan.source.tensors, family(plan.source.model_type)
+    embeddings = tensors[f"{plan.prefix}embed_tokens.weight"]
+    body.embed(samples, lambda ids: read_rows(embeddings, ids))
+    if any(sample.pixel_values is not None for sample in samples):
+        tower = {n.removeprefix(model.VISION_PREFIX): i for n, i in tensors.items() if n.startswith(model.VISION_PREFIX)}
+        body.see({name: read_tensor(info) for name, info in tower.items()})
+
+
 class CalibrationPass:
     """layer() for every decoder layer from `first_layer` on, in order; close() at the end.
 
@@ -46,15 +56,7 @@ class CalibrationPass:
         if first_layer:
             self.body.place(samples)
         else:
-            self._embed(samples)
-
-    def _embed(self, samples: Sequence[Sample]) -> None:
-        tensors, model = self.plan.source.tensors, family(self.plan.source.model_type)
-        embeddings = tensors[f"{self.plan.prefix}embed_tokens.weight"]
-        self.body.embed(samples, lambda ids: read_rows(embeddings, ids))
-        if any(sample.pixel_values is not None for sample in samples):
-            tower = {n.removeprefix(model.VISION_PREFIX): i for n, i in tensors.items() if n.startswith(model.VISION_PREFIX)}
-            self.body.see({name: read_tensor(info) for name, info in tower.items()})
+            embed(plan, self.body, samples)
 
     def layer(self, step: Step, tensors: Mapping[str, torch.Tensor]) -> InputAmax:
         """Moves the samples through the layer of this step; what its linears read, on the CPU."""

@@ -21,17 +21,18 @@ from mtpress.errors import InputError
 from mtpress.shard_writer import disk_failure
 
 NUM_SLOTS = 3  # the boundary a layer reads, the one it writes, and the one before, until the layer behind it is journaled
+STREAM = "hidden"  # what the files of a run's states are called, and how the names of its other streams begin
 NUM_WAITING = 2  # samples that may wait in memory to be written
 
 
-def slot_file(directory: Path, boundary: int) -> Path:
-    """The file that holds the states at a boundary."""
-    return directory / f"hidden-{boundary % NUM_SLOTS}.bin"
+def slot_file(directory: Path, boundary: int, stream: str = STREAM) -> Path:
+    """The file that holds the states of a stream at a boundary."""
+    return directory / f"{stream}-{boundary % NUM_SLOTS}.bin"
 
 
-def sync_states(directory: Path, boundary: int) -> None:
+def sync_states(directory: Path, boundary: int, stream: str = STREAM) -> None:
     """Waits until the states at a boundary, whichever process wrote them, are on the disk."""
-    file = os.open(slot_file(directory, boundary), os.O_RDWR)
+    file = os.open(slot_file(directory, boundary, stream), os.O_RDWR)
     try:
         os.fdatasync(file)
     finally:
@@ -61,7 +62,7 @@ class MemoryStates:
 
 
 class DiskStates:
-    """States in `hidden-{boundary % 3}.bin` of a directory; sample i of the whole set always has the same place in the file.
+    """States in `{stream}-{boundary % 3}.bin` of a directory; sample i of the whole set always has the same place in the file.
 
     members: the samples of the set that are moved here, in order; workers share the files. boundary: the one to start from, 0 in
     front of the first layer; it is on disk already if it is not 0. pinned: what get() returns is for copying to a GPU.
@@ -76,8 +77,9 @@ class DiskStates:
         boundary: int = 0,
         members: Sequence[int] | None = None,
         pinned: bool = False,
+        stream: str = STREAM,
     ) -> None:
-        self.directory, self.hidden_size, self.boundary = directory, hidden_size, boundary
+        self.directory, self.hidden_size, self.boundary, self.stream = directory, hidden_size, boundary, stream
         self.lengths = lengths
         self.members = list(range(len(lengths))) if members is None else list(members)
         self.starts = [0, *accumulate(2 * length * hidden_size for length in lengths)]
@@ -89,7 +91,7 @@ class DiskStates:
         self._room = threading.Semaphore(NUM_WAITING)
         self._embedded = boundary > 0
         try:
-            self.files = [os.open(slot_file(directory, slot), os.O_RDWR | os.O_CREAT, 0o644) for slot in range(NUM_SLOTS)]
+            self.files = [os.open(slot_file(directory, slot, stream), os.O_RDWR | os.O_CREAT, 0o644) for slot in range(NUM_SLOTS)]
         except OSError as error:
             raise disk_failure(directory, error) from None
         if boundary and os.fstat(self.files[boundary % NUM_SLOTS]).st_size < self.starts[-1]:
@@ -111,6 +113,10 @@ class DiskStates:
         following = sample + 1
         self._ahead = (following, self._read.submit(self._load, following)) if self._embedded and following < len(self.members) else None
         return states
+
+    def peek(self, sample: int) -> Tensor:
+        """As get(), of any member and in any order; nothing is read ahead."""
+        return self._load(sample)
 
     def put(self, sample: int, states: Tensor) -> None:
         """Queues the states of a member behind the layer (before the first advance(): in front of the first layer)."""
@@ -142,7 +148,7 @@ class DiskStates:
 
     def sync(self, boundary: int) -> None:
         """Waits until the states at a boundary are on the disk."""
-        sync_states(self.directory, boundary)
+        sync_states(self.directory, boundary, self.stream)
 
     def _place(self, sample: int) -> tuple[int, tuple[int, int, int]]:
         member = self.members[sample]

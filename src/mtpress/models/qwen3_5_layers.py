@@ -12,7 +12,7 @@ from transformers' in the order of float32 operations only.
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ from mtpress.chat import Sample
 from mtpress.errors import InputError
 from mtpress.hidden_states import DiskStates, MemoryStates
 from mtpress.models.gated_delta_rule import chunk_gated_delta_rule
+from mtpress.models.gated_delta_rule_gradient import differentiable_rule
 
 InputSeen = Callable[[str, Tensor], None]  # (linear's name within the layer, its input [1, T, K])
 
@@ -57,16 +58,20 @@ def with_weights(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.
 
 
 @contextmanager
-def fast_delta_rule(layer: nn.Module) -> Iterator[None]:
-    """While it lasts, a linear-attention layer's forward calls mtpress's rule; afterwards transformers' own is back in place."""
+def fast_delta_rule(layer: nn.Module, rule: Callable[..., Any] | None = None) -> Iterator[None]:
+    """While it lasts, a linear-attention layer's forward calls mtpress's rule; afterwards transformers' own is back in place.
+
+    rule: differentiable_rule where gradients are wanted.
+    """
+    ours = rule or chunk_gated_delta_rule
     mixer: Any = layer.linear_attn
     mixer.num_v_heads = mixer.num_k_heads  # keys are repeated for value heads only where these differ; our rule needs no copies
     if hasattr(mixer, "chunk_gated_delta_rule"):  # transformers 5.14 keeps the rule in the module, 5.19 calls a global name
-        mixer.chunk_gated_delta_rule = chunk_gated_delta_rule
+        mixer.chunk_gated_delta_rule = ours
         yield
         return
     theirs = modeling_qwen3_5.torch_chunk_gated_delta_rule
-    modeling_qwen3_5.torch_chunk_gated_delta_rule = chunk_gated_delta_rule
+    modeling_qwen3_5.torch_chunk_gated_delta_rule = ours
     try:
         yield
     finally:
@@ -153,9 +158,7 @@ class StreamedBody:
     @torch.no_grad()
     def layer(self, index: int, weights: Mapping[str, Tensor], input_seen: InputSeen | None = None) -> None:
         """Moves every sample through one decoder layer; weights by their names within the layer."""
-        with torch.device("meta"):
-            module = Qwen3_5DecoderLayer(self.text_config, index)
-        module = with_weights(module, weights, self.dtype)
+        module = self.decoder_layer(index, weights)
         if input_seen is not None:
             for name, linear in module.named_modules():
                 if isinstance(linear, nn.Linear):
@@ -163,13 +166,28 @@ class StreamedBody:
         if not self._begun:
             self.states.advance()
             self._begun = True
-        fast = self._own_delta_rule and hasattr(module, "linear_attn")
-        with fast_delta_rule(module) if fast else nullcontext():
+        with self.delta_rule(module):
             for i, positions in enumerate(self.positions):
                 states = self.states.get(i).to(self.device, non_blocking=True)
-                rope = self.rotary(states, positions.to(self.device))
-                self.states.put(i, module(states, position_embeddings=rope, attention_mask=None))
+                self.states.put(i, self.through(module, states, positions))
         self.states.advance()
+
+    def decoder_layer(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
+        """transformers' layer with these weights."""
+        with torch.device("meta"):
+            module = Qwen3_5DecoderLayer(self.text_config, index)
+        return with_weights(module, weights, self.dtype)
+
+    def delta_rule(self, module: nn.Module, gradients: bool = False) -> AbstractContextManager[None]:
+        """While it lasts, a layer computes with the rule that was chosen; with `gradients`, autograd passes through it."""
+        if not self._own_delta_rule or not hasattr(module, "linear_attn"):
+            return nullcontext()
+        return fast_delta_rule(module, differentiable_rule if gradients else None)
+
+    def through(self, module: nn.Module, states: Tensor, positions: Tensor) -> Tensor:
+        """States [B, T, hidden] behind a layer; positions int64 [3, B, T]."""
+        rope = self.rotary(states, positions.to(states.device))
+        return module(states, position_embeddings=rope, attention_mask=None)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def final_norm(self, weight: Tensor) -> list[Tensor]:
