@@ -33,6 +33,7 @@ STAGES = (
     Stage("inspect", "what a checkpoint holds: components, quantization, draft head, fit of each recipe"),
     Stage("quantize", "a BF16 checkpoint → a 4-bit checkpoint with a working draft head"),
     Stage("check", "whether a finished checkpoint is sound: names, scales, ignore lists, draft head"),
+    Stage("graft", "the draft head of the BF16 release, bit for bit, into a finished checkpoint that lost it or has it quantized"),
     Stage("repair", "a checkpoint with faults → one without those that can be mended without loss, and what it takes for the others"),
     Stage("convert", "NVFP4 in modelopt's layout ↔ in compressed-tensors', without quantizing again; or without its vision tower"),
     Stage("serve", "a checkpoint → a running vLLM server: the right flags for this machine, with reasons, and a watch over it"),
@@ -42,7 +43,7 @@ STAGES = (
 )
 
 
-PLANNED = ("graft", "eval")  # named in remedies already; not in this version
+PLANNED = ("eval",)  # named in remedies already; not in this version
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,7 +17,7 @@ named, for an engine refuses a linear of which a part is spared. What decides, b
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mtpress.checkpoint import Checkpoint, read_json_object
@@ -58,12 +58,18 @@ def spare(declared: Declaration, kept: Sequence[str], quantized: Sequence[str], 
 
 
 def config_contents(
-    source: Checkpoint | Subject, kept: Sequence[str], quantized: Sequence[str], config: Mapping[str, Any] | None = None
+    source: Checkpoint | Subject,
+    kept: Sequence[str],
+    quantized: Sequence[str],
+    config: Mapping[str, Any] | None = None,
+    *,
+    leave: Callable[[Declaration], bool] = lambda declared: False,
 ) -> dict[str, bytes]:
     """File name → content of every config file of a checkpoint, each of whose declarations spares `kept`.
 
-    config: what config.json holds from now on, but for the declaration; as it is, if None. Files that declare nothing that an engine
-    reads stay out, config.json with them where `config` is None. InputError where spare() raises it, and for a file that is no JSON.
+    config: what config.json holds from now on, but for the declaration; as it is, if None. leave: whether a declaration stays as it
+    is. Files that declare nothing that an engine reads stay out, config.json with them where `config` is None. InputError where
+    spare() raises it, and for a file that is no JSON.
     """
     source = source.checkpoint if isinstance(source, Subject) else source
     model = family(source.model_type)
@@ -71,7 +77,8 @@ def config_contents(
     num_layers = len(model.layer_types(source.config))
 
     def spared(file: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        return spare(Declaration(file, content), kept, quantized, num_layers, prefix)
+        declared = Declaration(file, content)
+        return dict(content) if leave(declared) else spare(declared, kept, quantized, num_layers, prefix)
 
     new = copy.deepcopy(dict(source.config if config is None else config))
     found = config is not None
