@@ -1,0 +1,289 @@
+"""graft: the draft head of a BF16 base, bit for bit, into a finished checkpoint of any format.
+
+In: a finished checkpoint (plain, modelopt, compressed-tensors, AutoRound or GPTQ), a new directory, the base that it was made from.
+Out: the directory and a `GraftResult`. Whatever else the checkpoint has of a head leaves: quantized, of another model, or under a
+wrong prefix. Leaves out: how shards are linked and rewritten (revision.py), how a config says what stays in BF16 (kept_modules.py).
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_object
+from mtpress.disk import read_pieces
+from mtpress.errors import InputError
+from mtpress.models import family
+from mtpress.progress import human_bytes
+from mtpress.rules.declaration import Declaration
+from mtpress.rules.subject import MISPLACED_MTP, Subject
+
+SAME_SIZES = ("hidden_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class GraftResult:
+    """What graft did. Sizes in bytes, times in seconds.
+
+    replaced: tensors of the head that stood there with other bytes; added: that were not there under their names; kept: whose
+    bytes were the base's already; removed: what else there was of a head. config_files: those with new content. linked,
+    rewritten: shards of the checkpoint; new: shards that it did not have.
+    """
+
+    out: str
+    base: str
+    replaced: tuple[str, ...]
+    added: tuple[str, ...]
+    kept: tuple[str, ...]
+    removed: tuple[str, ...]
+    config_files: tuple[str, ...]
+    linked: tuple[str, ...]
+    rewritten: tuple[str, ...]
+    new: tuple[str, ...]
+    warnings: tuple[str, ...]
+    bytes_written: int
+    bytes_linked: int
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def next(self) -> str:
+        return f"mtpress check {self.out} --base {self.base}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "next": self.next}
+
+
+def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, silent: bool = False) -> GraftResult:
+    """Makes `out` from `checkpoint` with the draft head of `base`; both may be Hub ids.
+
+    InputError before anything is written where the head does not fit or the base has none that is whole and in BF16, and where
+    there is nothing to do; ResourceError where the disk is too small. Nothing that looks finished stays behind.
+    """
+    from mtpress.revision import Revision  # torch from here on
+    from mtpress.shard_writer import OutputTensor
+
+    target = Path(out)
+    if target.exists():
+        raise InputError(f"{target}: exists already; name a directory that does not")
+    source, giver = Checkpoint.open_stored(checkpoint), Checkpoint.open_stored(base)
+    subject = Subject(source)
+    head = _head_of(giver, source, subject.model)
+    there = [name for name in source.tensors if name.startswith(subject.model.MTP_PREFIX) or MISPLACED_MTP.match(name)]
+    strays = _strays(subject)
+    revised = Revision(source)
+    kept = tuple(name for name, info in head.items() if name in source.tensors and _same_bytes(source.tensors[name], info))
+    removed = tuple(name for name in there if name not in head)
+    for name in (*removed, *strays):
+        revised.drop(name)
+    for name, info in head.items():
+        if name not in kept:
+            revised.put(OutputTensor(name, info.dtype, info.shape), info)
+    stays = {name: info for name, info in source.tensors.items() if name not in {*there, *strays}}
+    files = _config_files(subject, giver, stays | head)
+    for name, content in files.items():
+        revised.write_file(name, content)
+    if revised.unchanged and _names_all(source, head):
+        raise InputError(f"{source.path}: has this draft head already, bit for bit, and its configs spare it; nothing to graft")
+    origin = {"name": giver.path.name if Path(base).is_dir() else str(base), "identity": giver.identity}
+    entries = {"draft_head": "the base's, bit for bit", "base": origin, "removed": removed}
+    done = revised.write(target, "graft", entries, silent=silent)
+    return GraftResult(
+        out=str(target),
+        base=str(base),
+        replaced=tuple(name for name in head if name in source.tensors and name not in kept),
+        added=tuple(name for name in head if name not in source.tensors),
+        kept=kept,
+        removed=removed,
+        config_files=tuple(files),
+        linked=done.linked,
+        rewritten=tuple(done.rewritten),
+        new=tuple(done.added),
+        warnings=tuple(_warnings(subject, giver, strays)),
+        bytes_written=done.bytes_written,
+        bytes_linked=done.bytes_linked,
+        seconds=done.seconds,
+        peak_memory_bytes=done.peak_memory_bytes,
+    )
+
+
+# ---- the head, and whether it fits
+
+
+def _head_of(giver: Checkpoint, source: Checkpoint, model: ModuleType) -> dict[str, TensorInfo]:
+    """The tensors of the base's head; InputError where it is not whole and in BF16, or not of a model like this one."""
+    if giver.path.resolve() == source.path.resolve():
+        raise InputError(f"{giver.path}: is the checkpoint itself; --from names the BF16 release that it was made from")
+    if family(giver.model_type) is not model:
+        raise InputError(
+            f"{giver.path}: is a {giver.model_type}, the checkpoint a {source.model_type}; --from names the model it was made from"
+        )
+    mine, theirs = model.sizes(source.config), model.sizes(giver.config)
+    for key in SAME_SIZES:
+        if mine[key] != theirs[key]:
+            raise InputError(
+                f"{giver.path}: its {key} is {theirs[key]}, the checkpoint's {mine[key]}; --from names the model that it was made from"
+            )
+    model.body_prefix(source.tensors)  # there is a body to draft for
+    stored = [name for name in giver.tensors if name.startswith(model.MTP_PREFIX)]
+    head = {name: giver.tensors[name] for name in model.MTP_TENSORS if name in giver.tensors}
+    others = [name for name in stored if name not in head]
+    packed = [n for n in others if n.rpartition(".")[2] in ("qweight", "weight_packed")] + [n for n, i in head.items() if i.dtype == "U8"]
+    if packed:
+        raise InputError(f"{giver.path}: its own draft head is quantized ({packed[0]}); --from names the BF16 release")
+    if not stored:
+        raise InputError(f"{giver.path}: has no draft head (no tensor mtp.*); --from names a release that ships it")
+    missing = [name for name in model.MTP_TENSORS if name not in head]
+    if missing:
+        raise InputError(
+            f"{giver.path}: its draft head lacks {len(missing)} of {len(model.MTP_TENSORS)} tensors ({missing[0]}, …); "
+            "fetch the release again"
+        )
+    if others:
+        raise InputError(
+            f"{giver.path}: its draft head has {len(others)} tensors that mtpress does not know ({others[0]}, …); "
+            "it knows heads of one layer"
+        )
+    for name, shape in model.mtp_shapes(source.config).items():
+        if head[name].dtype != "BF16":
+            raise InputError(f"{giver.path}: {name} is {head[name].dtype}, not BF16; --from names the BF16 release")
+        if head[name].shape != shape:
+            raise InputError(
+                f"{giver.path}: {name} is {list(head[name].shape)}, the checkpoint's body calls for {list(shape)}; "
+                "the head is of another model"
+            )
+    return head
+
+
+def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    import numpy
+
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if a.file.samefile(b.file) and a.offset == b.offset:
+        return True
+    pieces = zip(read_pieces(a), read_pieces(b), strict=True)
+    return all(numpy.array_equal(numpy.frombuffer(one, numpy.uint8), numpy.frombuffer(other, numpy.uint8)) for one, other in pieces)
+
+
+def _strays(subject: Subject) -> tuple[str, ...]:
+    """Tensors of unknown names that the index left out: engines skipped them, and would refuse them once they are indexed."""
+    index = subject.checkpoint.index or {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, Mapping):
+        return ()
+    files = set(map(str, weight_map.values()))
+    return tuple(
+        name
+        for name, info in subject.tensors.items()
+        if info.file.name not in files and subject.model.component(name) == "other" and not MISPLACED_MTP.match(name)
+    )
+
+
+def _names_all(source: Checkpoint, head: Mapping[str, TensorInfo]) -> bool:
+    """Whether an engine that goes by the index finds the head: it is named, or there is one file and no index."""
+    weight_map = (source.index or {}).get("weight_map")
+    if isinstance(weight_map, Mapping):
+        return all(weight_map.get(name) == source.tensors[name].file.name for name in head)
+    return not (source.path / INDEX_NAME).exists() and len(source.shards) == 1
+
+
+# ---- the config files
+
+
+def _config_files(subject: Subject, giver: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+    """Config files to be written anew, so that one draft layer is declared and every declaration spares it; those that do stay."""
+    from mtpress.kept_modules import config_contents
+
+    model, config = subject.model, copy.deepcopy(subject.config)
+    text, theirs = config.get("text_config", config), model.text_config(giver.config)
+    for key, value in theirs.items():
+        if key.startswith("mtp_"):
+            text.setdefault(key, value)
+    text["mtp_num_hidden_layers"] = 1
+    if config.get("mtp_num_hidden_layers") is not None:
+        config["mtp_num_hidden_layers"] = 1  # vLLM looks there first
+    kept = model.kept_modules(tensors, subject.prefix)
+    quantized = [module for module in subject.quantized if module not in kept and any(name.startswith(f"{module}.") for name in tensors)]
+    contents = config_contents(subject, kept, quantized, config, leave=lambda declared: _spares_head(subject, declared, tensors))
+    return {name: content for name, content in contents.items() if json.loads(content) != read_json_object(subject.path / name)}
+
+
+def _spares_head(subject: Subject, declared: Declaration, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the engine takes all of the head as BF16 by this declaration."""
+    from mtpress.matching import matcher_of
+
+    matcher = matcher_of(declared, subject.architecture, {name: info.dtype for name, info in tensors.items()})
+    head = [linear for linear in subject.linears if linear.part == "draft" and linear.prefix.startswith(subject.model.MTP_PREFIX)]
+    return matcher is not None and bool(head) and all(matcher.verdict(linear) == "ignored" for linear in head)
+
+
+def _warnings(subject: Subject, giver: Checkpoint, strays: tuple[str, ...]) -> list[str]:
+    found = []
+    shapes = [
+        next((info.shape for name, info in c.tensors.items() if name.endswith("embed_tokens.weight")), None)
+        for c in (subject.checkpoint, giver)
+    ]
+    if shapes[0] is not None and shapes[1] is not None and shapes[0] != shapes[1]:
+        found.append(
+            f"embed_tokens is {list(shapes[0])} here and {list(shapes[1])} in the base: the head drafts with the checkpoint's embeddings, "
+            "which it was not trained with"
+        )
+    if strays:
+        found.append(f"{len(strays)} tensors of unknown names that no index named are left out ({strays[0]}, …)")
+    return found
+
+
+# ---- the command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="a finished checkpoint of any format: a directory or a Hub id")
+    parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
+    parser.add_argument("--from", required=True, dest="base", metavar="BASE", help="the BF16 release whose draft head it gets")
+
+
+def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """The stage as the command line calls it: (exit code, result for --json)."""
+    result = graft(options.checkpoint, options.out, options.base, silent=options.json)
+    if not options.json:
+        show(result)
+    return 0, result.as_json()
+
+
+def show(result: GraftResult) -> None:
+    """The result as one screen on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"the draft head of {result.base} → {result.out}", show_header=False)
+    rows = {
+        "replaced": _listed(result.replaced),
+        "added": _listed(result.added),
+        "the base's already": _listed(result.kept),
+        "removed": _listed(result.removed),
+        "configs changed": ", ".join(result.config_files),
+        "shards linked": f"{len(result.linked)}, {human_bytes(result.bytes_linked)}" if result.linked else "",
+        "shards rewritten": ", ".join(result.rewritten),
+        "shards added": ", ".join(result.new),
+        "written": f"{human_bytes(result.bytes_written)} in {result.seconds:.1f} s, peak memory {human_bytes(result.peak_memory_bytes)}",
+    }
+    for what, said in rows.items():
+        if said:
+            table.add_row(what, said)
+    console.print(table)
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+    console.print(f"next: {result.next}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    shown = "\n".join(names[:3])
+    return (
+        f"{len(names)} tensors\n{shown}" + (f"\n… and {len(names) - 3} more (--json lists them)" if len(names) > 3 else "") if names else ""
+    )
