@@ -11,7 +11,6 @@ import json
 import random
 import string
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -68,15 +67,6 @@ class Build:
     calibration: Path
 
 
-@pytest.fixture(scope="session")
-def peer_python() -> Path:
-    """The python of .envs/modelopt, made by locks/make_env.py where it is not there yet."""
-    made = subprocess.run([sys.executable, str(ROOT / "locks/make_env.py"), "modelopt"], capture_output=True, text=True)
-    if made.returncode:
-        pytest.fail(f"locks/make_env.py modelopt failed:\n{made.stderr[-3000:]}")
-    return Path(made.stdout.splitlines()[-1])
-
-
 def write_calibration(out: Path, title: str) -> None:
     """Text of many lengths, so that samples span no, one and several chunks of the delta rule; no pictures."""
     if title == "mtpress-tiny":
@@ -98,7 +88,7 @@ CASES = [("wide", "bf16"), ("deep, tied", "bf16"), ("deep, tied", "nvfp4"), ("mt
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{title}, in_proj_ab {ab}" for title, ab in CASES])
-def build(request: pytest.FixtureRequest, peer_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+def build(request: pytest.FixtureRequest, modelopt_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     title, in_proj_ab = request.param
     folder = tmp_path_factory.mktemp("parity")
     if title == "mtpress-tiny":
@@ -117,9 +107,9 @@ def build(request: pytest.FixtureRequest, peer_python: Path, tmp_path_factory: p
 
     script = ROOT / "tests/oracles/modelopt_export.py"
     flags = ["--in-proj-ab"] if in_proj_ab == "nvfp4" else []
-    run(peer_python, script, source, folder / "modelopt", folder / "tokens.json", *flags)
+    run(modelopt_python, script, source, folder / "modelopt", folder / "tokens.json", *flags)
     chosen = ("--recipe", folder / "recipe.yaml", "--calibration", calibration, "--device", "cpu", "--json")
-    run(peer_python, "-c", WITH_TRANSFORMERS_RULE, "quantize", source, folder / "mtpress", *chosen)
+    run(modelopt_python, "-c", WITH_TRANSFORMERS_RULE, "quantize", source, folder / "mtpress", *chosen)
     record = json.loads((folder / "mtpress" / "mtpress.json").read_text(encoding="utf-8"))
     assert record["calibration"]["sha256"] == samples.identity, "the two builds saw different token ids"
     return Build(title, in_proj_ab, source, folder / "modelopt", folder / "mtpress", recipe, calibration)
