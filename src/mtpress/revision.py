@@ -228,6 +228,7 @@ class Revision:
             writer.wait()
             writer.copy_unlinked(lambda count: progress.advance(count, "copied, not linked"))
             self._write_files(writer, carried)
+            progress.advance(progress.total - progress.done, "files beside the weights")
             guard.look_closely()
             if _fingerprints(shards) != origins:
                 raise InputError("a file that tensors were taken from changed while it was read; start over from one that stays as it is")
