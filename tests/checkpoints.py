@@ -1,11 +1,14 @@
 """Small Qwen3.5-class checkpoints made by hand, and a way to change one.
 
 In: nothing, or a checkpoint directory. Out: a BF16 checkpoint of hidden size 64 with a vision tower of one block, a draft
-head, a byte-level tokenizer, template and processor files; `Edit`, which rewrites a directory. Leaves out: sense.
+head, a byte-level tokenizer, template and processor files; the same in other formats (SMALL_FORMATS); `Edit`, which rewrites a
+directory. Leaves out: sense.
 """
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mtpress.checkpoint import INDEX_NAME
+from mtpress.formats import compressed_tensors, int4
 from mtpress.models import qwen3_5
 
 PREFIX = "model.language_model."
@@ -139,3 +143,94 @@ class Edit:
             self.write("hf_quant_config.json", self.hf)
         for action in self._later:
             action()
+
+
+INT4_GROUP = 32  # the small widths are no multiples of 128
+
+
+def quantizable(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The modules that a build quantizes: the body's linears but in_proj_a and in_proj_b."""
+    parts = tuple(part for names in qwen3_5.QUANTIZABLE.values() for part in names)
+    modules = (name.removesuffix(".weight") for name in tensors if name.startswith(f"{PREFIX}layers.") and name.endswith(".weight"))
+    return [module for module in modules if module.endswith(parts)]
+
+
+def in_int4(weight: torch.Tensor, group_size: int = INT4_GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """codes uint8 [N, K] and scales fp16 [N, K/g] of a matrix, plainly rounded."""
+    n, k = weight.shape
+    groups = weight.float().view(n, k // group_size, group_size)
+    scales = (groups.abs().amax(-1) / 7).half()
+    return int4.nearest_codes((groups / scales.float().unsqueeze(-1)).view(n, k)), scales
+
+
+def pack_int4(e: "Edit", *modules: str) -> None:
+    """AutoRound's layout in place of some BF16 weights."""
+    for module in modules:
+        for suffix, tensor in int4.tensors(*in_int4(e.tensors.pop(f"{module}.weight"))).items():
+            e.tensors[f"{module}.{suffix}"] = tensor
+
+
+def _write_auto_round(bf16: Path, nvfp4: Path, out: Path) -> Path:
+    e = Edit(Path(shutil.copytree(bf16, out)))
+    pack_int4(e, *quantizable(e.tensors))
+    whole = [f"{PREFIX}layers.{i}.linear_attn.in_proj_{x}" for i in range(3) for x in "ab"]
+    said = int4.quantization_config(whole, f"{PREFIX}layers") | {"group_size": INT4_GROUP}
+    e.config["quantization_config"] = said
+    e.write("quantization_config.json", said)
+    e.save()
+    return out
+
+
+def _write_gptq(bf16: Path, nvfp4: Path, out: Path) -> Path:
+    e = Edit(Path(shutil.copytree(bf16, out)))
+    pack_int4(e, *quantizable(e.tensors))
+    for name in [name for name in e.tensors if name.endswith(".qweight")]:
+        e.tensors[name.replace(".qweight", ".g_idx")] = torch.arange(8 * len(e.tensors[name]), dtype=torch.int32) // INT4_GROUP
+    said = {"bits": 4, "group_size": INT4_GROUP, "sym": True, "desc_act": False, "lm_head": False, "checkpoint_format": "gptq"}
+    e.config["quantization_config"] = {"quant_method": "gptq"} | said
+    e.save()
+    return out
+
+
+def _write_int4_of_compressed_tensors(bf16: Path, nvfp4: Path, out: Path) -> Path:
+    e = Edit(Path(shutil.copytree(bf16, out)))
+    for module in quantizable(e.tensors):
+        weight = e.tensors.pop(f"{module}.weight")
+        codes, scales = in_int4(weight)
+        e.tensors[f"{module}.weight_packed"] = int4.pack(codes).t().contiguous()
+        e.tensors[f"{module}.weight_scale"] = scales.to(torch.bfloat16)
+        e.tensors[f"{module}.weight_shape"] = torch.tensor(weight.shape)
+    weights = {"num_bits": 4, "type": "int", "group_size": INT4_GROUP, "strategy": "group", "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": "pack-quantized"}
+    e.config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*visual.*", "re:^mtp.*", "re:.*in_proj_[ab]$"],
+    }  # fmt: skip
+    e.save()
+    return out
+
+
+def _write_nvfp4_of_compressed_tensors(bf16: Path, nvfp4: Path, out: Path, *, weight_only: bool = False) -> Path:
+    e = Edit(Path(shutil.copytree(nvfp4, out)))
+    ignore = e.quantization["ignore"]
+    for name in [name for name in e.tensors if name.endswith(".weight_scale_2")]:
+        module = name.removesuffix(".weight_scale_2")
+        e.tensors[f"{module}.weight_packed"] = e.tensors.pop(f"{module}.weight")
+        e.tensors[f"{module}.weight_global_scale"] = compressed_tensors.reciprocal(e.tensors.pop(name)).reshape(1)
+        e.tensors[f"{module}.input_global_scale"] = compressed_tensors.reciprocal(e.tensors.pop(f"{module}.input_scale")).reshape(1)
+        if weight_only:
+            del e.tensors[f"{module}.input_global_scale"]
+    e.config["quantization_config"] = compressed_tensors.quantization_config(ignore, weight_only=weight_only)
+    e.hf = None
+    (out / "hf_quant_config.json").unlink()
+    e.save()
+    return out
+
+
+SMALL_FORMATS: dict[str, Callable[[Path, Path, Path], Path]] = {
+    "compressed-tensors": _write_nvfp4_of_compressed_tensors,
+    "compressed-tensors-w4a16": partial(_write_nvfp4_of_compressed_tensors, weight_only=True),
+    "compressed-tensors-int4": _write_int4_of_compressed_tensors,
+    "auto-round": _write_auto_round,
+    "gptq": _write_gptq,
+}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import write_small
+from checkpoints import SMALL_FORMATS, write_small
 from mtpress.recipe import load_recipe, shipped
 from mtpress.stages.quantize import quantize
 
@@ -17,9 +17,16 @@ def small_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_nvfp4(small_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Recipe → what quantize makes of the small checkpoint, weight-only."""
+    """Recipe of NVFP4 → what quantize makes of the small checkpoint, weight-only."""
     made = {}
-    for name in shipped():
+    for name in (recipe for recipe in shipped() if recipe.startswith("nvfp4")):
         made[name] = tmp_path_factory.mktemp("small-nvfp4") / name
         quantize(small_bf16, made[name], load_recipe(name).model_copy(update={"constant_input_scale": 0.01}), silent=True)
     return made
+
+
+@pytest.fixture(scope="session")
+def small_formats(small_bf16: Path, small_nvfp4: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Format of checkpoints.SMALL_FORMATS → a sound checkpoint in it, of the same weights."""
+    folder = tmp_path_factory.mktemp("small-formats")
+    return {kind: write(small_bf16, small_nvfp4["nvfp4-mtp-vlm"], folder / kind) for kind, write in SMALL_FORMATS.items()}

@@ -1,14 +1,15 @@
-"""BF16, text-only, compressed-tensors and AutoRound checkpoints: recognised, and checked as far as the rules go."""
+"""BF16 and text-only checkpoints, and formats that the rules do not know: recognised, and checked as far as the rules go."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from checkpoints import PREFIX, Edit
+from checkpoints import PREFIX, Edit, pack_int4
 from mtpress.rules.rule import Finding
 from mtpress.stages.check import CheckResult, check
 
@@ -31,38 +32,6 @@ def checked(edit: Edit) -> tuple[CheckResult, dict[str, Finding]]:
     edit.save()
     result = check(edit.path, silent=True)
     return result, {finding.id: finding for finding in result.findings}
-
-
-def as_compressed_tensors(edit: Edit) -> None:
-    """The same numbers in compressed-tensors' layout."""
-    for name in [n for n in edit.tensors if n.endswith(".weight_scale_2")]:
-        module = name.removesuffix(".weight_scale_2")
-        edit.tensors[f"{module}.weight_packed"] = edit.tensors.pop(f"{module}.weight")
-        edit.tensors[f"{module}.weight_global_scale"] = 1 / edit.tensors.pop(name).reshape(1)
-        edit.tensors[f"{module}.input_global_scale"] = 1 / edit.tensors.pop(f"{module}.input_scale").reshape(1)
-    edit.config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "ignore": ["lm_head", "re:.*mtp.*"],
-    }  # fmt: skip
-    edit.hf = None
-    (edit.path / "hf_quant_config.json").unlink()
-
-
-def packed(n: int, k: int, group_size: int = 32) -> dict[str, torch.Tensor]:
-    return {
-        "qweight": torch.zeros(k // 8, n, dtype=torch.int32),
-        "qzeros": torch.zeros(k // group_size, n // 8, dtype=torch.int32),
-        "scales": torch.ones(k // group_size, n, dtype=torch.float16),
-    }
-
-
-def as_auto_round(edit: Edit, *modules: str) -> None:
-    """AutoRound's layout for some modules, BF16 for the rest."""
-    for module in modules:
-        n, k = edit.tensors.pop(f"{module}.weight").shape
-        edit.tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in packed(n, k).items()}
-    edit.config["quantization_config"] = {
-        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32, "sym": True,
-    }  # fmt: skip
 
 
 def test_bf16(bf16: Edit) -> None:
@@ -115,33 +84,64 @@ def test_tied_embeddings_need_no_lm_head(bf16: Edit) -> None:
     assert checked(bf16)[1] == {}
 
 
-def test_compressed_tensors_is_recognised(edit: Edit) -> None:
-    as_compressed_tensors(edit)
-    result, found = checked(edit)
-    assert set(found) == {"format-not-covered"}
-    assert "stored: compressed-tensors NVFP4" in found["format-not-covered"].message
-    assert (result.format, result.num_quantized, result.sound) == ("compressed-tensors", 25, True)
-
-
-def test_compressed_tensors_declared_as_modelopt(edit: Edit) -> None:
-    declared = json.loads(json.dumps(edit.quantization))
-    as_compressed_tensors(edit)
-    edit.config["quantization_config"] = declared
-    _, found = checked(edit)
-    assert "format-differs" in found
-    assert "mtpress convert" in found["format-differs"].remedy
-
-
-def test_auto_round_is_recognised(bf16: Edit) -> None:
-    as_auto_round(bf16, *MLP)
+@pytest.mark.parametrize(
+    ("quantization", "title"),
+    [
+        ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ"),
+        ({"quant_method": "fp8"}, "FP8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt FP8"),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "modelopt mixed precision"),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_awq"}, "AutoRound"),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "mx_fp"}, "AutoRound"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+            },
+            "compressed-tensors",
+        ),
+    ],
+)
+def test_formats_that_are_not_covered(quantization: dict[str, Any], title: str, bf16: Edit) -> None:
+    pack_int4(bf16, *MLP)
+    bf16.config["quantization_config"] = quantization
     result, found = checked(bf16)
     assert set(found) == {"format-not-covered"}
-    assert "stored: GPTQ/AutoRound INT4" in found["format-not-covered"].message
-    assert (result.format, result.num_quantized) == ("AutoRound", 12)
+    assert found["format-not-covered"].message.startswith(f"declared: {title}; stored: GPTQ/AutoRound INT4")
+    assert (result.format, result.num_quantized, result.sound) == (title, 12, True)
 
 
-def test_auto_round_with_a_packed_draft_head(bf16: Edit) -> None:
-    as_auto_round(bf16, *MLP, "mtp.fc")
+def test_a_packed_draft_head_is_seen_in_any_format(bf16: Edit) -> None:
+    pack_int4(bf16, "mtp.fc")
+    bf16.config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
     _, found = checked(bf16)
     assert set(found) == {"format-not-covered", "mtp-quantized"}
     assert found["mtp-quantized"].where == ("mtp.fc",)
+
+
+def test_the_config_under_the_name_that_compressed_tensors_once_gave_it(small_formats: dict[str, Path], tmp_path: Path) -> None:
+    edit = Edit(Path(shutil.copytree(small_formats["compressed-tensors"], tmp_path / "old")))
+    edit.config["compression_config"] = edit.config.pop("quantization_config")
+    result, found = checked(edit)
+    assert found == {}
+    assert result.format == "compressed-tensors NVFP4 (W4A4)"
+
+
+def test_compressed_tensors_declared_as_modelopt(small_formats: dict[str, Path], small_nvfp4: dict[str, Path], tmp_path: Path) -> None:
+    edit = Edit(Path(shutil.copytree(small_formats["compressed-tensors"], tmp_path / "other")))
+    edit.config["quantization_config"] = json.loads((small_nvfp4["nvfp4-mtp-vlm"] / "config.json").read_text())["quantization_config"]
+    _, found = checked(edit)
+    assert set(found) == {"format-differs", "hf-quant-config-missing"}
+    assert "mtpress convert" in found["format-differs"].remedy
+
+
+TITLES = {
+    "compressed-tensors": "compressed-tensors NVFP4 (W4A4)", "compressed-tensors-w4a16": "compressed-tensors NVFP4 (W4A16)",
+    "compressed-tensors-int4": "compressed-tensors INT4 g32", "auto-round": "AutoRound INT4 g32", "gptq": "GPTQ INT4 g32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(TITLES))
+def test_titles(kind: str, small_formats: dict[str, Path]) -> None:
+    assert check(small_formats[kind], silent=True).format == TITLES[kind]

@@ -151,8 +151,8 @@ def test_an_nvfp4_build_has_the_parameters_of_its_source(tmp_path: Path) -> None
         ("compressed-tensors", {"quant_method": "compressed-tensors", "ignore": ["re:.*mtp.*", "lm_head"]}, "compressed-tensors",
          "compressed-tensors NVFP4"),
         ("int4", {"quant_method": "compressed-tensors", "ignore": ["mtp.fc"]}, "compressed-tensors", "compressed-tensors INT4"),
-        ("gptq", {"quant_method": "auto-round", "bits": 4, "extra_config": {"mtp.fc": {"bits": 16}}}, "AutoRound", "GPTQ/AutoRound INT4"),
-        ("gptq", {"quant_method": "gptq", "bits": 4, "ignore": ["mtp"]}, "GPTQ", "GPTQ/AutoRound INT4"),
+        ("gptq", {"quant_method": "auto-round", "bits": 4, "block_name_to_quantize": "model.language_model.layers"}, "AutoRound INT4", "GPTQ/AutoRound INT4"),
+        ("gptq", {"quant_method": "gptq", "bits": 4, "ignore": ["mtp"]}, "GPTQ INT4", "GPTQ/AutoRound INT4"),
     ],
 )  # fmt: skip
 def test_other_formats_are_recognised(kind: str, config: Config, title: str, form: str, tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ class ConfigGroups:
             odd.append("ignore must be a list of strings")
             entries = [entry for entry in entries if isinstance(entry, str)] if isinstance(entries, list) else []
         self.ignore = {entry: self._renamed(entry) for entry in entries}
-        self.targets = {self._renamed(target): scheme for target, scheme in _targets(content, odd).items()}
+        targets = _targets(content, odd)
+        self.targets = {self._renamed(target): scheme for target, scheme in targets.items()}
+        self.written = {self._renamed(target): target for target in targets}
         for entry in (*self.ignore, *self.targets):
             if entry.startswith(EXPRESSION) and pattern(entry.removeprefix(EXPRESSION)) is None:
                 odd.append(f"{entry[:80]!r} is no regular expression")
@@ -105,12 +107,15 @@ class ConfigGroups:
         return self.targets[target] if target is not None and self.verdict(linear) == "quantized" else None
 
     def idle(self, linears: Iterable[EngineLinear], others: Collection[str]) -> list[str]:
+        linears = tuple(linears)
         names = every_name(linears, self.architecture, others)
-        return [
-            entry
-            for entry, held in self.ignore.items()
-            if not (any(matches(name, held) for name in names) if held.startswith(EXPRESSION) else held in names)
-        ]
+        classes = {layer_class(linear) for linear in linears}
+
+        def works(held: str) -> bool:
+            return any(matches(name, held) for name in names) if held.startswith(EXPRESSION) else held in names
+
+        targets = [target for target in self.targets if not works(target) and not any(_matches_class(name, target) for name in classes)]
+        return [*(entry for entry, held in self.ignore.items() if not works(held)), *(self.written[target] for target in targets)]
 
 
 def _targets(content: Mapping[str, Any], odd: list[str]) -> dict[str, Scheme]:

@@ -1,7 +1,7 @@
 """What a checkpoint says of its own quantization, in config.json or hf_quant_config.json, read as vLLM 0.32 reads it.
 
 In: the JSON content. Out: a `Declaration`. Leaves out: what is stored (stored.py) and judging (the rules).
-Source: vLLM 0.32, transformers_utils/model_arch_config_convertor.py, layers/quantization/modelopt.py (from_config),
+Source: vLLM 0.32, transformers_utils/model_arch_config_convertor.py, layers/quantization/modelopt.py and inc/inc.py (from_config),
 utils/torch_utils.py (get_kv_cache_quant_algo_string).
 """
 
@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+
+from mtpress.matching.compressed_tensors import scheme_of
+from mtpress.matching.matcher import Scheme
+from mtpress.rules.stored import Form
 
 Format = Literal["nvfp4", "modelopt-fp8", "modelopt-mixed", "compressed-tensors", "auto-round", "gptq", "awq", "fp8", "unknown"]
 
@@ -18,7 +22,7 @@ METHODS: dict[str, Format] = {
     "compressed-tensors": "compressed-tensors", "auto-round": "auto-round", "inc": "auto-round", "gptq": "gptq", "awq": "awq", "fp8": "fp8",
 }  # fmt: skip
 TITLES: dict[Format, str] = {
-    "nvfp4": "modelopt NVFP4", "modelopt-fp8": "modelopt FP8", "modelopt-mixed": "modelopt mixed precision",
+    "nvfp4": "modelopt", "modelopt-fp8": "modelopt FP8", "modelopt-mixed": "modelopt mixed precision",
     "compressed-tensors": "compressed-tensors", "auto-round": "AutoRound", "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8",
     "unknown": "unknown",
 }  # fmt: skip
@@ -80,10 +84,37 @@ class Declaration:
         return tuple(group for group in groups.values() if isinstance(group, Mapping)) if isinstance(groups, Mapping) else ()
 
     @cached_property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Of compressed-tensors: how each group says its linears are stored, but for groups of the KV cache."""
+        if self.format != "compressed-tensors":
+            return ()
+        layout = self.content.get("format")
+        return tuple(scheme_of(group, layout) for group in self.groups if isinstance(group.get("weights"), Mapping))
+
+    @cached_property
+    def layouts(self) -> tuple[Form, ...]:
+        """The stored forms that it stands for; empty where mtpress does not know the format, or not this kind of it."""
+        if self.format == "nvfp4":
+            return ("nvfp4",)
+        if self.format == "compressed-tensors":
+            forms: dict[str, Form] = {"nvfp4": "nvfp4-pack-quantized", "int": "pack-quantized"}
+            if not self.groups:  # nothing is quantized then, whatever is stored
+                said = str(self.content.get("format"))
+                return tuple(form for form in forms.values() if form == said)
+            known = all(scheme.kind in forms for scheme in self.schemes)
+            return tuple(dict.fromkeys(forms[scheme.kind] for scheme in self.schemes)) if known else ()
+        if self.format == "auto-round":
+            integer = self.content.get("data_type", "int") == "int"
+            return ("gptq",) if integer and not any("awq" in str(self.content.get(key)) for key in ("packing_format", "backend")) else ()
+        return ("gptq",) if self.format == "gptq" else ()
+
+    @cached_property
     def weight_only(self) -> bool:
-        """Whether activations stay in 16 bits: W4A16_NVFP4, or NVFP4 whose groups all have input_activations null."""
+        """Whether activations stay in 16 bits: everything but modelopt's and compressed-tensors' NVFP4 with input_activations."""
+        if self.format == "compressed-tensors":
+            return not any(scheme.activations for scheme in self.schemes)
         silent = bool(self.groups) and all(group.get("input_activations") is None for group in self.groups)
-        return self.algo == "W4A16_NVFP4" or (self.algo == "NVFP4" and silent)
+        return self.algo != "NVFP4" or silent
 
     @cached_property
     def group_sizes(self) -> set[Any]:
@@ -107,8 +138,26 @@ class Declaration:
 
     @property
     def title(self) -> str:
-        if self.format == "nvfp4":
-            return f"modelopt NVFP4 ({'W4A16' if self.weight_only else 'W4A4'})"
+        if self.layouts:
+            return TITLES[self.format] + self._kind()
         if self.format == "unknown":
             return f"unknown ({' '.join(word for word in (self.method or 'no quant_method', self.algo) if word)})"
         return TITLES[self.format]
+
+    def _kind(self) -> str:
+        """The number format of its weights, as the title says it."""
+        nvfp4 = f" NVFP4 ({'W4A16' if self.weight_only else 'W4A4'})"
+        if self.format == "nvfp4":
+            return nvfp4
+        if self.format == "compressed-tensors":
+            kinds = [
+                nvfp4 if scheme.kind == "nvfp4" else _int_title(scheme.bits, scheme.group_size, scheme.symmetric) for scheme in self.schemes
+            ]
+            return " and".join(dict.fromkeys(kinds))
+        sym = self.content.get("sym", True)
+        return _int_title(self.content.get("bits"), self.content.get("group_size"), sym is not False)
+
+
+def _int_title(bits: Any, group_size: Any, symmetric: bool) -> str:
+    size = f" g{group_size}" if type(group_size) is int and group_size > 0 else ""
+    return f" INT{bits if type(bits) is int else ''}{size}{'' if symmetric else ' asymmetric'}"

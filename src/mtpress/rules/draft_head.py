@@ -10,6 +10,7 @@ from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.subject import CONFIG, Subject
 
 GRAFT = "mtpress graft CKPT OUT --from BASE"
+FC = "mtp.fc"
 
 
 def mtp_missing(subject: Subject) -> Iterator[Problem]:
@@ -39,11 +40,25 @@ def mtp_unindexed(subject: Subject) -> Iterator[Problem]:
         )
 
 
+def _forms(subject: Subject, names: tuple[str, ...]) -> str:
+    return ", ".join(sorted({stored.TITLES[subject.form(module)] for module in names}))
+
+
+def _loads(subject: Subject, module: str) -> bool:
+    """Whether the engine loads a quantized module of the draft as such: the layer, where the config takes it as quantized."""
+    return module != FC and module in subject.schemes
+
+
 def mtp_quantized(subject: Subject) -> Iterator[Problem]:
-    names = tuple(module for module in subject.quantized if module.startswith(subject.model.MTP_PREFIX))
+    names = tuple(m for m in subject.quantized if m.startswith(subject.model.MTP_PREFIX) and not (subject.covered and _loads(subject, m)))
     if names:
-        forms = ", ".join(sorted({stored.TITLES[subject.form(module)] for module in names}))
-        yield Problem(f"{count(len(names), 'module')} of the draft head stored as {forms}, not BF16", names)
+        yield Problem(f"{count(len(names), 'module')} of the draft head stored as {_forms(subject, names)}, not BF16", names)
+
+
+def mtp_rounded(subject: Subject) -> Iterator[Problem]:
+    names = tuple(m for m in subject.quantized if m.startswith(subject.model.MTP_PREFIX) and subject.covered and _loads(subject, m))
+    if names:
+        yield Problem(f"{count(len(names), 'module')} of the draft layer stored as {_forms(subject, names)}, not BF16", names)
 
 
 def _draft_quantized(subject: Subject) -> Iterator[EngineLinear]:
@@ -56,15 +71,21 @@ def _draft_quantized(subject: Subject) -> Iterator[EngineLinear]:
             yield linear
 
 
+def _fc_is_spared(subject: Subject) -> bool:
+    """Whether vLLM builds mtp.fc in BF16 whatever is declared: it does so for modelopt NVFP4 alone."""
+    return subject.declared is not None and subject.declared.format == "nvfp4"
+
+
 def mtp_not_ignored(subject: Subject) -> Iterator[Problem]:
-    names = tuple(module for linear in _draft_quantized(subject) if linear.prefix != "mtp.fc" for module in linear.modules)
+    found = [linear for linear in _draft_quantized(subject) if linear.prefix != FC or not _fc_is_spared(subject)]
+    names = tuple(module for linear in found for module in linear.modules)
     if names:
         yield Problem(f"{count(len(names), 'module')} of the draft in BF16 that the engine takes as quantized", names)
 
 
 def mtp_fc_not_ignored(subject: Subject) -> Iterator[Problem]:
-    if any(linear.prefix == "mtp.fc" for linear in _draft_quantized(subject)):
-        yield Problem("the ignore list does not match mtp.fc", ("mtp.fc",))
+    if _fc_is_spared(subject) and any(linear.prefix == FC for linear in _draft_quantized(subject)):
+        yield Problem("the ignore list does not match mtp.fc", (FC,))
 
 
 def _levels(subject: Subject) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -117,22 +138,32 @@ RULES = (
     Rule(
         "mtp-quantized",
         "error",
-        "Part of the draft head is quantized. mtp.fc then fails to load or accepts nothing; the layer drafts worse than it could.",
-        GRAFT,
+        "mtp.fc is quantized, or the draft layer is and the config takes it as BF16. The draft does not load. A packed mtp.fc vLLM 0.32 "
+        "loads where a config other than modelopt's takes it as quantized; older builds pass over it and accept nothing.",
+        GRAFT + "; without the base, mtpress repair CKPT OUT dequantizes INT4",
         mtp_quantized,
+    ),
+    Rule(
+        "mtp-rounded",
+        "warning",
+        "The draft layer is quantized, and the config says so (auto-round does this by default). It loads and drafts, and fewer of its "
+        "tokens are accepted than in BF16.",
+        GRAFT,
+        mtp_rounded,
     ),
     Rule(
         "mtp-not-ignored",
         "error",
-        "The draft head is BF16 and the ignore list does not match it (`model.mtp*` and `re:.*mtp.*` match nothing): the draft waits for "
-        "scales that never come, and stops or drafts at random.",
-        "mtpress repair CKPT OUT, or add every mtp module to both lists",
+        "The draft head is BF16 and the ignore list does not match it (of modelopt, `model.mtp*` and `re:.*mtp.*` match nothing; AutoRound "
+        "without block_name_to_quantize takes all of it as quantized): the draft waits for scales that never come, and stops or drafts at "
+        "random.",
+        "mtpress repair CKPT OUT, or name every mtp module in the list",
         mtp_not_ignored,
     ),
     Rule(
         "mtp-fc-not-ignored",
         "warning",
-        "mtp.fc is not in the ignore list. vLLM 0.32 keeps it in BF16 by itself; older builds and other engines do not.",
+        "mtp.fc is not in a modelopt ignore list. vLLM 0.32 keeps it in BF16 by itself; older builds and other engines do not.",
         "mtpress repair CKPT OUT, or add mtp.fc to both lists",
         mtp_fc_not_ignored,
     ),

@@ -1,10 +1,15 @@
-"""Rules on the ignore list: it leaves unquantized exactly what is stored in BF16, by the engine's own matching."""
+"""Rules on the ignore list: it leaves unquantized exactly what is stored in BF16, by the engine's own matching.
+
+The list is what says so in each format: ignore and exclude_modules of modelopt, ignore and targets of compressed-tensors, extra_config
+and block_name_to_quantize of AutoRound, modules_in_block_to_quantize and dynamic of GPTQ.
+"""
 
 from collections.abc import Iterator
 
 from mtpress.matching.names import rename
 from mtpress.models import qwen3_5_engine
 from mtpress.models.qwen3_5_engine import EngineLinear
+from mtpress.rules import stored
 from mtpress.rules.declaration import Declaration
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
@@ -21,12 +26,18 @@ def declarations(subject: Subject) -> Iterator[Declaration]:
     """The config that the engine reads and, beside it, hf_quant_config.json."""
     if subject.declared is not None and subject.covered:
         yield subject.declared
-        if subject.hf_declared is not None and subject.declared.file != HF_QUANT_CONFIG:
-            yield subject.hf_declared
+        other = subject.hf_declared
+        if other is not None and subject.declared.file != HF_QUANT_CONFIG and other.format == subject.declared.format:
+            yield other
 
 
 def ignore_malformed(subject: Subject) -> Iterator[Problem]:
+    if subject.declared is not None and (held := subject.matcher(subject.declared)) is not None:
+        for odd in held.malformed:
+            yield Problem(f"{subject.declared.file}: {odd}", (subject.declared.file,))
     for declared in declarations(subject):
+        if declared.format != "nvfp4":
+            continue
         entries = declared.inner.get(declared.ignore_key, [])
         if not isinstance(entries, list) or len(entries) != len(declared.ignore):
             yield Problem(f"{declared.file}: {declared.ignore_key} must be a list of strings", (declared.file,))
@@ -64,15 +75,17 @@ def vision_not_ignored(subject: Subject) -> Iterator[Problem]:
 
 
 def ignore_too_much(subject: Subject) -> Iterator[Problem]:
+    quantized = set(subject.quantized)
     names = tuple(
         module
         for linear, verdict in subject.verdicts.items()
         if linear.part != "draft" and verdict == "ignored"
         for module in linear.modules
-        if subject.form(module) == "nvfp4"
+        if module in quantized
     )
     if names:
-        yield Problem(f"{count(len(names), 'module')} in NVFP4 that the engine takes as BF16", names)
+        forms = ", ".join(sorted({stored.TITLES[subject.form(module)] for module in names}))
+        yield Problem(f"{count(len(names), 'module')} in {forms} that the engine takes as BF16", names)
 
 
 def ignore_matches_nothing(subject: Subject) -> Iterator[Problem]:
@@ -83,7 +96,8 @@ def ignore_matches_nothing(subject: Subject) -> Iterator[Problem]:
         held = subject.matcher(declared)
         idle = tuple(held.idle(subject.linears, others)) if held is not None else ()
         if idle:
-            yield Problem(f"{declared.file}: {len(idle)} of {len(declared.ignore)} entries match nothing in the engine", idle)
+            number = "1 entry matches" if len(idle) == 1 else f"{len(idle)} entries match"
+            yield Problem(f"{declared.file}: {number} nothing in the engine", idle)
 
 
 def _names_of_other_modules(subject: Subject) -> set[str]:
@@ -100,7 +114,8 @@ RULES = (
     Rule(
         "ignore-malformed",
         "error",
-        "The ignore list is no list of names: ValueError, or a crash inside the engine.",
+        "The ignore list is no list of names, or what stands for it in the format is not what the engine reads there (GPTQ's `dynamic` "
+        "as null is one): ValueError, or a crash inside the engine.",
         REPAIR,
         ignore_malformed,
     ),
@@ -108,7 +123,7 @@ RULES = (
         "ignore-splits-fused",
         "error",
         "The list names one shard of a linear that the engine fuses (q/k/v, gate/up, in_proj_qkv/z, in_proj_b/a), and not the others: "
-        'ValueError "some but not all shards".',
+        "ValueError, whatever the format.",
         REPAIR,
         ignore_splits_fused,
     ),
@@ -122,22 +137,25 @@ RULES = (
     Rule(
         "vision-not-ignored",
         "error",
-        "A BF16 vision tower that the list does not match (`*model.visual*` and `model.visual` do not; `model.visual*` does): "
-        "the checkpoint serves only with --language-model-only.",
+        "A BF16 vision tower that the list does not match: the checkpoint serves only with --language-model-only. Of modelopt, "
+        "`*model.visual*` and `model.visual` do not match it, `model.visual*` does; of compressed-tensors, `re:model.visual.*` does not, "
+        "`re:.*visual.*` does; AutoRound without block_name_to_quantize takes it as quantized.",
         REPAIR,
         vision_not_ignored,
     ),
     Rule(
         "ignore-too-much",
         "error",
-        "NVFP4 modules that the list matches, as `…layers.1*` matches layers 10 to 19: the engine builds them in BF16, nothing fits.",
+        "Quantized modules that the list matches, as `…layers.1*` matches layers 10 to 19, or that no target and no block name matches: "
+        "the engine builds them in BF16, nothing fits.",
         REPAIR,
         ignore_too_much,
     ),
     Rule(
         "ignore-matches-nothing",
         "warning",
-        "Entries that have no effect: globs on one shard of a fused linear, `re:` patterns, names under another prefix.",
+        "Entries that have no effect: names under another prefix, globs where the format has none (compressed-tensors, GPTQ) or on one "
+        "shard of a fused linear (modelopt), `re:` where it means nothing (modelopt, AutoRound).",
         REPAIR,
         ignore_matches_nothing,
     ),

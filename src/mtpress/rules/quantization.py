@@ -1,14 +1,14 @@
 """Rules on what is declared of the quantization: keys that the engine knows, files that agree, forms that match it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from mtpress.plan import NVFP4_GROUP_SIZE
 from mtpress.rules import stored
 from mtpress.rules.declaration import MODELOPT_ALGOS, Declaration
 from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
+from mtpress.rules.stored import NVFP4_GROUP_SIZE, Form
+from mtpress.rules.subject import HF_QUANT_CONFIG, QUANTIZATION_CONFIG, Subject
 
 # Names that vLLM 0.32 knows, and those its own configs take over (auto-round → inc).
 METHODS = (
@@ -16,6 +16,11 @@ METHODS = (
     "gptq", "gptq_marlin", "awq_marlin", "humming", "compressed-tensors", "experts_int8", "quark", "moe_wna16", "torchao", "inc",
     "mxfp4", "mxfp8", "auto-round",
 )  # fmt: skip
+# What vLLM 0.32 takes of AutoRound (INCConfig.SUPPORTED_*), of these bits and group sizes the layouts that Marlin has kernels for.
+PACKING_FORMATS = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor")
+BACKENDS = ("auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin")
+GPTQ_BITS, GPTQ_GROUP_SIZES = (4, 8), (-1, 32, 64, 128)
+KINDS: dict[Form, str] = {"nvfp4-pack-quantized": "nvfp4", "pack-quantized": "int"}
 
 
 def quant_method(subject: Subject) -> Iterator[Problem]:
@@ -39,6 +44,54 @@ def group_size(subject: Subject) -> Iterator[Problem]:
         wrong = sorted(str(size) for size in declared.group_sizes - {NVFP4_GROUP_SIZE})
         if wrong:
             yield Problem(f"{declared.file}: group_size is {', '.join(wrong)}, NVFP4 has blocks of {NVFP4_GROUP_SIZE}", (declared.file,))
+        return
+    found: dict[tuple[int, int], list[str]] = {}
+    for module, scheme in subject.schemes.items():
+        size = subject.stored_group_size(module) if scheme.kind == "int" else None
+        if size is not None and size != subject.whole_group(module, scheme.group_size):
+            found.setdefault((scheme.group_size, size), []).append(module)
+    for (said, size), modules in found.items():
+        yield Problem(f"group_size is {said}, {count(len(modules), 'module')} have scales for groups of {size}", tuple(modules))
+
+
+def packing_format(subject: Subject) -> Iterator[Problem]:
+    declared = subject.declared
+    if declared is None or declared.format != "auto-round":
+        return
+    packing, backend = declared.content.get("packing_format"), declared.content.get("backend", declared.content.get("vllm_backend", "auto"))
+    if packing is not None and packing not in PACKING_FORMATS:
+        yield Problem(
+            f"{declared.file}: packing_format is {str(packing)[:60]!r}, vLLM knows {', '.join(PACKING_FORMATS)}", (declared.file,)
+        )
+    elif packing in PACKING_FORMATS[2:] and "gptq" in declared.layouts:
+        yield Problem(f"{declared.file}: packing_format is {packing!r}, which is none for integers", (declared.file,))
+    if backend not in BACKENDS:
+        yield Problem(f"{declared.file}: backend is {str(backend)[:60]!r}, vLLM knows {', '.join(BACKENDS)}", (declared.file,))
+
+
+def no_kernel(subject: Subject) -> Iterator[Problem]:
+    declared = subject.declared
+    if declared is None or not subject.covered:
+        return
+    if declared.format == "compressed-tensors":
+        yield from _activation_ordering(declared)
+    elif declared.layouts == ("gptq",):
+        schemes = {(s.bits, s.group_size, s.symmetric) for s in subject.schemes.values() if s.kind == "int"}
+        for bits, size, symmetric in sorted(schemes):
+            odd = [f"bits {bits}"] if bits not in GPTQ_BITS else []
+            odd += [f"group_size {size}"] if size not in GPTQ_GROUP_SIZES else []
+            odd += [] if symmetric else ["asymmetric codes"]
+            if odd:
+                yield Problem(f"{declared.file}: {declared.title} with {', '.join(odd)}", (declared.file,))
+        if declared.content.get("desc_act") and declared.content.get("group_size") != -1:
+            yield Problem(f"{declared.file}: desc_act, the order of activations, with groups", (declared.file,))
+
+
+def _activation_ordering(declared: Declaration) -> Iterator[Problem]:
+    weights = [group.get("weights") for group in declared.groups]
+    orders = {str(w["actorder"]) for w in weights if isinstance(w, Mapping) and w.get("actorder") in ("group", "dynamic")}
+    if orders:
+        yield Problem(f"{declared.file}: actorder {', '.join(sorted(orders))}", (declared.file,))
 
 
 def kv_cache_scheme(subject: Subject) -> Iterator[Problem]:
@@ -63,12 +116,17 @@ def quantization_not_stored(subject: Subject) -> Iterator[Problem]:
 
 
 def format_differs(subject: Subject) -> Iterator[Problem]:
-    if subject.declared is None or not subject.covered:
+    declared = subject.declared
+    if declared is None or not subject.covered:
         return
-    other = sorted((m for m in subject.quantized if subject.form(m) != "nvfp4"), key=subject.form)
-    for form, modules in groupby(other, key=subject.form):
+
+    def other(module: str) -> bool:
+        form, scheme = subject.form(module), subject.schemes.get(module)
+        return form not in declared.layouts or (scheme is not None and form in KINDS and scheme.kind != KINDS[form])
+
+    for form, modules in groupby(sorted(filter(other, subject.quantized), key=subject.form), key=subject.form):
         names = tuple(modules)
-        yield Problem(f"{count(len(names), 'module')} stored as {stored.TITLES[form]}, declared is {subject.declared.title}", names)
+        yield Problem(f"{count(len(names), 'module')} stored as {stored.TITLES[form]}, declared is {declared.title}", names)
 
 
 def format_not_covered(subject: Subject) -> Iterator[Problem]:
@@ -89,14 +147,41 @@ def configs_contradict(subject: Subject) -> Iterator[Problem]:
     one, other = subject.declared, subject.hf_declared
     if one is None or other is None or one.file == HF_QUANT_CONFIG or not subject.covered:
         return
+    if one.format != other.format:
+        yield Problem(f"config.json declares {one.title}, {HF_QUANT_CONFIG} declares {other.title}", (HF_QUANT_CONFIG,))
+        return
     for what, here, there in _differences(subject, one, other):
         if here != there:
             yield Problem(f"{what}: config.json says {here or 'nothing'}, {HF_QUANT_CONFIG} says {there or 'nothing'}", (HF_QUANT_CONFIG,))
-    theirs = subject.verdicts_of(other)
-    modules = {module for linear, verdict in subject.verdicts.items() if verdict != theirs[linear] for module in linear.modules}
+    modules = _taken_differently(subject, other)
     if modules:
         message = f"the ignore lists of config.json and {HF_QUANT_CONFIG} disagree on {count(len(modules), 'module')}"
-        yield Problem(message, tuple(sorted(modules)))
+        yield Problem(message, modules)
+
+
+def _taken_differently(subject: Subject, other: Declaration) -> tuple[str, ...]:
+    """The modules that the engine takes otherwise by another declaration."""
+    theirs = subject.verdicts_of(other)
+    return tuple(sorted({m for linear, verdict in subject.verdicts.items() if verdict != theirs.get(linear) for m in linear.modules}))
+
+
+def configs_differ(subject: Subject) -> Iterator[Problem]:
+    one, other = subject.declared, subject.beside
+    if one is None or other is None or one.format != "auto-round" or not subject.covered:
+        return
+    if other.format != one.format:
+        yield Problem(f"{QUANTIZATION_CONFIG} declares {other.title}, config.json declares {one.title}", (QUANTIZATION_CONFIG,))
+        return
+    defaults = {"bits": None, "group_size": None, "sym": True, "data_type": "int", "packing_format": PACKING_FORMATS[0]}
+    for key, default in defaults.items():
+        here, there = one.content.get(key, default), other.content.get(key, default)
+        if here != there:
+            yield Problem(f"{key}: config.json says {str(here)[:40]}, {QUANTIZATION_CONFIG} says {str(there)[:40]}", (QUANTIZATION_CONFIG,))
+    modules = _taken_differently(subject, other)
+    if modules:
+        yield Problem(
+            f"by {QUANTIZATION_CONFIG} the engine would take {count(len(modules), 'module')} otherwise than by config.json", modules
+        )
 
 
 def hf_quant_config_missing(subject: Subject) -> Iterator[Problem]:
@@ -109,7 +194,29 @@ REPAIR = "mtpress repair CKPT OUT writes both config files anew from what is sto
 RULES = (
     Rule("quant-method", "error", "`quant_method` is missing or none that vLLM knows: it refuses the checkpoint.", REPAIR, quant_method),
     Rule("quant-algo", "error", "A modelopt config whose `quant_algo` is missing or unknown: ValueError.", REPAIR, quant_algo),
-    Rule("group-size", "error", "NVFP4 with a group_size other than 16: the scales do not fit their parameters.", REPAIR, group_size),
+    Rule(
+        "group-size",
+        "error",
+        "The group_size is not that of the stored scales: NVFP4 has 16, INT4 what its scales show. The scales do not fit their parameters.",
+        REPAIR,
+        group_size,
+    ),
+    Rule(
+        "packing-format",
+        "error",
+        "AutoRound's `packing_format` or `backend` is none that vLLM knows (auto-round's own `auto_round`, which it writes for "
+        "asymmetric codes, is none): ValueError.",
+        "if the codes are symmetric, mtpress repair CKPT OUT; else quantize again: mtpress quantize SRC OUT --recipe NAME",
+        packing_format,
+    ),
+    Rule(
+        "no-kernel",
+        "error",
+        "INT4 of a kind that vLLM 0.32 has no kernel for: asymmetric GPTQ or AutoRound, another group_size than 32, 64, 128 or the whole "
+        "row, activations in an order of their own.",
+        "quantize again: mtpress quantize SRC OUT --recipe int4-autoround-mtp",
+        no_kernel,
+    ),
     Rule(
         "kv-cache-scheme",
         "warning",
@@ -135,13 +242,15 @@ RULES = (
         "format-differs",
         "error",
         "Modules are stored in another format than the one declared.",
-        "mtpress convert CKPT OUT --to modelopt, or quantize again",
+        "NVFP4: mtpress repair CKPT OUT declares what is stored, mtpress convert CKPT OUT --to modelopt stores what is declared; else "
+        "quantize again",
         format_differs,
     ),
     Rule(
         "format-not-covered",
         "note",
-        "The checkpoint is in a format whose scales and ignore rules mtpress does not check yet; files, draft head and tokenizer are.",
+        "The checkpoint is in a format whose scales and ignore rules mtpress does not know (AWQ, FP8, MXFP4, mixed precision); files, "
+        "draft head and tokenizer are checked.",
         "try it in the engine, with the check for missing weights on",
         format_not_covered,
     ),
@@ -151,6 +260,14 @@ RULES = (
         "config.json and hf_quant_config.json say different things. vLLM goes by config.json, other engines by the other file.",
         REPAIR,
         configs_contradict,
+    ),
+    Rule(
+        "configs-differ",
+        "warning",
+        "config.json and quantization_config.json, which AutoRound writes both, say different things. vLLM and transformers go by "
+        "config.json as long as it declares anything.",
+        REPAIR,
+        configs_differ,
     ),
     Rule(
         "hf-quant-config-missing",

@@ -1,4 +1,8 @@
-"""Rules on NVFP4 scales: each linear has its own, they are sound numbers, and fused linears share them."""
+"""Rules on scales: each quantized linear has its own, they are sound numbers, and fused linears share the global ones.
+
+compressed-tensors holds the global scales of NVFP4 as reciprocals. vLLM takes the largest number stored of a fused linear in either
+layout: the largest scale of modelopt's, the smallest of compressed-tensors'.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,24 +10,55 @@ from collections.abc import Iterator
 from mtpress.models.qwen3_5_engine import EngineLinear
 from mtpress.rules import stored
 from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.stored import INPUT_SCALE, NVFP4_SCALES, SCALE, SCALE_2, SCALE_SUFFIXES, SUFFIXES
+from mtpress.rules.stored import (
+    GLOBAL_SCALE,
+    INPUT_GLOBAL_SCALE,
+    INPUT_SCALE,
+    QZEROS,
+    SCALARS,
+    SCALE,
+    SCALE_2,
+    SCALE_SUFFIXES,
+    SCALES,
+    SUFFIXES,
+    WEIGHT_SHAPE,
+    ZERO_POINT,
+    Form,
+)
 from mtpress.rules.subject import Subject
 
 # An amax is 2688 times its scale. No trained weight reaches 2688 or ends below 0.00003, no activation reaches 268,800:
-# a scale outside is a reciprocal (compressed-tensors' convention) or an amax that was never divided.
-PLAUSIBLE = {SCALE_2: (1e-8, 1.0), INPUT_SCALE: (1e-8, 100.0)}
+# a scale outside is a reciprocal (or, in compressed-tensors' layout, none), or an amax that was never divided.
+PLAUSIBLE = {SCALE_2: (1e-8, 1.0), INPUT_SCALE: (1e-8, 100.0), GLOBAL_SCALE: (1.0, 1e8), INPUT_GLOBAL_SCALE: (0.01, 1e8)}
 QUANTIZE_AGAIN = "quantize again: mtpress quantize SRC OUT --recipe NAME"
+REEXPRESS = (
+    "mtpress repair CKPT OUT writes the block scales under one global scale where that is exact, and says of the others what it would "
+    "cost; "
+    "else " + QUANTIZE_AGAIN
+)
+
+
+def needed(subject: Subject, module: str) -> tuple[str, ...]:
+    """The suffixes of the scales that a module must have, by the form it is stored in and what is declared of it."""
+    form, scheme = subject.form(module), subject.schemes.get(module)
+    if form in SCALARS:
+        weight_only = subject.declared is None or subject.declared.weight_only
+        return (SCALE, SCALARS[form][0], *(() if weight_only else SCALARS[form][1:]))
+    if form == "pack-quantized":
+        return (SCALE, WEIGHT_SHAPE, *((ZERO_POINT,) if scheme is not None and not scheme.symmetric else ()))
+    return (SCALES, QZEROS) if form == "gptq" else ()
 
 
 def scale_missing(subject: Subject) -> Iterator[Problem]:
     if not subject.covered:
         return
-    weight_only = subject.declared is None or subject.declared.weight_only
-    needed = [suffix for suffix in NVFP4_SCALES if not (weight_only and suffix == INPUT_SCALE)]
-    for suffix in needed:
-        modules = [m for m, form in subject.forms.items() if form == "nvfp4" and suffix not in subject.modules[m]]
-        if modules:
-            yield Problem(f"{count(len(modules), 'NVFP4 linear')} without {suffix}", tuple(f"{m}.{suffix}" for m in modules))
+    missing: dict[tuple[Form, str], list[str]] = {}
+    for module in subject.quantized:
+        for suffix in needed(subject, module):
+            if suffix not in subject.modules[module]:
+                missing.setdefault((subject.form(module), suffix), []).append(f"{module}.{suffix}")
+    for (form, suffix), names in missing.items():
+        yield Problem(f"{count(len(names), f'{stored.TITLES[form]} linear')} without {suffix}", tuple(names))
 
 
 def scale_orphan(subject: Subject) -> Iterator[Problem]:
@@ -31,9 +66,21 @@ def scale_orphan(subject: Subject) -> Iterator[Problem]:
     for module, tensors in subject.modules.items():
         form = subject.form(module)
         if form not in ("none", "unknown"):
+            unused = _unused(subject, module)
             names += [f"{module}.{suffix}" for suffix in tensors if suffix in SCALE_SUFFIXES and suffix not in SUFFIXES[form]]
+            names += [f"{module}.{suffix}" for suffix in tensors if suffix in unused]
     if names:
         yield Problem(f"{count(len(names), 'scale')} of modules that are not stored in that format", tuple(names))
+
+
+def _unused(subject: Subject, module: str) -> tuple[str, ...]:
+    """What compressed-tensors' layout may have and this scheme does not: vLLM has no parameter for it."""
+    scheme = subject.schemes.get(module)
+    if scheme is None:
+        return ()
+    if subject.form(module) == "nvfp4-pack-quantized" and not scheme.activations:
+        return (INPUT_GLOBAL_SCALE,)
+    return (ZERO_POINT,) if subject.form(module) == "pack-quantized" and scheme.symmetric else ()
 
 
 def scale_unsound(subject: Subject) -> Iterator[Problem]:
@@ -63,31 +110,42 @@ def fused_formats_differ(subject: Subject) -> Iterator[Problem]:
             yield Problem(f"{linear.prefix} is loaded from shards of different formats: {said}", tuple(forms))
 
 
-def _differing(subject: Subject, suffix: str) -> dict[str, float]:
-    """Modules of fused linears whose sound scalars differ → how many times too large the shared one is for it."""
+def _differing(subject: Subject, which: int) -> dict[str, float]:
+    """Modules of fused linears whose sound scalars differ → by what vLLM multiplies them; which: an index into SCALARS."""
     found: dict[str, float] = {}
     for linear in _fused(subject):
-        names = {module: f"{module}.{suffix}" for module in linear.modules}
-        values = {module: subject.scalars[name] for module, name in names.items() if subject.scalars.get(name, 0) > 0}
-        values = {module: value for module, value in values.items() if math.isfinite(value)}
-        if len(set(values.values())) > 1:
-            shared = max(values.values())
-            found |= {module: shared / value for module, value in values.items()}
+        for form, suffixes in SCALARS.items():
+            names = {module: f"{module}.{suffixes[which]}" for module in linear.modules if subject.form(module) == form}
+            values = {module: subject.scalars[name] for module, name in names.items() if subject.scalars.get(name, 0) > 0}
+            values = {module: value for module, value in values.items() if math.isfinite(value)}
+            if len(set(values.values())) > 1:
+                shared = max(values.values())
+                reciprocal = form == "nvfp4-pack-quantized"
+                found |= {module: value / shared if reciprocal else shared / value for module, value in values.items()}
     return found
 
 
+def _furthest(factors: dict[str, float]) -> str:
+    return max(factors, key=lambda module: max(factors[module], 1 / factors[module]))
+
+
 def fused_scales_differ(subject: Subject) -> Iterator[Problem]:
-    factors = _differing(subject, SCALE_2)
+    factors = _differing(subject, 0)
     if factors:
-        worst = max(factors, key=lambda module: factors[module])
-        message = f"{count(len(factors), 'shard')} of fused linears with unequal {SCALE_2}; {worst} is multiplied by {factors[worst]:.4g}"
+        worst = _furthest(factors)
+        message = (
+            f"{count(len(factors), 'shard')} of fused linears with unequal global scales; {worst} is multiplied by {factors[worst]:.4g}"
+        )
         yield Problem(message, tuple(factors))
 
 
 def fused_input_scales_differ(subject: Subject) -> Iterator[Problem]:
-    factors = _differing(subject, INPUT_SCALE)
+    factors = _differing(subject, 1)
     if factors:
-        message = f"{count(len(factors), 'shard')} of fused linears with unequal {INPUT_SCALE}, up to {max(factors.values()):.4g} times"
+        worst = _furthest(factors)
+        message = (
+            f"{count(len(factors), 'shard')} of fused linears with unequal input scales; that of {worst} becomes {factors[worst]:.4g} times"
+        )
         yield Problem(message, tuple(factors))
 
 
@@ -98,7 +156,7 @@ def in_proj_ab_quantized(subject: Subject) -> Iterator[Problem]:
 
 
 def input_scales_unused(subject: Subject) -> Iterator[Problem]:
-    if subject.declared is not None and subject.covered and subject.declared.weight_only:
+    if subject.declared is not None and subject.declared.format == "nvfp4" and subject.declared.weight_only:
         names = tuple(name for name in subject.tensors if name.endswith(f".{INPUT_SCALE}"))
         if names:
             yield Problem(f"{count(len(names), INPUT_SCALE)} in a checkpoint whose activations stay in 16 bits; vLLM drops them", names)
@@ -108,15 +166,16 @@ RULES = (
     Rule(
         "scale-missing",
         "error",
-        f"An NVFP4 linear lacks a scale. Without {SCALE} vLLM stops; without {SCALE_2} or {INPUT_SCALE} it serves with whatever lay in "
-        "memory, and says nothing.",
+        f"A quantized linear lacks a scale. Of NVFP4, without {SCALE} vLLM stops, without a global one it serves with whatever lay in "
+        "memory, and says nothing; the same goes for INT4. Zero points it needs only of asymmetric INT4, transformers needs them always.",
         QUANTIZE_AGAIN,
         scale_missing,
     ),
     Rule(
         "scale-orphan",
         "error",
-        "A scale whose weight is not stored in the format it belongs to: vLLM stops with a ValueError.",
+        "A scale whose weight is not stored in the format it belongs to, or that this kind of the format does not have: vLLM stops with a "
+        "ValueError.",
         "drop it: mtpress repair CKPT OUT",
         scale_orphan,
     ),
@@ -130,8 +189,9 @@ RULES = (
     Rule(
         "scale-implausible",
         "warning",
-        f"A {SCALE_2} above 1 or an {INPUT_SCALE} above 100, or either below 1e-8: a reciprocal, or an amax not divided by 2688.",
-        "compare with the source: mtpress check CKPT --base SRC",
+        f"A {SCALE_2} above 1 or an {INPUT_SCALE} above 100, or either below 1e-8 (of compressed-tensors, whose {GLOBAL_SCALE} and "
+        f"{INPUT_GLOBAL_SCALE} are reciprocals, the inverse): a reciprocal, or an amax not divided by 2688.",
+        "mtpress repair CKPT OUT turns reciprocals over; compare with the source: mtpress check CKPT --base SRC",
         scale_implausible,
     ),
     Rule(
@@ -144,16 +204,17 @@ RULES = (
     Rule(
         "fused-scales-differ",
         "error",
-        f"Shards of one fused linear have different {SCALE_2}. vLLM takes the largest for all and does not rescale the blocks: every "
-        "other shard is multiplied by largest/own.",
-        QUANTIZE_AGAIN,
+        f"Shards of one fused linear have different global scales. vLLM takes the largest {SCALE_2}, or the largest {GLOBAL_SCALE}, for "
+        "all and does not rescale the blocks: every other shard is multiplied by the quotient.",
+        REEXPRESS,
         fused_scales_differ,
     ),
     Rule(
         "fused-input-scales-differ",
         "warning",
-        f"Shards of one fused linear have different {INPUT_SCALE}. vLLM takes the largest for all, which costs a little accuracy.",
-        QUANTIZE_AGAIN,
+        f"Shards of one fused linear have different input scales. vLLM takes the largest {INPUT_SCALE} for all, which costs a little "
+        f"accuracy, or the largest {INPUT_GLOBAL_SCALE}, which is the smallest scale and clips activations.",
+        "mtpress repair CKPT OUT gives them the largest scale",
         fused_input_scales_differ,
     ),
     Rule(
@@ -166,7 +227,7 @@ RULES = (
     Rule(
         "input-scales-unused",
         "note",
-        f"A weight-only checkpoint carries {INPUT_SCALE}; vLLM drops them with a warning.",
+        f"A weight-only modelopt checkpoint carries {INPUT_SCALE}; vLLM drops them with a warning.",
         "nothing needs to be done",
         input_scales_unused,
     ),

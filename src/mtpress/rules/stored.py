@@ -18,6 +18,11 @@ TITLES: dict[Form, str] = {
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 
 WEIGHT, SCALE, SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
+GLOBAL_SCALE, INPUT_GLOBAL_SCALE = "weight_global_scale", "input_global_scale"  # compressed-tensors': reciprocals
+ZERO_POINT, WEIGHT_SHAPE = "weight_zero_point", "weight_shape"
+NVFP4_GROUP_SIZE = 16
+QWEIGHT, QZEROS, SCALES = "qweight", "qzeros", "scales"
+WEIGHT_PACKED = "weight_packed"
 NVFP4_SCALES = (SCALE, SCALE_2, INPUT_SCALE)
 KV_SCALES = ("k_scale", "v_scale")
 # What each form may have beside a bias; a tensor outside these is not of the format.
@@ -25,19 +30,21 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
     "plain": (WEIGHT,),
     "nvfp4": (WEIGHT, *NVFP4_SCALES),
     "fp8": (WEIGHT, "weight_scale", "weight_scale_inv", "input_scale"),
-    "nvfp4-pack-quantized": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
-    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "nvfp4-pack-quantized": (WEIGHT_PACKED, SCALE, GLOBAL_SCALE, INPUT_GLOBAL_SCALE),
+    "pack-quantized": (WEIGHT_PACKED, SCALE, WEIGHT_SHAPE, ZERO_POINT, "weight_g_idx"),
+    "gptq": (QWEIGHT, QZEROS, SCALES, "g_idx"),
 }
-SCALE_SUFFIXES = frozenset(suffix for names in SUFFIXES.values() for suffix in names) - {WEIGHT, "weight_packed", "qweight"}
+SCALE_SUFFIXES = frozenset(suffix for names in SUFFIXES.values() for suffix in names) - {WEIGHT, WEIGHT_PACKED, QWEIGHT}
+# The float32 scalars of NVFP4: of the weights, then of the activations.
+SCALARS: dict[Form, tuple[str, str]] = {"nvfp4": (SCALE_2, INPUT_SCALE), "nvfp4-pack-quantized": (GLOBAL_SCALE, INPUT_GLOBAL_SCALE)}
 
 
 def form_of(tensors: Mapping[str, TensorInfo]) -> Form:
     """The form of a module; "none" where only scales are left of it."""
-    if "qweight" in tensors:
+    if QWEIGHT in tensors:
         return "gptq"
-    if "weight_packed" in tensors:
-        return "nvfp4-pack-quantized" if tensors["weight_packed"].dtype == "U8" else "pack-quantized"
+    if WEIGHT_PACKED in tensors:
+        return "nvfp4-pack-quantized" if tensors[WEIGHT_PACKED].dtype == "U8" else "pack-quantized"
     if WEIGHT not in tensors:
         return "none"
     dtype = tensors[WEIGHT].dtype

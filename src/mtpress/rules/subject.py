@@ -9,19 +9,20 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from mtpress.checkpoint import Checkpoint, Shard, TensorInfo, read_bytes, read_json_object, read_shard
 from mtpress.errors import InputError
-from mtpress.matching import Matcher, Verdict, matcher_of
+from mtpress.matching import Matcher, Scheme, Verdict, matcher_of
 from mtpress.models import family, qwen3_5_engine
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE, EngineLinear
 from mtpress.rules.declaration import Declaration
-from mtpress.rules.stored import KV_SCALES, NVFP4_SCALES, SCALE, Form, form_of
+from mtpress.rules.stored import KV_SCALES, SCALARS, Form, form_of
 
-CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
-SCALAR_SUFFIXES = tuple(suffix for suffix in (*NVFP4_SCALES, *KV_SCALES) if suffix != SCALE)
+CONFIG, HF_QUANT_CONFIG, QUANTIZATION_CONFIG = "config.json", "hf_quant_config.json", "quantization_config.json"
+SCALAR_SUFFIXES = (*(suffix for scales in SCALARS.values() for suffix in scales), *KV_SCALES)
 MISPLACED_MTP = re.compile(r"^(.+\.)mtp\.")
 
 
@@ -173,7 +174,9 @@ class Subject:
     @cached_property
     def declared(self) -> Declaration | None:
         """What the engine goes by: config.json's quantization_config, else hf_quant_config.json, else text_config's."""
-        own, inner = (c.get("quantization_config") for c in (self.config, self.model.text_config(self.config)))
+        levels = (self.config, self.model.text_config(self.config))
+        # compressed-tensors once called its config so; vLLM still looks for it
+        own, inner = (level.get("quantization_config") or level.get("compression_config") for level in levels)
         if isinstance(own, dict) and own:
             return Declaration(CONFIG, own)
         if self.hf_declared is not None and self.hf_declared.method:
@@ -182,13 +185,20 @@ class Subject:
 
     @cached_property
     def hf_declared(self) -> Declaration | None:
+        """hf_quant_config.json, which modelopt writes."""
         content = self.json(HF_QUANT_CONFIG)
         return Declaration(HF_QUANT_CONFIG, content) if content else None
 
     @cached_property
+    def beside(self) -> Declaration | None:
+        """quantization_config.json, which AutoRound writes; vLLM and transformers read it only where config.json declares nothing."""
+        content = self.json(QUANTIZATION_CONFIG)
+        return Declaration(QUANTIZATION_CONFIG, content) if content else None
+
+    @cached_property
     def covered(self) -> bool:
-        """Whether the rules know the declared format: modelopt NVFP4, or none at all."""
-        return self.declared is None or self.declared.format == "nvfp4"
+        """Whether the rules know the declared format: NVFP4 and INT4 in the layouts of stored.py, or none at all."""
+        return self.declared is None or bool(self.declared.layouts)
 
     @cached_property
     def linears(self) -> tuple[EngineLinear, ...]:
@@ -213,9 +223,63 @@ class Subject:
         return {linear: held.verdict(linear) for linear in self.linears} if held is not None else {}
 
     @cached_property
+    def held(self) -> Matcher | None:
+        """The matcher of what is declared; None where nothing, or a format that the rules do not know, is."""
+        return self.matcher(self.declared) if self.declared is not None and self.covered else None
+
+    @cached_property
     def verdicts(self) -> Mapping[EngineLinear, Verdict]:
-        """The verdicts of what is declared; empty where nothing, or a format not covered yet, is."""
-        return self.verdicts_of(self.declared) if self.declared is not None and self.covered else {}
+        """The verdicts of what is declared; empty where nothing, or a format that the rules do not know, is."""
+        return {linear: self.held.verdict(linear) for linear in self.linears} if self.held is not None else {}
+
+    @cached_property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """Module → how the config says it is stored; of lm_head, which target and draft share, what it says to the target."""
+        found: dict[str, Scheme] = {}
+        if self.held is not None:
+            for linear in self.linears:
+                if (scheme := self.held.scheme(linear)) is not None:
+                    found |= {module: scheme for module in linear.modules if module not in found}
+        return found
+
+    # ---- INT4
+
+    def whole_group(self, module: str, group_size: int) -> int:
+        """A group size in columns: -1 stands for the whole row."""
+        shape = self.called_for.get(f"{module}.weight", ())
+        return group_size if group_size > 0 or len(shape) != 2 else shape[1]
+
+    def stored_group_size(self, module: str) -> int | None:
+        """The group size that the scales of an INT4 module show, by config.json's K; None where they show none."""
+        shape = self.called_for.get(f"{module}.weight", ())
+        form, tensors = self.form(module), self.modules.get(module, {})
+        scales = tensors.get("scales" if form == "gptq" else "weight_scale")
+        if form not in ("gptq", "pack-quantized") or scales is None or len(shape) != 2 or len(scales.shape) != 2:
+            return None
+        groups = scales.shape[0 if form == "gptq" else 1]
+        return shape[1] // groups if groups and shape[1] % groups == 0 else None
+
+    @cached_property
+    def zero_words(self) -> dict[str, int]:
+        """The first word of every qzeros: the zero points of the first group of eight rows (of four, in 8 bits)."""
+        found: dict[str, int] = {}
+        for name, info in self.tensors.items():
+            if name.endswith(".qzeros") and info.dtype == "I32" and info.num_bytes >= 4:
+                raw = bytearray(4)
+                read_bytes(replace(info, shape=(1,), num_bytes=4), memoryview(raw))
+                found[name] = struct.unpack("<I", raw)[0]
+        return found
+
+    @cached_property
+    def packed_shapes(self) -> dict[str, tuple[int, int]]:
+        """Module → the [N, K] that compressed-tensors stores as weight_shape beside its INT4 codes."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, info in self.tensors.items():
+            if name.endswith(".weight_shape") and info.dtype in ("I64", "I32") and info.shape == (2,):
+                raw = bytearray(info.num_bytes)
+                read_bytes(info, memoryview(raw))
+                found[name.rpartition(".")[0]] = struct.unpack("<2q" if info.dtype == "I64" else "<2i", raw)
+        return found
 
     @property
     def is_vl(self) -> bool:

@@ -3,25 +3,47 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
+from mtpress.matching import Scheme
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE
-from mtpress.plan import NVFP4_GROUP_SIZE
+from mtpress.rules import stored
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.stored import (
+    GLOBAL_SCALE,
+    INPUT_GLOBAL_SCALE,
     INPUT_SCALE,
     KV_SCALES,
+    NVFP4_GROUP_SIZE,
     PLAIN_DTYPES,
+    QWEIGHT,
+    QZEROS,
+    SCALARS,
     SCALE,
     SCALE_2,
     SCALE_SUFFIXES,
+    SCALES,
     SUFFIXES,
     WEIGHT,
+    WEIGHT_PACKED,
+    WEIGHT_SHAPE,
+    ZERO_POINT,
+    Form,
 )
 from mtpress.rules.subject import Subject
 
 # vLLM 0.32 passes over these (AutoWeightsLoader, QuantizationConfig._ignore_unexpected_suffixes).
 PASSED_OVER = (".bias", ".g_idx", ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point")
 ROTARY = ("rotary_pos_emb.inv_freq", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-SCALE_DTYPES = {SCALE: "F8_E4M3", SCALE_2: "F32", INPUT_SCALE: "F32"}
+SCALE_DTYPES = {SCALE: "F8_E4M3", SCALE_2: "F32", INPUT_SCALE: "F32"}  # of modelopt NVFP4
+INTEGERS, HALVES = ("I32",), ("F16", "BF16", "F32")
+# What each form holds its parts as; the first is what to write.
+DTYPES: dict[Form, dict[str, tuple[str, ...]]] = {
+    "nvfp4": {suffix: (dtype,) for suffix, dtype in SCALE_DTYPES.items()},
+    "nvfp4-pack-quantized": {SCALE: ("F8_E4M3",), GLOBAL_SCALE: ("F32",), INPUT_GLOBAL_SCALE: ("F32",)},
+    "pack-quantized": {WEIGHT_PACKED: INTEGERS, SCALE: HALVES, ZERO_POINT: INTEGERS, WEIGHT_SHAPE: ("I64", "I32")},
+    "gptq": {QWEIGHT: INTEGERS, QZEROS: INTEGERS, SCALES: HALVES, "g_idx": INTEGERS},
+}
+ROWS_MULTIPLE = 32  # of the CPU kernel; Marlin pads
+WORD_BITS = 32
 
 
 def body_prefix(subject: Subject) -> Iterator[Problem]:
@@ -74,8 +96,8 @@ def weight_dtype(subject: Subject) -> Iterator[Problem]:
             wrong[f"{info.dtype}, must be BF16: no engine reads it quantized"].append(name)
         elif module in decided and form == "unknown" and suffix == WEIGHT:
             wrong[f"{info.dtype}, which is neither BF16 nor any known format"].append(name)
-        elif form == "nvfp4" and info.dtype != SCALE_DTYPES.get(suffix, info.dtype):
-            wrong[f"{info.dtype}, NVFP4 holds its {suffix} as {SCALE_DTYPES[suffix]}"].append(name)
+        elif info.dtype not in DTYPES.get(form, {}).get(suffix, (info.dtype,)):
+            wrong[f"{info.dtype}, {stored.TITLES[form]} holds its {suffix} as {DTYPES[form][suffix][0]}"].append(name)
         elif suffix in KV_SCALES and info.dtype != "F32":
             wrong[f"{info.dtype}, scales of the KV cache are F32"].append(name)
     for why, names in wrong.items():
@@ -90,15 +112,38 @@ def weight_precision(subject: Subject) -> Iterator[Problem]:
         yield Problem(f"{count(len(wide), 'tensor')} of two dimensions or more stored as {dtypes}, not BF16", tuple(wide))
 
 
+def _stored_shapes(subject: Subject, module: str, n: int, k: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Suffix → the shapes that a part of a quantized [N, K] may have; the first is what to write."""
+    form = subject.form(module)
+    if form in SCALARS:
+        codes = WEIGHT if form == "nvfp4" else WEIGHT_PACKED
+        return {codes: ((n, k // 2),), SCALE: ((n, k // NVFP4_GROUP_SIZE),)} | dict.fromkeys(SCALARS[form], ((), (1,)))
+    scheme = subject.schemes.get(module, Scheme("int", 4, -1))
+    group = subject.stored_group_size(module) or subject.whole_group(module, scheme.group_size)  # a wrong one is for group-size to say
+    if scheme.kind != "int" or not scheme.bits or group < 1:
+        return {}
+    bits, groups = scheme.bits, -(-k // group)
+
+    def words(size: int) -> int:
+        return -(-size * bits // WORD_BITS)
+
+    if form == "pack-quantized":
+        return {WEIGHT_PACKED: ((n, words(k)),), SCALE: ((n, groups),), ZERO_POINT: ((words(n), groups),), WEIGHT_SHAPE: ((2,),)}
+    if form == "gptq":
+        return {QWEIGHT: ((words(k), n),), QZEROS: ((groups, words(n)),), SCALES: ((groups, n),), "g_idx": ((k,),)}
+    return {}
+
+
 def weight_shape(subject: Subject) -> Iterator[Problem]:
     wrong: dict[str, str] = {}
     for name, shape in subject.called_for.items():
         module, _, suffix = name.rpartition(".")
         expected: dict[str, tuple[tuple[int, ...], ...]] = {name: (shape,)}
-        if suffix == WEIGHT and subject.form(module) == "nvfp4" and len(shape) == 2:
-            n, k = shape
-            expected = {name: ((n, k // 2),), f"{module}.{SCALE}": ((n, k // NVFP4_GROUP_SIZE),)}
-            expected |= {f"{module}.{scalar}": ((), (1,)) for scalar in (SCALE_2, INPUT_SCALE)}
+        if suffix == WEIGHT and subject.form(module) not in ("plain", "none", "unknown", "fp8") and len(shape) == 2:
+            parts = _stored_shapes(subject, module, *shape)
+            expected = {f"{module}.{part}": shapes for part, shapes in parts.items()}
+            if subject.packed_shapes.get(module, shape) != shape:
+                wrong[f"{module}.{WEIGHT_SHAPE}"] = f"says {list(subject.packed_shapes[module])}, must say {list(shape)}"
         for tensor, shapes in expected.items():
             info = subject.tensors.get(tensor)
             if info is not None and info.shape not in shapes:
@@ -111,8 +156,48 @@ def weight_shape(subject: Subject) -> Iterator[Problem]:
 def k_not_divisible(subject: Subject) -> Iterator[Problem]:
     for module in subject.quantized:
         shape = subject.called_for.get(f"{module}.{WEIGHT}", ())
-        if subject.form(module) == "nvfp4" and len(shape) == 2 and shape[1] % NVFP4_GROUP_SIZE:
-            yield Problem(f"{module} has K = {shape[1]}, which {NVFP4_GROUP_SIZE} does not divide; vLLM refuses it", (module,))
+        form, scheme = subject.form(module), subject.schemes.get(module)
+        size = NVFP4_GROUP_SIZE if form in SCALARS else scheme.group_size if scheme is not None and scheme.kind == "int" else 0
+        if size > 0 and len(shape) == 2 and shape[1] % size:
+            yield Problem(f"{module} has K = {shape[1]}, which {size} does not divide; vLLM refuses it", (module,))
+
+
+def n_not_divisible(subject: Subject) -> Iterator[Problem]:
+    for linear in subject.linears:
+        if len(linear.modules) and all(subject.form(module) in ("gptq", "pack-quantized") for module in linear.modules):
+            rows = [shape[0] if len(shape := subject.called_for.get(f"{m}.{WEIGHT}", ())) == 2 else 0 for m in linear.modules]
+            if sum(rows) % ROWS_MULTIPLE and linear.part != "lm_head":
+                yield Problem(f"{linear.prefix} has {sum(rows)} rows, which {ROWS_MULTIPLE} does not divide", linear.modules)
+
+
+def _zeros_by_convention(subject: Subject) -> dict[str, int | None]:
+    """Symmetric qzeros → the zero point stored, 7 or 8 of 4 bits (127 or 128 of 8); None where it is neither, or not one."""
+    found: dict[str, int | None] = {}
+    for name, word in subject.zero_words.items():
+        scheme = subject.schemes.get(name.rpartition(".")[0])
+        if scheme is not None and scheme.kind == "int" and scheme.symmetric and scheme.bits in (4, 8):
+            values = {word >> place & (1 << scheme.bits) - 1 for place in range(0, WORD_BITS, scheme.bits)}
+            middle = 1 << scheme.bits - 1
+            found[name] = next(iter(values)) - middle if len(values) == 1 and values <= {middle - 1, middle} else None
+    return found
+
+
+def zeros_asymmetric(subject: Subject) -> Iterator[Problem]:
+    names = tuple(name for name, offset in _zeros_by_convention(subject).items() if offset is None)
+    if names:
+        yield Problem(f"{count(len(names), 'tensor')} of zero points that are not the middle of the range, declared is sym", names)
+
+
+def zeros_convention(subject: Subject) -> Iterator[Problem]:
+    declared = subject.declared
+    if declared is None:
+        return
+    as_is = declared.content.get("packing_format") == "auto_round" or declared.content.get("checkpoint_format") == "gptq_v2"
+    expected = 0 if as_is else -1
+    names = tuple(name for name, offset in _zeros_by_convention(subject).items() if offset is not None and offset != expected)
+    if names:
+        said, other = ("as it is", "less one") if as_is else ("less one", "as it is")
+        yield Problem(f"{count(len(names), 'tensor')} hold the zero point {other}, the declared layout holds it {said}", names)
 
 
 RULES = (
@@ -142,8 +227,8 @@ RULES = (
     Rule(
         "weight-dtype",
         "error",
-        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32. vLLM casts what it finds, and "
-        "says nothing: integers become weights, scales lose their precision.",
+        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32, INT4 codes I32. vLLM casts "
+        "what it finds, and says nothing: integers become weights, scales lose their precision.",
         "restore it: mtpress repair CKPT OUT --base SRC, or quantize again",
         weight_dtype,
     ),
@@ -164,8 +249,31 @@ RULES = (
     Rule(
         "k-not-divisible",
         "error",
-        "An NVFP4 linear whose input size is no multiple of 16, the block of the format.",
+        "A quantized linear whose input size is no multiple of the format's block: 16 of NVFP4, group_size of INT4.",
         "keep it in BF16: leave it out of `quantize` in the recipe",
         k_not_divisible,
+    ),
+    Rule(
+        "n-not-divisible",
+        "warning",
+        "An INT4 linear whose rows, fused, are no multiple of 32: vLLM's CPU kernel refuses it, on a GPU it is padded at every step.",
+        "keep it in BF16: leave it out of `quantize` in the recipe",
+        n_not_divisible,
+    ),
+    Rule(
+        "zeros-asymmetric",
+        "error",
+        "INT4 is declared symmetric and zero points are stored that are not: vLLM does not read them and takes the middle of the range, so "
+        "every weight is off.",
+        "quantize again: mtpress quantize SRC OUT --recipe int4-autoround-mtp",
+        zeros_asymmetric,
+    ),
+    Rule(
+        "zeros-convention",
+        "warning",
+        "Symmetric zero points are stored by the other convention than the layout's: GPTQ and auto_round:auto_gptq store 7 for 8, "
+        "gptq_v2 and auto_round 8. vLLM does not read them; transformers shifts every weight by one step.",
+        "mtpress repair CKPT OUT",
+        zeros_convention,
     ),
 )
