@@ -11,7 +11,7 @@ SOUND: dict[str, Any] = {"name": "mine", "summary": "a test", "format": "nvfp4",
 
 def test_every_shipped_recipe_loads_under_its_file_name() -> None:
     names = list(shipped())
-    assert {"nvfp4-mtp-vlm", "nvfp4-mtp-text", "nvfp4-kvfp8-vlm"} <= set(names)
+    assert {"nvfp4-mtp-vlm", "nvfp4-mtp-text", "nvfp4-kvfp8-vlm", "int4-autoround-mtp", "int4-mtp-vlm"} <= set(names)
     for name in names:
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -33,6 +33,36 @@ def test_canonical_is_plain_data_with_the_defaults_filled_in() -> None:
     assert plain["in_proj_ab"] == "bf16"
     assert plain["calibration"]["dataset"] == "builtin"
     assert parse_recipe(plain, "again") == parse_recipe(SOUND, "here")
+
+
+def test_the_rounding_follows_from_the_format() -> None:
+    assert parse_recipe(SOUND, "here").rounding == "max"
+    int4 = parse_recipe({**SOUND, "format": "int4"}, "here")
+    assert (int4.rounding, int4.signround.iterations, int4.signround.batch_size) == ("signround", 200, 8)
+    assert parse_recipe({**SOUND, "format": "int4", "signround": {"iterations": 5}}, "here").signround.iterations == 5
+
+
+def test_settings_of_another_rounding_are_no_part_of_a_recipe() -> None:
+    """Runs are compared by it: an NVFP4 run that was begun before INT4 was known is still the same."""
+    assert "signround" not in parse_recipe(SOUND, "here").canonical()
+    for name in shipped():
+        recipe = load_recipe(name)
+        assert ("signround" in recipe.canonical()) == (recipe.rounding == "signround")
+        assert parse_recipe(recipe.canonical(), "again") == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "needed"),
+    [
+        ({}, True),
+        ({"constant_input_scale": 0.1}, False),
+        ({"format": "int4"}, True),
+        ({"format": "int4", "rounding": "search"}, False),
+        ({"format": "int4", "rounding": "rtn"}, False),
+    ],
+)
+def test_which_builds_need_samples(change: dict[str, Any], needed: bool) -> None:
+    assert parse_recipe({**SOUND, **change}, "here").needs_samples is needed
 
 
 def test_a_recipe_cannot_be_changed() -> None:
@@ -57,7 +87,22 @@ def test_names_that_are_none(asked: str, hint: str) -> None:
         ({"quantise": ["mlp"]}, ["unknown key 'quantise'", "did you mean quantize?", *Recipe.model_fields]),
         ({"x" * 500: 1}, ["unknown key", *Recipe.model_fields]),
         ({"calibration": {"samples": 3}}, ["calibration.samples", *CalibrationSource.model_fields]),
-        ({"format": "nvfp8"}, ["format", "'nvfp8'", "'nvfp4'"]),
+        ({"format": "nvfp8"}, ["format", "'nvfp8'", "'nvfp4' or 'int4'"]),
+        ({"format": None}, ["format", "'None'"]),
+        ({"rounding": "gptq"}, ["rounding", "'gptq'", "'max', 'signround', 'search' or 'rtn'"]),
+        ({"rounding": "search"}, ["rounding: 'search' does not go with format nvfp4; valid: max"]),
+        ({"format": "int4", "rounding": "max"}, ["rounding: 'max' does not go with format int4; valid: signround, search, rtn"]),
+        ({"format": "int4", "kv_cache": "fp8_cast"}, ["kv_cache: 'fp8_cast' does not go with format int4; valid: auto"]),
+        ({"format": "int4", "in_proj_ab": "nvfp4"}, ["in_proj_ab: 'nvfp4' does not go with format int4; valid: bf16"]),
+        ({"format": "int4", "constant_input_scale": 0.1}, ["constant_input_scale does not go with format int4", "search or rtn"]),
+        (
+            {"format": "int4", "rounding": "rtn", "signround": {"iterations": 9}},
+            ["signround has settings of rounding signround, not of rtn"],
+        ),
+        ({"signround": {}}, ["signround has settings of rounding signround, not of max"]),
+        ({"format": "int4", "signround": {"iters": 9}}, ["signround.iters", "iterations", "batch_size"]),
+        ({"format": "int4", "signround": {"iterations": 0}}, ["signround.iterations", "0"]),
+        ({"format": "int4", "signround": {"batch_size": True}}, ["signround.batch_size", "True"]),
         ({"quantize": ["mlp", "lm_head"]}, ["quantize.1", "'lm_head'", "'attention', 'gdn' or 'mlp'"]),
         ({"quantize": "mlp"}, ["quantize", "'mlp'"]),
         ({"vision": True}, ["vision", "True"]),

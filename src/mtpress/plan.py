@@ -8,7 +8,7 @@ The MTP invariant: every `mtp.` tensor of the source is kept bit for bit and its
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -20,7 +20,39 @@ from mtpress.models import family
 from mtpress.recipe import Recipe
 from mtpress.shard_writer import OutputTensor
 
-NVFP4_GROUP_SIZE = 16  # formats/nvfp4.py has it too, with torch; tests/test_plan.py holds them together
+NVFP4_GROUP_SIZE, INT4_GROUP_SIZE = 16, 128
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a format makes of a linear [N, K], and what it takes. formats/ has it too, with torch; tests/test_plan.py holds them together.
+
+    A linear that does not fit is refused, or kept in BF16 with the rest of its fused group (engines refuse mixed ones).
+    """
+
+    title: str
+    n_multiple: int
+    k_multiple: int
+    keeps_misfits: bool
+    tensors: Callable[[int, int], tuple[tuple[str, str, tuple[int, ...]], ...]]  # (suffix, safetensors dtype, shape) of each
+
+
+LAYOUTS = {
+    "nvfp4": Layout(
+        "NVFP4", n_multiple=1, k_multiple=NVFP4_GROUP_SIZE, keeps_misfits=False,
+        tensors=lambda n, k: (
+            ("weight", "U8", (n, k // 2)), ("weight_scale", "F8_E4M3", (n, k // NVFP4_GROUP_SIZE)),
+            ("weight_scale_2", "F32", ()), ("input_scale", "F32", ()),
+        ),
+    ),
+    "int4": Layout(
+        "INT4", n_multiple=32, k_multiple=INT4_GROUP_SIZE, keeps_misfits=True,
+        tensors=lambda n, k: (
+            ("qweight", "I32", (k // 8, n)), ("qzeros", "I32", (k // INT4_GROUP_SIZE, n // 8)),
+            ("scales", "F16", (k // INT4_GROUP_SIZE, n)),
+        ),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +103,7 @@ class Plan:
     prefix: str
     steps: tuple[Step, ...]
     ignore: tuple[str, ...]
+    misfits: tuple[str, ...] = ()  # linears that stay in BF16 for the shape of their fused group alone
 
     @property
     def jobs(self) -> Iterator[Job]:
@@ -100,6 +133,13 @@ class Plan:
         model = family(self.source.model_type)
         return [model.module_of(info.name) for job in self.jobs if job.kind == "quantize" for info in job.sources]
 
+    @property
+    def kept_linears(self) -> list[str]:
+        """Of `ignore`, what is a matrix that multiplies: no norm, no convolution, no embeddings."""
+        shapes = {tensor.name: tensor.shape for job in self.jobs for tensor in job.outputs}
+        kept = [module for module in self.ignore if len(shapes.get(f"{module}.weight", (1, 1))) == 2]
+        return [module for module in kept if not module.endswith("_embed") and not module.endswith("embed_tokens")]
+
 
 def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     """The plan for a source under a recipe; InputError names the first thing that cannot work, with what to do."""
@@ -113,22 +153,33 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
 
     jobs: dict[tuple[int, int], list[Job]] = {}
     done: set[str] = set()
+    misfits: list[str] = []
     for name in sorted(source.tensors, key=model.natural):
         if name in done:
             continue
         info, part, layer = source.tensors[name], model.component(name), model.layer_index(name)
         linear = model.module_of(name.split(f"layers.{layer}.", 1)[1]) if layer is not None else ""
+        job = Job("keep", (info,), (OutputTensor(name, info.dtype, info.shape),), part)
         if part == "vision" and recipe.vision == "drop":
             job = Job("drop", (info,), (), part)
         elif linear in wanted and name.endswith(".weight"):
             members = [member for member in model.SAME_INPUT.get(linear, (linear,)) if member in wanted]
-            job = _quantize_job(source, f"{prefix}layers.{layer}.", members, part)
-        else:
-            job = Job("keep", (info,), (OutputTensor(name, info.dtype, info.shape),), part)
+            infos = [source.tensors[f"{prefix}layers.{layer}.{member}.weight"] for member in members]
+            if _fits(infos, LAYOUTS[recipe.format], part):
+                job = _quantize_job(infos, LAYOUTS[recipe.format], part)
+            else:
+                misfits.append(model.module_of(name))
         done.update(source.name for source in job.sources)
         jobs.setdefault(_place(part, layer), []).append(job)
     steps = tuple(_step(place, jobs[place]) for place in sorted(jobs))
-    return Plan(recipe, source, prefix, steps, tuple(model.kept_modules({t.name: t for step in steps for t in step.outputs}, prefix)))
+    if not any(job.kind == "quantize" for step in steps for job in step.jobs):
+        layout = LAYOUTS[recipe.format]
+        raise InputError(
+            f"{source.path}: none of its {len(misfits)} linears has N by {layout.n_multiple} and K by {layout.k_multiple}, as "
+            f"{layout.title} needs; use a recipe with format nvfp4"
+        )
+    ignore = model.kept_modules({t.name: t for step in steps for t in step.outputs}, prefix)
+    return Plan(recipe, source, prefix, steps, tuple(ignore), tuple(misfits))
 
 
 # What is copied comes first: it is written while the first layer computes, and nothing is left to write behind the last.
@@ -146,27 +197,28 @@ def _step(place: tuple[int, int], jobs: list[Job]) -> Step:
     return Step(TITLES[place[0]], None, tuple(jobs))
 
 
-def _quantize_job(source: Checkpoint, layer_prefix: str, members: Iterable[str], part: str) -> Job:
-    """The job of linears of one layer that share their scales."""
-    sources, outputs = [], []
-    for member in members:
-        info = source.tensors[f"{layer_prefix}{member}.weight"]
+def _fits(infos: Iterable[TensorInfo], layout: Layout, part: str) -> bool:
+    """Whether a format takes the linears of one layer that share an input; InputError where it cannot, and keeps none for that."""
+    fit = True
+    for info in infos:
         if info.dtype != "BF16":
             raise InputError(f"{info.file}: {info.name} is {info.dtype}, the source must be BF16; quantize from the BF16 release")
         n, k = info.shape
-        if k % NVFP4_GROUP_SIZE:
+        if k % layout.k_multiple and not layout.keeps_misfits:
             raise InputError(
-                f"{info.name}: K = {k} is no multiple of {NVFP4_GROUP_SIZE}, NVFP4 cannot hold it; leave {part} out of `quantize`"
+                f"{info.name}: K = {k} is no multiple of {layout.k_multiple}, {layout.title} cannot hold it; leave {part} out of `quantize`"
             )
-        sources.append(info)
-        module = f"{layer_prefix}{member}"
-        outputs += [
-            OutputTensor(f"{module}.weight", "U8", (n, k // 2)),
-            OutputTensor(f"{module}.weight_scale", "F8_E4M3", (n, k // NVFP4_GROUP_SIZE)),
-            OutputTensor(f"{module}.weight_scale_2", "F32", ()),
-            OutputTensor(f"{module}.input_scale", "F32", ()),
-        ]
-    return Job("quantize", tuple(sources), tuple(outputs), part)
+        fit &= k % layout.k_multiple == 0 and n % layout.n_multiple == 0
+    return fit
+
+
+def _quantize_job(infos: Iterable[TensorInfo], layout: Layout, part: str) -> Job:
+    outputs = [
+        OutputTensor(f"{info.name.removesuffix('.weight')}.{suffix}", dtype, shape)
+        for info in infos
+        for suffix, dtype, shape in layout.tensors(*info.shape)
+    ]
+    return Job("quantize", tuple(infos), tuple(outputs), part)
 
 
 def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:

@@ -6,11 +6,12 @@ An unknown key or value is an InputError that lists the valid ones.
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mtpress.errors import InputError
 
@@ -47,25 +48,75 @@ class CalibrationSource(Strict):
     max_seq_len: int = Field(8192, ge=1, le=1_000_000, description="tokens kept of each sample")
 
 
+class SignRound(Strict):
+    """Settings of sign-gradient rounding; auto-round 0.16.1's own, which calls them iters and batch_size."""
+
+    iterations: int = Field(200, ge=1, le=20_000, description="steps of the rounding of each layer")
+    batch_size: int = Field(8, ge=1, le=10_000, description="samples a step")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What goes with a format; the first rounding is the one that is taken if the recipe names none."""
+
+    rounding: tuple[str, ...]
+    in_proj_ab: tuple[str, ...]
+    kv_cache: tuple[str, ...]
+
+
+CHOICES = {
+    "nvfp4": Choices(rounding=("max",), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast")),
+    "int4": Choices(rounding=("signround", "search", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
+}
+
+
 class Recipe(Strict):
     """One build. Field names are the keys of the YAML file."""
 
     name: str = Field(description="lower-case name of the build", pattern=r"^[a-z0-9][a-z0-9._-]*$")
     summary: str = Field(description="one line for `mtpress recipes`")
-    format: Literal["nvfp4"] = Field(description="the 4-bit format of the body")
+    format: Literal["nvfp4", "int4"] = Field(description="the 4-bit format of the body")
     quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field(description="components whose linears are quantized")
     in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
     vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
     kv_cache: Literal["auto", "fp8_cast"] = Field("auto", description="what the checkpoint declares for the KV cache")
-    rounding: Literal["max"] = Field("max", description="how scales and codes are chosen")
+    rounding: Literal["max", "signround", "search", "rtn"] = Field(
+        description="how scales and codes are chosen: max (NVFP4); signround (by samples), search or rtn (INT4)"
+    )
+    signround: SignRound = Field(default_factory=SignRound, description="settings of rounding signround")
     constant_input_scale: float | None = Field(
         None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
     )
     calibration: CalibrationSource = Field(default_factory=CalibrationSource)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rounding(cls, content: Any) -> Any:
+        choices = CHOICES.get(str(content.get("format"))) if isinstance(content, dict) else None
+        return {"rounding": choices.rounding[0], **content} if choices else content
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        for key, valid in vars(CHOICES[self.format]).items():
+            if (said := getattr(self, key)) not in valid:
+                raise ValueError(f"{key}: {said!r} does not go with format {self.format}; valid: {', '.join(valid)}")
+        if self.constant_input_scale and self.format != "nvfp4":
+            raise ValueError(
+                f"constant_input_scale does not go with format {self.format}, which rounds no activations; "
+                "rounding search or rtn needs no data"
+            )
+        if self.rounding != "signround" and "signround" in self.model_fields_set:
+            raise ValueError(f"signround has settings of rounding signround, not of {self.rounding}; leave it out")
+        return self
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether activations of calibration samples decide anything in the output."""
+        return self.rounding == "signround" or (self.format == "nvfp4" and not self.constant_input_scale)
+
     def canonical(self) -> dict[str, Any]:
         """The recipe as plain data, for the record and for comparing two runs."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude=None if self.rounding == "signround" else {"signround"})
 
 
 def shipped() -> Iterator[str]:
@@ -121,16 +172,21 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         raise InputError(f"{where}: {_explain(error)}") from None
 
 
+SECTIONS: dict[str, type[Strict]] = {"calibration": CalibrationSource, "signround": SignRound}
+
+
 def _explain(error: ValidationError) -> str:
     """The first complaint as one sentence that lists what is valid."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section = CalibrationSource if first["loc"][0] == "calibration" else Recipe
+        section = SECTIONS.get(str(first["loc"][0]), Recipe) if len(first["loc"]) > 1 else Recipe
         valid = list(section.model_fields)
         near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"unknown key {key[:80]!r}; {hint}Valid: {', '.join(valid)}"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
     if first["type"] == "missing":
         return f"the key {key} is missing; every recipe needs it"
     if first["type"] == "literal_error":

@@ -8,10 +8,13 @@ Memory holds two groups of tensors (a whole decoder layer each where activations
 fused group) and what waits for the disk; never the model.
 """
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,26 +22,49 @@ import torch
 from mtpress.calibration import InputAmax
 from mtpress.checkpoint import TensorInfo
 from mtpress.errors import InputError
-from mtpress.formats import nvfp4
+from mtpress.formats import int4, nvfp4
 from mtpress.hidden_states import NUM_SLOTS
+from mtpress.journal import Journal
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
+from mtpress.rounding import rtn, search, signround_kernel
 from mtpress.rounding.max import round_group
 from mtpress.shard_writer import ShardWriter
 from mtpress.source_guard import SourceGuard
 
 Tensors = Mapping[str, torch.Tensor]
+Codes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # module → (codes uint8 [N, K], scales fp16 [N, K/128])
+Seen = InputAmax | Codes | None  # what a forward has learned of a layer
 
 
 class Forward(Protocol):
-    """What moves the samples through the body: CalibrationPass here, WorkerPool in other processes."""
+    """What moves the samples through the body: CalibrationPass or SignRoundPass here, WorkerPool in other processes."""
 
     whole_layers: bool
 
-    def layer(self, step: Step, tensors: Tensors) -> InputAmax: ...
+    def layer(self, step: Step, tensors: Tensors) -> InputAmax | Codes: ...
 
     def sync(self, step: Step) -> None: ...
+
+
+LOSSES_NAME = "losses.json"
+
+
+def read_losses(directory: Path) -> dict[int, dict[str, float]]:
+    """Layer → losses, of every layer of a run so far; empty where its forward has none. directory: the journal's."""
+    path = directory / LOSSES_NAME
+    return {int(layer): said for layer, said in json.loads(path.read_text()).items()} if path.exists() else {}
+
+
+def _settle(forward: Forward, step: Step, journal: Journal | None) -> None:
+    """What must be on the disk before the journal tells of a layer: its states, and its losses, for the record of a run that goes on."""
+    forward.sync(step)
+    losses = getattr(forward, "losses", {}).get(step.layer)
+    if losses is not None and journal is not None:
+        new = journal.directory / f"{LOSSES_NAME}.new"
+        new.write_text(json.dumps({**read_losses(journal.directory), step.layer: losses.as_json()}))
+        new.replace(journal.directory / LOSSES_NAME)
 
 
 def unfinished_steps(plan: Plan, writer: ShardWriter) -> list[Step]:
@@ -52,7 +78,7 @@ def run(
 ) -> dict[str, float]:
     """Writes every unfinished step; the seconds that this thread spent per kind of work.
 
-    Without `forward`, input_scale is the recipe's constant_input_scale.
+    forward: None where the recipe needs no samples.
     """
     steps = unfinished_steps(plan, writer)
     groups = [group for step in steps for group in _groups(step, forward)]
@@ -72,12 +98,12 @@ def run(
         for step in steps:
             whole = next(weights) if _in_one_piece(step, forward) else {}
             lap("read")
-            amax = None
+            seen: Seen = None
             if forward is not None and step.layer is not None:
                 if step.layer >= NUM_SLOTS - 1:  # its states take the place of those that this step needs to be done again
                     writer.wait_for_step(_layer_title(plan, step.layer - NUM_SLOTS + 1))
                 lap("write")
-                amax = forward.layer(step, whole)
+                seen = forward.layer(step, whole)
                 lap("forward")
             for job in step.jobs:
                 if job.kind == "keep":
@@ -85,13 +111,14 @@ def run(
                 elif job.kind == "quantize":
                     tensors = whole or next(weights)
                     lap("read")
-                    rounded = _round(plan, job, tensors, amax)
-                    lap("round")
-                    for output in job.outputs:
-                        writer.write(output.name, rounded[output.name])
+                    for rounded in ROUNDINGS[plan.recipe.rounding].round(plan, job, tensors, seen):
+                        lap("round")
+                        for name, tensor in rounded.items():
+                            writer.write(name, tensor)
+                        lap("write")
                 lap("write")
             guard.look({info.file for job in step.jobs for info in job.sources})
-            settle = partial(forward.sync, step) if forward is not None and step.layer is not None else None
+            settle = partial(_settle, forward, step, writer.journal) if forward is not None and step.layer is not None else None
             writer.end_step(step.title, settle, {name: prefetch.digest(name) for name in step.quantized})
             progress.advance(step.effort(forward is not None), step.title)
         assert next(weights, None) is None
@@ -115,24 +142,72 @@ def _groups(step: Step, forward: Forward | None) -> Sequence[Sequence[TensorInfo
     return [job.sources for job in step.jobs if job.kind == "quantize"]
 
 
-def _round(plan: Plan, job: Job, tensors: Tensors, amax: InputAmax | None) -> dict[str, torch.Tensor]:
-    """Output name → tensor for the linears of one fused group."""
-    modules = [info.name.removesuffix(".weight") for info in job.sources]
+def _round_nvfp4(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """Output name → tensor for the linears of one group that share their global scales, in planned order."""
+    modules = _modules(job)
     weights = {module: tensors[f"{module}.weight"] for module in modules}
-    if amax is None:
+    if seen is None:
         assert plan.recipe.constant_input_scale is not None
         input_scale = torch.tensor(plan.recipe.constant_input_scale, dtype=torch.float32)
     else:
-        seen = amax.of_group(module.split(".layers.", 1)[1].split(".", 1)[1] for module in modules)
-        if not bool(torch.isfinite(seen)):
-            raise InputError(f"{modules[0]}: the calibration activations are {float(seen)}; the source weights are damaged")
+        assert isinstance(seen, InputAmax)
+        amax = seen.of_group(module.split(".layers.", 1)[1].split(".", 1)[1] for module in modules)
+        if not bool(torch.isfinite(amax)):
+            raise InputError(f"{modules[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
         # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
-        input_scale = nvfp4.global_scale(torch.where(seen == 0, nvfp4.E2M1_MAX, seen))
-    rounded = {}
+        input_scale = nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
     for module, parts in round_group(weights).items():
         if not bool(torch.isfinite(parts[nvfp4.SCALE_2])):
             damaged = next(name for name, weight in weights.items() if not bool(torch.isfinite(weight).all()))
-            raise InputError(f"{damaged}.weight holds NaN or infinite values; the source is damaged, fetch it again")
-        for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items():
-            rounded[f"{module}.{suffix}"] = tensor
-    return rounded
+            raise _damaged(damaged)
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items()}
+
+
+def _round_int4(
+    round_matrix: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None, plan: Plan, job: Job, tensors: Tensors, seen: Seen
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The same for INT4, one linear at a time: no scale is shared. round_matrix: None where the forward has rounded already."""
+    for module in _modules(job):
+        weight = tensors[f"{module}.weight"]
+        if round_matrix is not None:
+            codes, scales = round_matrix(weight)
+        else:
+            assert isinstance(seen, Mapping)
+            codes, scales = seen[module]
+        if not bool(torch.isfinite(scales).all()):
+            if not bool(torch.isfinite(weight).all()):
+                raise _damaged(module)
+            raise InputError(f"{module}.weight holds numbers up to {float(weight.abs().max()):.3g}; FP16 has no scale for so large ones")
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in int4.tensors(codes, scales).items()}
+
+
+def _modules(job: Job) -> list[str]:
+    return [info.name.removesuffix(".weight") for info in job.sources]
+
+
+def _damaged(module: str) -> InputError:
+    return InputError(f"{module}.weight holds NaN or infinite values; the source is damaged, fetch it again")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a job's tensors are made, by which compiled kernel on a CPU, and the same for one matrix, for measuring how long it takes."""
+
+    round: Callable[[Plan, Job, Tensors, Seen], Iterator[dict[str, torch.Tensor]]]
+    kernel: Callable[[], str]
+    matrix: Callable[[torch.Tensor], object]
+
+
+ROUNDINGS = {
+    "max": Rounding(_round_nvfp4, nvfp4.kernel, lambda weight: round_group({"weight": weight})),
+    "rtn": Rounding(partial(_round_int4, rtn.round_matrix), lambda: nvfp4.EAGER, lambda w: int4.tensors(*rtn.round_matrix(w))),
+    "search": Rounding(partial(_round_int4, search.round_matrix), search.kernel, lambda w: int4.tensors(*search.round_matrix(w))),
+    "signround": Rounding(  # by the forward, which is measured on its own; what is left is packing
+        partial(_round_int4, None), lambda: (*signround_kernel.KERNELS, nvfp4.EAGER)[0], lambda w: int4.tensors(*rtn.round_matrix(w))
+    ),
+}
+
+
+def kernel(plan: Plan, device: torch.device) -> str:
+    """What chooses scales and codes: a kernel's name, "eager" for PyTorch."""
+    return ROUNDINGS[plan.recipe.rounding].kernel() if device.type == "cpu" else nvfp4.EAGER

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,7 +28,7 @@ from mtpress.hidden_states import sync_states
 from mtpress.plan import Plan, Step
 from mtpress.progress import Progress
 from mtpress.source_guard import SourceGuard
-from mtpress.stream import run, unfinished_steps
+from mtpress.stream import read_losses, run, unfinished_steps
 from mtpress.worker import Calls
 
 if TYPE_CHECKING:
@@ -264,6 +264,15 @@ class Spread:
     ray: str | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """What writing the weights took: seconds per kind of work, each worker's peak memory in bytes, and the losses of the layers."""
+
+    seconds: dict[str, float]
+    worker_memory: list[int] = field(default_factory=list)
+    losses: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
 def write_weights(
     plan: Plan,
     writer: CheckpointWriter,
@@ -272,16 +281,14 @@ def write_weights(
     guard: SourceGuard,
     progress: Progress,
     spread: Spread,
-) -> tuple[dict[str, float], list[int]]:
-    """Every unfinished tensor, by this process or by workers: seconds per kind of work, and each worker's peak memory in bytes."""
+) -> Written:
+    """Every unfinished tensor, by this process or by workers."""
     first_layer = next((step.layer for step in unfinished_steps(plan, writer) if step.layer is not None), None)
     if spread.workers == 1 and spread.ray is None:
         if calibrated is None or first_layer is None:
-            return run(plan, writer, device, None, guard, progress), []
-        from mtpress.calibration_pass import CalibrationPass
-
-        with closing(CalibrationPass(plan, calibrated.samples, device, writer.lock.directory, first_layer=first_layer)) as forward:
-            return run(plan, writer, device, forward, guard, progress), []
+            return Written(run(plan, writer, device, None, guard, progress), losses=read_losses(writer.lock.directory))
+        with closing(_pass(plan, calibrated, device, writer.lock.directory, first_layer)) as forward:
+            return Written(run(plan, writer, device, forward, guard, progress), losses=read_losses(writer.lock.directory))
     with closing(WorkerPool(plan, writer, spread.source, device, spread.workers, spread.ray)) as pool:
         if calibrated is None:
             spent = pool.write_shards(progress)
@@ -290,4 +297,18 @@ def write_weights(
             if first_layer is not None:
                 pool.begin(calibrated.samples, first_layer)
             spent = run(plan, writer, device, pool, guard, progress)
-        return spent, pool.peak_memory_bytes()
+        return Written(spent, pool.peak_memory_bytes())
+
+
+def _pass(plan: Plan, calibrated: CalibrationSet, device: torch.device, directory: Path, first_layer: int) -> Any:
+    """What moves the samples in this process, as the rounding wants it."""
+    if plan.recipe.rounding == "signround":
+        from mtpress.rounding.signround import Settings
+        from mtpress.signround_pass import SignRoundPass
+
+        said = plan.recipe.signround
+        settings = Settings(iterations=said.iterations, batch_size=said.batch_size)
+        return SignRoundPass(plan, calibrated.samples, device, directory, settings, first_layer=first_layer)
+    from mtpress.calibration_pass import CalibrationPass
+
+    return CalibrationPass(plan, calibrated.samples, device, directory, first_layer=first_layer)

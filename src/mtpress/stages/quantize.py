@@ -25,7 +25,7 @@ from mtpress.journal import difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import Plan, make_plan
 from mtpress.progress import Progress, human_bytes
-from mtpress.recipe import Recipe, load_recipe
+from mtpress.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
 from mtpress.source_guard import SourceGuard
 
@@ -37,7 +37,7 @@ MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the rec
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds."""
+    """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone."""
 
     out: str
     recipe: str
@@ -50,6 +50,7 @@ class QuantizeResult:
     num_kept: int
     num_dropped: int
     ignore: tuple[str, ...]
+    misfits: tuple[str, ...] = ()
     promised: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     seconds: dict[str, float] | None = None
@@ -90,13 +91,18 @@ def quantize(
     lacks disk or device. Nothing that looks finished stays behind.
     """
     from mtpress import machine, preflight  # torch from here on
-    from mtpress.formats import nvfp4
+    from mtpress.stream import kernel
     from mtpress.workers import Spread, write_weights
 
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = Path(out)
     if target.exists() and not resume:
         raise InputError(f"{target}: exists already; name a directory that does not")
+    if chosen.rounding == "signround" and (workers > 1 or ray):
+        raise InputError(
+            f"recipe {chosen.name}: rounding signround goes through the samples of a step together, in one process; "
+            "leave --workers and --ray out, or take rounding search or rtn"
+        )
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, chosen)
     beside = {**carried_files(checkpoint), **config_files(plan)}
@@ -110,13 +116,13 @@ def quantize(
         return describe(plan, target, dry_run=True, measured={"promised": promised.as_json()})
     guard = SourceGuard(checkpoint)
     calibrated = None
-    if not chosen.constant_input_scale:
+    if chosen.needs_samples:
         from mtpress.calibration import load_calibration
 
         calibrated = load_calibration(checkpoint.path, chosen.calibration, calibration)
     made_from = {
         "recipe": chosen.canonical(),
-        "calibration": calibrated.record() if calibrated else {"constant_input_scale": chosen.constant_input_scale},
+        "calibration": calibrated.record() if calibrated else without_samples(chosen),
     }
     if target.exists():
         record = finished_record(target, made_from, checkpoint)
@@ -133,12 +139,12 @@ def quantize(
         progress.say(f"needs {promised}")
         progress.skip(sum(step.effort(bool(calibrated)) for step in plan.steps if step.title in steps_done))
         started = time.perf_counter()
-        spent, worker_memory = write_weights(plan, writer, calibrated, device_used, guard, progress, spread)
+        written = write_weights(plan, writer, calibrated, device_used, guard, progress, spread)
         guard.look_closely()
         for name, content in beside.items():
             writer.write_file(name, content)
         took = preflight.Promise(
-            memory_bytes=peak_memory_bytes() + sum(worker_memory),
+            memory_bytes=peak_memory_bytes() + sum(written.worker_memory),
             disk_bytes=writer.used_bytes(),
             seconds=time.perf_counter() - started,
         )
@@ -152,15 +158,20 @@ def quantize(
             },
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             "device": str(device_used),
-            "kernel": nvfp4.kernel() if device_used.type == "cpu" else "eager",
-            "seconds": {kind: round(value, 3) for kind, value in {**spent, "total": took.seconds}.items()},
+            "kernel": kernel(plan, device_used),
+            "seconds": {kind: round(value, 3) for kind, value in {**written.seconds, "total": took.seconds}.items()},
             "peak_memory_bytes": took.memory_bytes,
             "preflight": {"promised": promised.as_json(), "took": took.as_json()},
             "bytes_by_component": plan.bytes_by_component,
             "output_sha256": dict(sorted(writer.sha256.items())),
         }
-        if worker_memory:
-            entries["workers"] = {"count": len(worker_memory), "ray": ray is not None, "peak_memory_bytes": worker_memory}
+        if written.worker_memory:
+            memory = written.worker_memory
+            entries["workers"] = {"count": len(memory), "ray": ray is not None, "peak_memory_bytes": memory}
+        if written.losses:
+            entries["losses"] = {str(layer): losses for layer, losses in sorted(written.losses.items())}
+        if plan.misfits:
+            entries["misfits"] = list(plan.misfits)
         if steps_done:
             entries["resumed"] = {"steps_before": len(steps_done)}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
@@ -169,11 +180,16 @@ def quantize(
     return describe(plan, target, measured=measured)
 
 
+def without_samples(recipe: Recipe) -> dict[str, Any] | None:
+    """What the record says in place of the samples."""
+    return {"constant_input_scale": recipe.constant_input_scale} if recipe.constant_input_scale else None
+
+
 def dry_lengths(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str]) -> list[int]:
     """Tokens of each sample; of a Hub data set, which a dry run does not fetch, as many as the recipe allows."""
     from mtpress.calibration import BUILTIN, load_calibration
 
-    if recipe.constant_input_scale:
+    if not recipe.needs_samples:
         return []
     if not calibration and recipe.calibration.dataset != BUILTIN:
         return [recipe.calibration.max_seq_len] * recipe.calibration.num_samples
@@ -250,6 +266,7 @@ def describe(plan: Plan, target: Path, dry_run: bool = False, measured: Mapping[
         num_kept=kinds.count("keep"),
         num_dropped=kinds.count("drop"),
         ignore=plan.ignore,
+        misfits=plan.misfits,
         **(measured or {}),
     )
 
@@ -281,7 +298,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             raise InputError(
                 f"--weight-only {options.weight_only}: an input_scale must be positive; 1/2688 times the largest activation is usual"
             )
-        recipe = recipe.model_copy(update={"constant_input_scale": options.weight_only})
+        recipe = parse_recipe({**recipe.canonical(), "constant_input_scale": options.weight_only}, f"--weight-only, recipe {recipe.name}")
     if not 1 <= options.workers <= 1024:
         raise InputError(f"--workers {options.workers}: from 1 to 1024")
     result = quantize(
@@ -317,6 +334,8 @@ def show(result: QuantizeResult) -> None:
 
         console.print(f"would take {preflight.Promise(**result.promised or {})}", highlight=False)
         console.print(f"kept in BF16 and named in both config files: {len(result.ignore)} modules (--json lists them)")
+    if result.misfits:
+        console.print(f"kept in BF16 because N or K of their fused group does not fit: {', '.join(result.misfits)}", highlight=False)
     elif result.seconds and result.peak_memory_bytes:
         spent = ", ".join(f"{kind} {value:.1f} s" for kind, value in result.seconds.items())
         console.print(f"{spent}; peak memory {human_bytes(result.peak_memory_bytes)}")
