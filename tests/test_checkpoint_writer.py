@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -273,3 +275,18 @@ def test_linked_shards_are_the_same_files_and_indexed(written: Path, tmp_path: P
     index = json.loads((tmp_path / "linked" / INDEX_NAME).read_text())
     assert index["weight_map"].keys() == {"n", *TENSORS} and index["weight_map"]["z.weight"] == "model-1.safetensors"
     assert index["metadata"]["total_size"] == 4 + sum(tensor.nbytes for tensor in TENSORS.values())
+
+
+def test_whoever_waits_for_a_step_hears_of_a_full_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write fails behind the end of the step, when nothing more is appended that could raise it."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(ResourceError, match="cannot be written"), CheckpointWriter(out, SHARDS, METADATA) as writer:
+        monkeypatch.setattr(os, "pwritev", full)
+        for name in list(TENSORS)[:3]:
+            writer.write(name, TENSORS[name])
+        writer.end_step("one")
+        writer.wait_for_step("one")
+    assert left(out) == []

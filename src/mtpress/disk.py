@@ -147,9 +147,10 @@ class StagedFile:
         self.start += whole
         self.filled -= whole
 
-    def then(self, call: Callable[[], None]) -> None:
+    def then(self, call: Callable[[], None], otherwise: Callable[[BaseException], None] = lambda failure: None) -> None:
+        """Has something called when all that was appended is written; `otherwise`, with what went wrong, if it never will be."""
         self.flush()
-        self._pool.submit(self._call, call)
+        self._pool.submit(self._call, call, otherwise)
 
     def close(self, *, whole: bool) -> None:
         """Waits for all writes and calls. whole: the file ends here, is cut to its size and on the disk when this returns."""
@@ -166,12 +167,14 @@ class StagedFile:
         os.ftruncate(self.file, self.end)
         os.fdatasync(self.file)
 
-    def _call(self, call: Callable[[], None]) -> None:
-        if self.failure is None:
-            try:
-                call()
-            except BaseException as error:  # raised where append() is called
-                self.failure = error
+    def _call(self, call: Callable[[], None], otherwise: Callable[[BaseException], None] = lambda failure: None) -> None:
+        if self.failure is not None:
+            otherwise(self.failure)
+            return
+        try:
+            call()
+        except BaseException as error:  # raised where append() is called
+            self.failure = error
 
     def _write(self, buffer: memoryview, start: int, size: int) -> None:
         def write() -> None:

@@ -237,7 +237,7 @@ class ShardWriter:
                 assert self._file is not None
                 if isinstance(data, StepEnd):
                     finished = Finished(data.step, data.num_tensors, self._file.end, digest.copy().hexdigest(), data.sources)
-                    self._file.then(partial(self._settle, self._file.file, file, finished, data.settle))
+                    self._file.then(partial(self._settle, self._file.file, file, finished, data.settle), self._fail)
                     continue
                 for piece in read_pieces(data) if isinstance(data, TensorInfo) else in_pieces(data):
                     if self._failure is not None:
