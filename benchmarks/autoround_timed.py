@@ -1,17 +1,16 @@
 """The real auto-round: every block of a text checkpoint tuned on given tokens, with the time of each iteration.
 
-    .envs/autoround/bin/python benchmarks/autoround_timed.py SRC OUT.safetensors TOKENS.json --iters 200 [--compile]
+    .envs/autoround/bin/python benchmarks/autoround_timed.py SRC OUT TOKENS.json --iters 200 [--compile]
 
-In: a BF16 Qwen3.5 checkpoint, a JSON list of token-id lists of one length. Out: the rounded linears as BF16 weights under the names of
-the checkpoint, and one JSON line: for each block the seconds of its tuning and of each iteration, its first and its least loss, and
-the process's largest resident memory so far. The settings are auto-round's own defaults (batches of 8, W4A16); in_proj_a and in_proj_b
-stay in BF16, as mtpress leaves them. Runs on the packages of locks/autoround.txt and imports nothing of mtpress.
+In: a BF16 Qwen3.5 checkpoint, a JSON list of token-id lists of one length. Out: in a new directory, the rounded linears as BF16 weights
+under the names of the checkpoint, and one JSON line: for each block the clock at the start of its tuning and behind each iteration
+(wall seconds, seconds of all its threads), and the losses. The settings are auto-round's own defaults (batches of 8, W4A16);
+in_proj_a and in_proj_b stay in BF16, as mtpress leaves them. Runs on the packages of locks/autoround.txt and imports nothing of mtpress.
 """
 
 import argparse
 import json
 import re
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,24 +36,26 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="with torch.compile, its command's default from 10 iterations on")
     chosen = parser.parse_args()
     samples = torch.tensor(json.loads(chosen.tokens.read_text(encoding="utf-8")))
+    chosen.out.mkdir()
     watch()
     # the samples as they are, where it would read and cut a data set of its own
     auto_round.calib_dataset.get_dataloader = lambda *_, **__: batches(samples, chosen.batch_size)
-    started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(chosen.source, dtype=torch.bfloat16)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     kept = {name: {"bits": 16, "data_type": "float"} for name in names if re.search(r"in_proj_[ab]$|lm_head|mtp", name)}
-    loaded = time.perf_counter() - started
     rounder = AutoRound(
         model, tokenizer=AutoTokenizer.from_pretrained(chosen.source), scheme="W4A16", iters=chosen.iters, nsamples=len(samples),
         seqlen=samples.shape[1], batch_size=chosen.batch_size, layer_config=kept, enable_torch_compile=chosen.compile, device_map="cpu",
     )  # fmt: skip
-    started = time.perf_counter()
     model, _ = rounder.quantize()
-    took = time.perf_counter() - started
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and getattr(m, "scale", None) is not None}
-    save_file({f"{name}.weight": linear.weight.detach().contiguous() for name, linear in linears.items()}, chosen.out)
-    print(json.dumps({"load": loaded, "quantize": took, "blocks": BLOCKS, "linears": len(linears)}))
+    save_file({f"{name}.weight": linear.weight.detach().contiguous() for name, linear in linears.items()}, chosen.out / "all.safetensors")
+    print(json.dumps({"blocks": BLOCKS, "linears": len(linears)}))
+
+
+def now() -> tuple[float, float]:
+    """Wall seconds, seconds of all threads; the latter stand still while other work has the cores."""
+    return time.perf_counter(), time.process_time()
 
 
 def batches(samples: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
@@ -67,15 +68,12 @@ def watch() -> None:
     loss = quantizer.SignRoundQuantizer._get_loss
 
     def quantize_block(self: Any, *arguments: Any, **options: Any) -> Any:
-        BLOCKS.append({"steps": [], "losses": []})
-        started = time.perf_counter()
-        found = tuning(self, *arguments, **options)
-        BLOCKS[-1] |= {"seconds": time.perf_counter() - started, "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-        return found
+        BLOCKS.append({"clock": [now()], "losses": []})
+        return tuning(self, *arguments, **options)
 
     def step(self: Any, *arguments: Any, **options: Any) -> Any:
         stepping(self, *arguments, **options)
-        BLOCKS[-1]["steps"].append(time.perf_counter())
+        BLOCKS[-1]["clock"].append(now())
 
     def get_loss(self: Any, *arguments: Any, **options: Any) -> Any:
         found = loss(self, *arguments, **options)

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mtpress import signround_pass
+from mtpress import signround_pass, tuning_batches
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.calibration import load_calibration
 from mtpress.calibration_pass import CalibrationPass
@@ -129,8 +129,7 @@ def test_side_by_side_is_one_by_one(plan, samples, tmp_path, monkeypatch):
 
 
 def test_a_batch_that_is_too_large_goes_in_pieces(plan, samples, tmp_path, monkeypatch):
-    kept = signround_pass.kept_bytes(plan.source.text_config)
-    monkeypatch.setattr(signround_pass, "PIECE_BYTES", 80 * kept)
+    monkeypatch.setattr(tuning_batches, "PIECE_BYTES", 80 * tuning_batches.kept_bytes(plan.source.text_config))
     settings, step = Settings(iterations=3, batch_size=4), layers(plan)[0]
     tuning = SignRoundPass(plan, samples, CPU, tmp_path, settings)
     pieces = _Block(tuning, torch.nn.Identity()).pieces([0, 1, 2, 3])

@@ -9,7 +9,6 @@ does it (enable_quanted_input). Both streams keep three boundaries on disk, so a
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from mtpress.hidden_states import DiskStates
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.plan import Plan, Step
 from mtpress.rounding.signround import Losses, Settings, install, tune
+from mtpress.tuning_batches import piece_tokens, pieces
 
 ROUNDED_STREAM = "hidden-rounded"
-PIECE_BYTES = 1_500_000_000  # of what autograd keeps; a batch that needs more goes through in pieces, and its gradients are summed
 
 
 class SignRoundPass:
@@ -76,6 +75,7 @@ class SignRoundPass:
         self.losses[step.layer] = losses
         install(linears, found)
         self._move(module, self.rounded)
+        del module, linears  # their weights make room for the codes
         return {f"{start}{name}": (rounded.codes.cpu(), rounded.scales.cpu()) for name, rounded in found.items()}
 
     def _move(self, module: nn.Module, states: DiskStates) -> None:
@@ -106,16 +106,10 @@ class _Block:
         self.owner, self.module = owner, module
         self.lengths = [len(sample.input_ids) for sample in owner.body.samples]
         self.num_samples = len(self.lengths)
-        self.piece_tokens = PIECE_BYTES // kept_bytes(owner.plan.source.text_config)
+        self.piece_tokens = piece_tokens(owner.plan.source.text_config)
 
-    def pieces(self, batch: Sequence[int]) -> list[Sequence[int]]:
-        """As few as PIECE_BYTES allow, samples of like length together; the batch itself where it is one piece."""
-        longest_first = sorted(batch, key=lambda i: -self.lengths[i])
-        starts = [0]
-        for at in range(1, len(longest_first)):
-            if (at - starts[-1] + 1) * self.lengths[longest_first[starts[-1]]] > self.piece_tokens:
-                starts.append(at)
-        return [longest_first[a:b] for a, b in pairwise([*starts, len(longest_first)])]
+    def pieces(self, batch: Sequence[int]) -> list[list[int]]:
+        return pieces(self.lengths, batch, self.piece_tokens)
 
     def loss(self, piece: Sequence[int], batch: Sequence[int]) -> Tensor:
         body, width = self.owner.body, max(self.lengths[i] for i in piece)
@@ -127,19 +121,3 @@ class _Block:
             for at, i in enumerate(piece)
         ]
         return torch.stack(errors).sum() / (sum(self.lengths[i] for i in batch) * made.shape[-1])
-
-
-def kept_bytes(d: Mapping[str, Any]) -> int:
-    """What autograd keeps of a token in the layer of either kind that keeps more: BF16 inputs of every linear, float32 of every norm.
-
-    d: config.json's text_config.
-    """
-    hidden, mlp = d["hidden_size"], d["intermediate_size"]
-    keys = d["linear_num_key_heads"] * d["linear_key_head_dim"]
-    values = d["linear_num_value_heads"] * d["linear_value_head_dim"]
-    queries = d["num_attention_heads"] * d["head_dim"]
-    around = 2 * (4 + 4 + 2 + 2) * hidden  # two norms in float32 and what they read and give, in BF16
-    gated = 2 * 4 * mlp  # gate, its activation, up, and their product
-    gdn = 2 * (3 * (2 * keys + values) + 2 * values) + (4 * 3 + 2 * 4) * values
-    attention = 2 * 8 * queries + 4 * 4 * queries
-    return int(around + gated + max(gdn, attention))

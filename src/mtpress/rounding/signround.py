@@ -14,7 +14,6 @@ autograd makes it; offsets are int16 in units of 1/40000, in which the steps of 
 multiplied are made twice instead of kept; the best iteration is kept as codes. Memory beside the block is 2.7 bytes a weight.
 """
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from mtpress.errors import InputError
 from mtpress.rounding import signround_kernel
+from mtpress.tuning_batches import batches
 
 GROUP_SIZE = signround_kernel.GROUP_SIZE
 MIN_CODE, MAX_CODE = -8, 7
@@ -37,12 +37,12 @@ LANES = 16  # partial sums of a group, in the order that the compiled kernel add
 ROWS_BYTES = 16 << 20  # of a gradient at a time: what is written by a product is read again from the cache
 
 
-def dequantize(weight: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
-    """bfloat16 [N, K]: s · clip(round(w/s + v), -8, 7) in float32, rounded to BF16.
+def dequantize(weight: Tensor, offset: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """bfloat16 [N, K], in `out` if that is given: s · clip(round(w/s + v), -8, 7) in float32, rounded to BF16.
 
     weight bfloat16 [N, K], offset int16 [N, K], scale float32 [N, K/128].
     """
-    out = torch.empty_like(weight)
+    out = torch.empty_like(weight) if out is None else out
     if signround_kernel.takes(weight):
         signround_kernel.dequantize(weight, offset, scale, out, signround_kernel.KERNELS[0])
     else:
@@ -131,13 +131,15 @@ class TunedLinear:
     """The tuned parameters of one linear, and its place in the autograd graph while it is tuned.
 
     weight: bfloat16 [N, K], K a multiple of 128, finite; it is read, not changed. InputError otherwise.
+    scratch: bfloat16, at least N · K numbers that are worthless between two calls: fresh memory costs as much as what is put there.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, scratch: Tensor | None = None) -> None:
         n, k = weight.shape
         if weight.dtype != torch.bfloat16 or k % GROUP_SIZE:
             raise InputError(f"a {weight.dtype} matrix of {n}×{k} cannot be tuned; it must be BF16 with K a multiple of {GROUP_SIZE}")
         self.weight = weight.contiguous()
+        self.scratch = torch.empty_like(self.weight).view(-1) if scratch is None else scratch
         self.offset = torch.zeros_like(self.weight, dtype=torch.int16)
         groups = self.weight.view(n, -1, GROUP_SIZE)
         low, high = groups.aminmax(dim=-1)
@@ -169,7 +171,9 @@ class TunedLinear:
         return _Product.apply(x, self.anchor, self)  # type: ignore[no-untyped-call, no-any-return]
 
     def dequantized(self) -> Tensor:
-        return dequantize(self.weight, self.offset, self.scale)
+        """bfloat16 [N, K], in `scratch`."""
+        out = self.scratch[: self.weight.numel()].view_as(self.weight)
+        return dequantize(self.weight, self.offset, self.scale, out)
 
     def keep_best(self) -> None:
         """What the parameters are now is the best so far."""
@@ -196,7 +200,7 @@ class TunedLinear:
         n, k = self.weight.shape
         sums = torch.empty_like(self.scale)
         rows = max(1, ROWS_BYTES // (2 * k))
-        grad = torch.empty(min(rows, n), k, dtype=x.dtype, device=x.device)
+        grad = self.scratch[: min(rows, n) * k].view(-1, k)
         for start in range(0, n, rows):
             some = slice(start, min(start + rows, n))
             piece = torch.mm(grad_out[:, some].mT, x, out=grad[: some.stop - start])
@@ -260,24 +264,16 @@ class Losses:
         return {"before": self.before, "best": self.best, "last": self.last, "best_iteration": self.best_iteration}
 
 
-def batches(num_samples: int, batch_size: int, seed: int | str) -> Iterator[list[int]]:
-    """auto-round's IndexSampler: shuffled, cut into batches, shuffled anew where what is left is no whole batch."""
-    shuffled, order = random.Random(seed), list(range(num_samples))
-    size = min(batch_size, num_samples)
-    while True:
-        shuffled.shuffle(order)
-        for start in range(0, num_samples - size + 1, size):
-            yield order[start : start + size]
-
-
 @contextmanager
 def tuned(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, TunedLinear]]:
     """While it lasts, these linears multiply by tuned weights. They must have no bias."""
     states: dict[str, TunedLinear] = {}
+    largest = max((linear.weight for linear in linears.values()), key=torch.numel, default=torch.empty(0))
+    scratch = torch.empty_like(largest).view(-1)
     for name, linear in linears.items():
         assert linear.bias is None
         try:
-            states[name] = TunedLinear(linear.weight.detach())
+            states[name] = TunedLinear(linear.weight.detach(), scratch)
         except InputError as error:
             raise InputError(f"{name}.weight: {error}") from None
     try:
