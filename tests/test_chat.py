@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mtpress import chat
+from mtpress import chat, templating
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.chat import IMAGE_TOKEN, ChatEncoder, open_image
 from mtpress.errors import InputError
@@ -29,7 +29,7 @@ def with_template(encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch, templat
 
 
 def test_a_template_without_end_is_ended(encoder: ChatEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "MAX_RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(templating, "MAX_RENDER_SECONDS", 0.2)
     loop = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     for template in (loop, "{{ 7 ** (10 ** 10) }}"):  # Jinja works the second out before it renders
         with pytest.raises(InputError, match=r"^line 3: the chat template ran for .* loop without end"):

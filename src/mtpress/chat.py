@@ -8,12 +8,8 @@ Templates, tokenizers and pictures come from strangers: each is held to limits o
 
 import base64
 import io
-import resource
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +20,11 @@ from transformers import AutoTokenizer
 
 from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
+from mtpress.templating import reason, refusals
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would hand others to programs of the system
 MAX_PICTURE_PIXELS = 50_000_000
 MAX_TEXT_CHARS = 4_000_000  # of one sample; the longest sequence of a recipe has a million tokens
-MAX_RENDER_SECONDS, MAX_RENDER_BYTES = 5.0, 400_000_000
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
 
@@ -70,41 +66,6 @@ def open_image(source: Any, where: str) -> Image.Image:
                 return image.convert("RGB")
     except Exception as error:  # decoders of damaged pictures raise errors of every kind
         raise InputError(f"{where}: image {source[:80]!r} does not open ({reason(error)[:120]})") from None
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what an error says, or its kind if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-class _TooLong(BaseException):
-    """Not an Exception: Jinja's optimizer swallows those."""
-
-
-@contextmanager
-def _within_limits() -> Iterator[None]:
-    """Ends what runs too long with _TooLong and refuses it memory with MemoryError; the clock needs the main thread."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    status = Path("/proc/self/statm")
-    if status.exists():
-        now = int(status.read_text().split()[0]) * resource.getpagesize()
-        limit = now + MAX_RENDER_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
-    timed = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-    try:
-        if timed:
-
-            def ring(number: int, frame: object) -> None:
-                raise _TooLong
-
-            signal.signal(signal.SIGALRM, ring)
-            signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_SECONDS)
-        yield
-    finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
@@ -172,21 +133,10 @@ class ChatEncoder:
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, where: str = "messages", **kwargs: Any
     ) -> str:
         """The text of a conversation; `kwargs` (tools, enable_thinking, …) go to the template."""
-        try:
-            with _within_limits():
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
-                    )
-                )
-        except _TooLong:
-            raise InputError(f"{where}: the chat template ran for {MAX_RENDER_SECONDS:.0f} s; look for a loop without end in it") from None
-        except MemoryError:
-            raise InputError(
-                f"{where}: the chat template wants over {MAX_RENDER_BYTES // 1_000_000} MB; look for text that it repeats"
-            ) from None
-        except Exception as error:  # jinja's errors share no base with transformers' own
-            raise InputError(f"{where}: the chat template refuses this conversation: {reason(error)}") from None
+        with refusals(where):
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs)
+            )
 
     def encode_text(self, text: str, *, where: str = "text") -> Sample:
         if len(text) > MAX_TEXT_CHARS:
