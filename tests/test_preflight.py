@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from mtpress import preflight
+from mtpress import preflight, tuning_batches
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import Checkpoint
 from mtpress.cli import main
@@ -221,3 +221,53 @@ def test_a_refused_run_leaves_nothing(
 
 def test_what_is_free_is_not_more_than_the_machine_has() -> None:
     assert 0 < preflight.free_memory_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.fixture(scope="module")
+def tuned() -> Plan:
+    return make_plan(Checkpoint.open(BUILTIN_MODEL), load_recipe("int4-autoround-mtp"))
+
+
+def test_tuning_takes_time_by_iterations_and_tokens(tuned: Plan) -> None:
+    params = sum(
+        info.num_params for info in tuned.source.tensors.values() if f"{tuned.prefix}layers." in info.name and len(info.shape) == 2
+    )
+    weights = quantized_bytes(tuned) // 2
+    pair_work = tuned.source.text_config["num_attention_heads"] * tuned.source.text_config["head_dim"]
+    fast = Machine(**{**vars(FAST), "copy": 1e10})
+    lengths = [60] * 20
+    forward = 2 * params * 2 * 1200 / 1e11 + 3 * 2 * 1200 * 1e-5 + 2 * 20 * 3600 * pair_work / 2e10
+    batch = 7 * params * 480 / 1e11 + 3 * 9 * 480 * 1e-5 + 3.5 * 8 * 3600 * pair_work / 2e10
+    passes = 100 * weights / 1e10 / torch.get_num_threads()
+    copied = promise(tuned, fast, [], LOADED).seconds  # that of reading and writing, which the copy rate is part of
+    expected = copied + forward + 200 * (batch + passes)
+    assert promise(tuned, fast, lengths, LOADED).seconds == pytest.approx(expected)
+    uneven = promise(tuned, fast, [60] * 10 + [6] * 10, LOADED).seconds
+    assert 0.5 * expected < uneven < expected  # short samples are filled up to the longest beside them
+
+
+def test_tuning_takes_memory_by_weights_and_batch(tuned: Plan, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(lengths: list[int]) -> int:
+        return promise(tuned, FAST, lengths, LOADED).memory_bytes
+
+    kept = tuning_batches.kept_bytes(family(tuned.source.model_type).sizes(tuned.source.config))
+    assert memory([100] * 8) - memory([50] * 8) == 400 * kept
+    assert memory([100] * 80) == memory([100] * 8)
+    assert memory([100] * 4) == memory([100] * 3 + [1]) == memory([100] * 8) - 400 * kept
+    weights = max(quantized_bytes(tuned, {step.title}) for step in tuned.steps if step.layer is not None) // 2
+    monkeypatch.setattr(tuning_batches, "PIECE_BYTES", 200 * kept)
+    assert memory([100] * 8) == pytest.approx(memory([100] * 2) + 2 * weights, abs=2)
+    # two streams of hidden states
+    assert states_bytes(tuned, [10, 20]) == 2 * states_bytes(plan, [10, 20])
+
+
+def test_tuning_that_does_not_fit_says_what_would(tuned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [4000] * 4
+    promised = promise(tuned, MACHINE, lengths, 0)
+    needed = {count: promise(tuned, MACHINE, [count] * 4, 0).memory_bytes for count in (500, 1000)}
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda: needed[1000] - 1)
+    with pytest.raises(ResourceError, match="samples of at most 500 tokens would fit"):
+        refuse(tuned, promised, lengths, tmp_path, 0, CPU)
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda: promise(tuned, MACHINE, [], 0).memory_bytes + 1)
+    with pytest.raises(ResourceError, match="set rounding search"):
+        refuse(tuned, promised, lengths, tmp_path, 0, CPU)

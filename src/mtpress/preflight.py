@@ -11,9 +11,15 @@ of this one).
     memory   what is loaded now + what is read at a time (weight-only: two fused groups; calibrated: a layer, two for a GPU) + what
              waits for the disk + the widest activations of the longest sample
     disk     the output + three boundaries of hidden states
+
+A run that tunes its layers by gradients (rounding signround) takes in place of that forward
+    time     the forward twice, and for each iteration: 7 · parameters of the linears · tokens of the batch / matmul rate (a product
+             forwards, two slower ones backwards), attention and delta rule with their backward, and 100 bytes a tuned weight / copy rate
+    memory   a layer + 2.7 bytes a tuned weight (4.7 where batches go through in pieces) + the largest matrix + what autograd keeps
+    disk     the output + three boundaries of two streams of hidden states
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +35,15 @@ from mtpress.models import family
 from mtpress.plan import Plan, Step
 from mtpress.progress import human_bytes, human_seconds
 from mtpress.shard_writer import MAX_QUEUED_BYTES
+from mtpress.tuning_batches import batches, kept_bytes, piece_tokens, pieces
 
 SPARE_BYTES = 64_000_000  # a disk is not filled to the last byte
 NAME_BYTES = 400  # a tensor in a header, the index, the ignore lists and the journal
 START_SECONDS = 0.5
+TUNED_BYTES = 2.7  # a weight: its offset, the best code, a share of its group's parameters
+GRADIENT_BYTES = 2.0  # a weight, where a batch goes in pieces
+TUNED_TRAFFIC = 100.0  # bytes a weight and iteration, as if copied: weights made twice, the step, the best kept, what is allocated
+ATTENTION_BACKWARD, RULE_BACKWARD = 2.5, 8.0  # times the forward
 WORKER_START_SECONDS = 5.0  # a fresh Python that loads its libraries
 
 
@@ -79,7 +90,11 @@ def promise(
 def states_bytes(plan: Plan, lengths: Sequence[int]) -> int:
     """Hidden states on disk."""
     hidden_size: int = family(plan.source.model_type).sizes(plan.source.config)["hidden_size"]
-    return NUM_SLOTS * 2 * sum(lengths) * hidden_size
+    return (2 if _tunes(plan) else 1) * NUM_SLOTS * 2 * sum(lengths) * hidden_size
+
+
+def _tunes(plan: Plan) -> bool:
+    return plan.recipe.rounding == "signround"
 
 
 def _work_seconds(plan: Plan, machine: Machine, steps: Sequence[Step]) -> float:
@@ -99,15 +114,49 @@ def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], length
         return 0.0
     d = family(plan.source.model_type).sizes(plan.source.config)
     types = family(plan.source.model_type).layer_types(plan.source.config)
-    tokens, seconds = sum(lengths), 0.0
-    pairs = sum(length * length for length in lengths) * d["num_attention_heads"] * d["head_dim"]
+    tokens, pairs = sum(lengths), sum(length * length for length in lengths)
+    per_pair = d["num_attention_heads"] * d["head_dim"] / machine.attention
+    tuned_tokens, tuned_pairs, iterations = _tuned_tokens(plan, lengths, d) if _tunes(plan) else (0, 0, 0)
+    times, seconds = (2 if _tunes(plan) else 1), 0.0
     for step in steps:
         if step.layer is None:
             continue
         params = sum(info.num_params for job in step.jobs for info in job.sources if len(info.shape) == 2)
-        seconds += 2.0 * params * tokens / machine.matmul
-        seconds += pairs / machine.attention if types[step.layer] == "full_attention" else tokens * machine.delta_rule
+        seconds += params * (2.0 * times * tokens + 7.0 * tuned_tokens) / machine.matmul
+        if types[step.layer] == "full_attention":
+            seconds += (times * pairs + (1 + ATTENTION_BACKWARD) * tuned_pairs) * per_pair
+        else:
+            seconds += (times * tokens + (1 + RULE_BACKWARD) * tuned_tokens) * machine.delta_rule
+        seconds += iterations * TUNED_TRAFFIC * _tuned_weights(step) / machine.copy / max(1, torch.get_num_threads())
     return seconds
+
+
+def _tuned_weights(step: Step) -> int:
+    return sum(info.num_params for job in step.jobs if job.kind == "quantize" for info in job.sources)
+
+
+def _tuned_tokens(plan: Plan, lengths: Sequence[int], d: Mapping[str, int]) -> tuple[int, int, int]:
+    """Tokens and pairs of tokens that go through one layer in all its iterations, fill included, and the iterations."""
+    said, limit = plan.recipe.signround, piece_tokens(d)
+    sampler = batches(len(lengths), said.batch_size, 0)
+    drawn = [next(sampler) for _ in range(min(said.iterations, 100))]
+    parts = [[lengths[i] for i in part] for batch in drawn for part in pieces(lengths, batch, limit)]
+    share = said.iterations / len(drawn)
+    tokens = sum(len(part) * max(part) for part in parts)
+    pairs = sum(len(part) * max(part) ** 2 for part in parts)
+    return round(share * tokens), round(share * pairs), said.iterations
+
+
+def _tuning_bytes(plan: Plan, lengths: Sequence[int]) -> int:
+    """What is in memory beside a layer while it is tuned."""
+    d = family(plan.source.model_type).sizes(plan.source.config)
+    size = min(plan.recipe.signround.batch_size, len(lengths))
+    longest, limit = sorted(lengths)[-size:], piece_tokens(d)
+    parts = pieces(longest, range(size), limit)
+    widest = max(len(part) * max(longest[i] for i in part) for part in parts)
+    weights = max((_tuned_weights(step) for step in plan.steps if step.layer is not None), default=0)
+    largest = max((info.num_bytes for job in plan.jobs if job.kind == "quantize" for info in job.sources), default=0)
+    return round(weights * (TUNED_BYTES + (GRADIENT_BYTES if len(parts) > 1 else 0.0))) + largest + widest * kept_bytes(d)
 
 
 def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int, on_gpu: bool = False) -> int:
@@ -117,7 +166,8 @@ def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int,
     if not lengths:
         return loaded_bytes * (1 if workers == 1 else workers + 1) + workers * (2 * max(groups, default=0) + writing)
     layers = [step.read_bytes for step in plan.steps if step.layer is not None]
-    forward = (2 if on_gpu else 1) * max(layers, default=0) + _activation_bytes(plan, max(lengths))
+    forward = (2 if on_gpu else 1) * max(layers, default=0)
+    forward += _tuning_bytes(plan, lengths) if _tunes(plan) else _activation_bytes(plan, max(lengths))
     if workers == 1:
         return loaded_bytes + forward + writing
     return loaded_bytes * (workers + 1) + workers * forward + 2 * max(groups, default=0) + writing
@@ -160,7 +210,7 @@ def refuse(
         )
     if device.type == "cuda":
         gpu_needed = 2 * max((step.read_bytes for step in plan.steps if step.layer is not None), default=0)
-        gpu_needed += _activation_bytes(plan, max(lengths, default=0))
+        gpu_needed += _tuning_bytes(plan, lengths) if _tunes(plan) else _activation_bytes(plan, max(lengths, default=0))
         gpu_free, _ = torch.cuda.mem_get_info(device)
         if gpu_needed > gpu_free:
             raise ResourceError(
@@ -184,8 +234,10 @@ def _what_fits(plan: Plan, lengths: Sequence[int], free: int, workers: int) -> s
     tokens = max(lengths, default=0)
     while tokens > 64:
         tokens //= 2
-        if _memory(plan, [tokens], 0, 1) <= free:
+        if _memory(plan, [tokens] * len(lengths), 0, 1) <= free:
             return f"samples of at most {tokens} tokens would fit: set calibration max_seq_len {tokens} in the recipe"
     if lengths and _memory(plan, [], 0, 1) <= free:
+        if _tunes(plan):
+            return "rounding without samples would fit: set rounding search in the recipe"
         return "a weight-only run would fit: --weight-only SCALE"
     return f"free {human_bytes(_memory(plan, [], 0, 1) - free)}, or use a machine with more"
