@@ -18,11 +18,12 @@ from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint_writer import CheckpointWriter
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import JOURNAL_NAME
-from mtpress.recipe import Recipe, load_recipe
+from mtpress.recipe import CalibrationSource, Recipe, SignRound, load_recipe
 from mtpress.stages.quantize import quantize
 
 CALIBRATED = load_recipe("nvfp4-mtp-vlm")
 WEIGHT_ONLY = CALIBRATED.model_copy(update={"constant_input_scale": 0.01})
+INT4 = {rounding: load_recipe("int4-mtp-vlm").model_copy(update={"rounding": rounding}) for rounding in ("search", "rtn")}
 STEPS = ["embeddings", "vision tower", "final norm and lm_head", "draft head", "layer 0", "layer 1", "layer 2", "layer 3"]
 
 
@@ -40,6 +41,11 @@ def build(out: Path, recipe: Recipe, resume: bool = False, source: Path = BUILTI
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     made = {"calibrated": CALIBRATED, "weight-only": WEIGHT_ONLY}
     return {kind: hashes(build(tmp_path_factory.mktemp(kind) / "out", recipe)) for kind, recipe in made.items()}
+
+
+@pytest.fixture(scope="module")
+def whole_int4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    return {kind: hashes(build(tmp_path_factory.mktemp(kind) / "out", recipe)) for kind, recipe in INT4.items()}
 
 
 @pytest.fixture
@@ -81,6 +87,48 @@ def test_a_run_that_goes_on_writes_the_same_bytes(
     if step == "layer 2":  # nothing of the finished layers was made again
         assert written
         assert not any(f"layers.{i}." in name for name in written for i in (0, 1, 2) if name.startswith("model."))
+
+
+@pytest.mark.parametrize(("rounding", "step"), [("search", "embeddings"), ("search", "layer 1"), ("rtn", "layer 3")])
+def test_an_int4_run_that_goes_on_writes_the_same_bytes(
+    rounding: str, step: str, whole_int4: dict[str, dict[str, str]], stop_after: list[object], tmp_path: Path
+) -> None:
+    stop_after[:] = [step, KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt, match=r"finished steps are kept in .*--resume goes on"):
+        build(tmp_path / "out", INT4[rounding])
+    stop_after.clear()
+    with pytest.raises(InputError, match=r"begun with recipe rounding"):
+        build(tmp_path / "out", INT4["rtn" if rounding == "search" else "search"], resume=True)
+    build(tmp_path / "out", INT4[rounding], resume=True)
+    assert hashes(tmp_path / "out") == whole_int4[rounding] != whole_int4["rtn" if rounding == "search" else "search"]
+    assert json.loads((tmp_path / "out" / "mtpress.json").read_text())["resumed"] == {"steps_before": STEPS.index(step) + 1}
+
+
+def test_an_int4_run_that_was_killed_goes_on(whole_int4: dict[str, dict[str, str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mtpress", "quantize", str(BUILTIN_MODEL), str(out), "--recipe", "int4-mtp-vlm"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "out.partial" / "model.safetensors").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    build(out, INT4["search"], resume=True)
+    assert hashes(out) == whole_int4["search"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_sign_gradient_run_that_goes_on_knows_its_losses(stop_after: list[object], tmp_path: Path) -> None:
+    recipe = load_recipe("int4-autoround-mtp").model_copy(
+        update={"signround": SignRound(iterations=2, batch_size=2), "calibration": CalibrationSource(num_samples=3, max_seq_len=48)}
+    )
+    whole = hashes(build(tmp_path / "whole", recipe))
+    stop_after[:] = ["layer 1", KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "out", recipe)
+    stop_after.clear()
+    assert hashes(build(tmp_path / "out", recipe, resume=True)) == whole
+    records = [json.loads((tmp_path / name / "mtpress.json").read_text()) for name in ("whole", "out")]
+    assert records[0]["losses"] == records[1]["losses"] and list(records[0]["losses"]) == ["0", "1", "2", "3"]
 
 
 def test_finished_layers_are_not_passed_again(stop_after: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
