@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtpress.revision import Revision
 
 CHOICES = ("modelopt", "compressed-tensors")  # conversion.py has them too, with torch; the tests hold them together
+SHOWN = 3  # fused linears that are told one by one
 PROCESSOR_FILES = (PROCESSOR, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
 
 
@@ -218,9 +219,12 @@ def show(result: ConvertResult) -> None:
         largest = result.reciprocals["largest_relative_difference"]
         others = f", the others differ by one ulp (at most {largest:.1e})" if exact < count else ""
         lines.append(f"{count} scales are reciprocals: converted back, to the last bit for {exact} of {count}{others}")
-    for found in result.rescaled:
+    worst_first = sorted(result.rescaled, key=lambda found: -max(found["relative_errors"].values()))
+    for found in worst_first[:SHOWN]:
         errors = ", ".join(f"{module.rpartition('.')[2]} {error:.2%}" for module, error in found["relative_errors"].items())
         lines.append(f"{found['linear']}: one global scale, {'exactly' if found['exact'] else f'its weights moved by {errors} (RMS)'}")
+    if len(worst_first) > SHOWN:
+        lines.append(f"… and {len(worst_first) - SHOWN} more fused linears with no larger difference (--json lists them)")
     if result.unequal_input_scales:
         lines.append(
             f"{len(result.unequal_input_scales)} fused linears have unequal input scales: vLLM takes the largest of modelopt's, the "
