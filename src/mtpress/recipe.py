@@ -89,12 +89,6 @@ class Recipe(Strict):
     )
     calibration: CalibrationSource = Field(default_factory=CalibrationSource)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_rounding(cls, content: Any) -> Any:
-        choices = CHOICES.get(str(content.get("format"))) if isinstance(content, dict) else None
-        return {"rounding": choices.rounding[0], **content} if choices else content
-
     @model_validator(mode="after")
     def _together(self) -> Self:
         for key, valid in vars(CHOICES[self.format]).items():
@@ -166,6 +160,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     # YAML reads lists, the schema holds tuples
     if isinstance(content.get("quantize"), list):
         content = {**content, "quantize": tuple(content["quantize"])}
+    if (choices := CHOICES.get(str(content.get("format")))) is not None:
+        content = {"rounding": choices.rounding[0], **content}
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
