@@ -2,16 +2,17 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import PREFIX, Edit, write_small
+from checkpoints import PREFIX, SMALL_FORMATS, Edit, quantizable, write_small
 from mtpress.checkpoint import Checkpoint
 from mtpress.comparison import compare, relative_error, same_bytes
-from mtpress.formats import nvfp4
+from mtpress.formats import int4, nvfp4
 from mtpress.rules.base import RULES
 from mtpress.rules.rule import apply
 from mtpress.rules.subject import Subject
@@ -33,6 +34,79 @@ def test_errors_are_those_of_the_dequantized_weights(small_bf16: Path, small_nvf
     assert found.num_equal == len(source) - len(modules)
     assert not found.differing + found.absent + found.not_compared
     assert list(apply(RULES, found)) == []
+
+
+def dequantized(kind: str, made: dict[str, torch.Tensor], module: str) -> torch.Tensor:
+    """float32 [N, K], by the formats' own functions."""
+    if kind.startswith("compressed-tensors-int4"):
+        codes, scales = made[f"{module}.weight_packed"], made[f"{module}.weight_scale"]
+        return int4.dequantize(codes.t(), int4.zeros(*scales.shape), scales.t())
+    if kind.startswith("compressed-tensors"):
+        shared = 1 / made[f"{module}.weight_global_scale"].reshape(())
+        return nvfp4.dequantize(made[f"{module}.weight_packed"], made[f"{module}.weight_scale"], shared)
+    return int4.dequantize(*(made[f"{module}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")))
+
+
+@pytest.mark.parametrize("kind", SMALL_FORMATS)
+def test_errors_of_other_formats(kind: str, small_bf16: Path, small_formats: dict[str, Path]) -> None:
+    found = compare(Subject(Checkpoint.open(small_formats[kind])), Checkpoint.open(small_bf16), silent=True)
+    source, made = load_file(small_bf16 / "model.safetensors"), load_file(small_formats[kind] / "model.safetensors")
+    assert found.error.keys() == set(quantizable(source))
+    assert found.int4 == (set(found.error) if kind in ("auto-round", "gptq", "compressed-tensors-int4") else set())
+    for module, error in found.error.items():
+        weight = source[f"{module}.weight"].double()
+        expected = (dequantized(kind, made, module).double() - weight).norm() / weight.norm()
+        assert error == pytest.approx(float(expected), rel=1e-5)
+    assert 0.08 < min(found.error.values()) <= max(found.error.values()) < 0.12
+    assert found.num_equal == len(source) - len(found.error)
+    assert list(apply(RULES, found)) == []
+
+
+def _double(e: Edit, suffix: str) -> None:
+    e.tensors[f"{OUT_PROJ}.{suffix}"] = 2 * e.tensors[f"{OUT_PROJ}.{suffix}"]
+
+
+def _shift_zero_points(e: Edit) -> None:
+    e.quantization["sym"] = False
+    name = f"{OUT_PROJ}.qzeros"
+    e.tensors[name] = torch.full_like(e.tensors[name], 0x66666666)
+
+
+def _first_scale(e: Edit, suffix: str, value: float) -> None:
+    e.tensors[f"{OUT_PROJ}.{suffix}"][0, 0] = value
+
+
+def _as_zero_points(e: Edit) -> None:
+    """Asymmetric codes whose zero points are the symmetric ones."""
+    e.quantization["config_groups"]["group_0"]["weights"]["symmetric"] = False
+    for name in [n for n in e.tensors if n.endswith(".weight_scale")]:
+        n, groups = e.tensors[name].shape
+        e.tensors[name.replace(".weight_scale", ".weight_zero_point")] = int4.zeros(n, groups, 8).t().contiguous()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "rules"),
+    [
+        ("compressed-tensors", partial(_double, suffix="weight_global_scale"), {"error-large"}),
+        ("compressed-tensors-int4", partial(_double, suffix="weight_scale"), {"error-large"}),
+        ("compressed-tensors-int4", _as_zero_points, set()),
+        ("auto-round", partial(_double, suffix="scales"), {"error-large"}),
+        ("auto-round", _shift_zero_points, {"error-large"}),
+        ("auto-round", partial(_first_scale, suffix="scales", value=0.0), {"blocks-broken"}),
+        ("auto-round", partial(_first_scale, suffix="scales", value=float("inf")), {"blocks-broken", "error-large"}),
+        ("gptq", lambda e: e.tensors.update({f"{OUT_PROJ}.qweight": e.tensors[f"{OUT_PROJ}.qweight"][:-1].clone()}), {"base-lacks"}),
+        ("gptq", lambda e: e.tensors.pop(f"{OUT_PROJ}.scales"), {"not-compared"}),
+        ("auto-round", lambda e: e.quantization.update(bits=8), {"not-compared"}),
+    ],
+)
+def test_a_difference_is_found_in_other_formats(
+    kind: str, change: Callable[[Edit], object], rules: set[str], small_bf16: Path, small_formats: dict[str, Path], tmp_path: Path
+) -> None:
+    edit = Edit(Path(shutil.copytree(small_formats[kind], tmp_path / "changed")))
+    change(edit)
+    edit.save()
+    found = compare(Subject(Checkpoint.open(edit.path)), Checkpoint.open(small_bf16), silent=True)
+    assert {finding.id for finding in apply(RULES, found)} == rules
 
 
 def test_a_large_matrix_is_read_in_pieces(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mtpress.checkpoint import Checkpoint, TensorInfo, read_tensor
 from mtpress.disk import read_pieces
 from mtpress.progress import Progress
-from mtpress.rules.stored import SCALE, SCALE_2, WEIGHT
+from mtpress.rules.stored import GLOBAL_SCALE, QWEIGHT, QZEROS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED, ZERO_POINT, Form
 from mtpress.rules.subject import Subject
 
 if TYPE_CHECKING:
@@ -24,19 +24,30 @@ COMPARED_CONFIGS = ("text_config", "vision_config")
 # Keys that a build may change: how it is stored, and what it does not hold.
 FREE_KEYS = {"model_type", "dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"}
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+# What a quantized matrix is dequantized from; zero points that are not stored are the middle of the range.
+PARTS: dict[Form, tuple[str, ...]] = {
+    "nvfp4": (WEIGHT, SCALE, SCALE_2),
+    "nvfp4-pack-quantized": (WEIGHT_PACKED, SCALE, GLOBAL_SCALE),
+    "gptq": (QWEIGHT, SCALES, QZEROS),
+    "pack-quantized": (WEIGHT_PACKED, SCALE, ZERO_POINT),
+}
+PER_WORD = 8
+Job = tuple[str | None, Form, tuple[TensorInfo, ...]]
 
 
 @dataclass
 class Comparison:
     """What was measured.
 
-    error: module → ‖w − ŵ‖ / ‖w‖. broken_blocks: module → how many block scales are NaN, negative, or zero over weights.
+    error: module → ‖w − ŵ‖ / ‖w‖. int4: those of these modules that are INT4. broken_blocks: module → how many block scales are NaN,
+    negative (of NVFP4; INT4's may be), or zero over weights.
     """
 
     num_equal: int = 0
     differing: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     error: dict[str, float] = field(default_factory=dict)
+    int4: set[str] = field(default_factory=set)
     broken_blocks: dict[str, int] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
     config_keys: list[str] = field(default_factory=list)
@@ -57,9 +68,9 @@ def compare(subject: Subject, base: Checkpoint, *, silent: bool = False) -> Comp
     """Compares everything stored; a tensor without a counterpart of equal dtype and shape is listed as absent."""
     found = Comparison(config_keys=list(_config_keys(subject.config, base.config)), tokenizer_files=_tokenizer_files(subject, base))
     jobs = list(_jobs(subject, base, found))
-    total = sum(info.num_bytes for _, infos in jobs for info in infos)
+    total = sum(info.num_bytes for _, _, infos in jobs for info in infos)
     with Progress("compare", total, silent=silent) as progress:
-        for module, infos in jobs:
+        for module, form, infos in jobs:
             if module is None:
                 name = infos[0].name
                 if same_bytes(infos[0], infos[1]):
@@ -68,15 +79,17 @@ def compare(subject: Subject, base: Checkpoint, *, silent: bool = False) -> Comp
                     found.differing.append(name)
             else:
                 name = module
-                found.error[module], broken = relative_error(*infos)
+                found.error[module], broken = _error(form, infos)
+                if form in ("gptq", "pack-quantized"):
+                    found.int4.add(module)
                 if broken:
                     found.broken_blocks[module] = broken
             progress.advance(sum(info.num_bytes for info in infos), ".".join(name.split(".")[-4:])[:24])
     return found
 
 
-def _jobs(subject: Subject, base: Checkpoint, found: Comparison) -> Iterator[tuple[str | None, tuple[TensorInfo, ...]]]:
-    """(None, the tensor here and there) to be compared byte for byte, or (module, its weight, scales and source)."""
+def _jobs(subject: Subject, base: Checkpoint, found: Comparison) -> Iterator[Job]:
+    """(None, …, the tensor here and there) to be compared byte for byte, or (module, its form, its source and its parts)."""
     for module, tensors in subject.modules.items():
         form = subject.form(module)
         if form in ("plain", "none", "unknown"):
@@ -85,18 +98,42 @@ def _jobs(subject: Subject, base: Checkpoint, found: Comparison) -> Iterator[tup
                 if there is None or (there.dtype, there.shape) != (info.dtype, info.shape):
                     found.absent.append(info.name)
                 else:
-                    yield None, (info, there)
+                    yield None, form, (info, there)
             continue
         there = base.tensors.get(f"{module}.{WEIGHT}")
-        parts = tuple(tensors[suffix] for suffix in (WEIGHT, SCALE, SCALE_2) if suffix in tensors)
-        if form != "nvfp4" or len(parts) < 3:
+        parts = {suffix: tensors[suffix] for suffix in PARTS.get(form, ()) if suffix in tensors}
+        codes = next(iter(parts.values()), None)
+        if codes is None or len(parts) < (2 if form == "pack-quantized" else 3) or len(codes.shape) != 2:
             found.not_compared.append(module)
-        elif there is None or len(there.shape) != 2 or parts[0].shape != (there.shape[0], there.shape[1] // 2):
+        elif there is None or len(there.shape) != 2 or _size(form, codes) != there.shape:
             found.absent.append(f"{module}.{WEIGHT}")
-        elif parts[1].shape != (there.shape[0], there.shape[1] // 16) or parts[1].dtype != "F8_E4M3" or parts[2].num_bytes != 4:
+        elif not _fit(subject, module, parts, there.shape):
             found.not_compared.append(module)
         else:
-            yield module, (*parts, there)
+            yield module, form, (there, *parts.values())
+
+
+def _size(form: Form, codes: TensorInfo) -> tuple[int, int]:
+    """[N, K] of a matrix of 4 bits, by the shape of its codes."""
+    n, packed = codes.shape
+    if form == "gptq":
+        return packed, n * PER_WORD
+    return n, packed * (PER_WORD if form == "pack-quantized" else 2)
+
+
+def _fit(subject: Subject, module: str, parts: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> bool:
+    """Whether the scales are what 4-bit codes of a matrix [N, K] can have."""
+    n, k = shape
+    form, scheme = subject.form(module), subject.schemes.get(module)
+    if form in ("nvfp4", "nvfp4-pack-quantized"):
+        _, blocks, shared = parts.values()
+        return blocks.shape == (n, k // 16) and blocks.dtype == "F8_E4M3" and shared.dtype == "F32" and shared.num_bytes == 4
+    scales, zeros = parts[SCALES if form == "gptq" else SCALE], parts.get(QZEROS if form == "gptq" else ZERO_POINT)
+    if (scheme is not None and scheme.bits != 4) or scales.dtype not in ("F16", "BF16", "F32") or len(scales.shape) != 2:
+        return False
+    groups, rows = scales.shape if form == "gptq" else scales.shape[::-1]
+    packed = (groups, n // PER_WORD) if form == "gptq" else (n // PER_WORD, groups)
+    return bool(groups) and k % groups == 0 and rows == n and n % PER_WORD == 0 and (zeros is None or zeros.shape == packed)
 
 
 def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
@@ -117,12 +154,26 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
     return True
 
 
-def relative_error(packed: TensorInfo, scales: TensorInfo, scale_2: TensorInfo, source: TensorInfo) -> tuple[float, int]:
-    """(‖w − ŵ‖ / ‖w‖, block scales that are NaN, negative, or zero over weights that are not) of a matrix [N, K]."""
+def _error(form: Form, infos: tuple[TensorInfo, ...]) -> tuple[float, int]:
+    source, codes, scales, *third = infos
+    if form == "nvfp4":
+        return relative_error(codes, scales, third[0], source)
+    if form == "nvfp4-pack-quantized":
+        return relative_error(codes, scales, third[0], source, reciprocal=True)
+    return int4_error(form, codes, scales, third[0] if third else None, source)
 
+
+def relative_error(
+    packed: TensorInfo, scales: TensorInfo, scale_2: TensorInfo, source: TensorInfo, *, reciprocal: bool = False
+) -> tuple[float, int]:
+    """(‖w − ŵ‖ / ‖w‖, block scales that are NaN, negative, or zero over weights that are not) of an NVFP4 matrix [N, K].
+
+    reciprocal: scale_2 is compressed-tensors' weight_global_scale; vLLM takes 1 / it in float32, and so is it here.
+    """
     from mtpress.formats import nvfp4
 
     weight, codes, blocks, shared = (read_tensor(info) for info in (source, packed, scales, scale_2))
+    shared = (1.0 / shared if reciprocal else shared).reshape(())
     n, k = weight.shape
     distance = norm = 0.0
     broken = 0
@@ -132,11 +183,50 @@ def relative_error(packed: TensorInfo, scales: TensorInfo, scale_2: TensorInfo, 
         scale = blocks[start : start + rows]
         broken += _broken(piece, scale)
         norm += _squares(piece)
-        piece.sub_(nvfp4.dequantize(codes[start : start + rows], scale, shared.reshape(())))
+        piece.sub_(nvfp4.dequantize(codes[start : start + rows], scale, shared))
         distance += _squares(piece)
+    return _quotient(distance, norm), broken
+
+
+def int4_error(form: Form, packed: TensorInfo, scales: TensorInfo, zeros: TensorInfo | None, source: TensorInfo) -> tuple[float, int]:
+    """(‖w − ŵ‖ / ‖w‖, scales that are not finite, or zero over weights that are not) of an INT4 matrix [N, K], in GPTQ's layout or
+    that of compressed-tensors, which is its transpose and stores zero points as they are.
+    """
+    import torch
+
+    from mtpress.formats import int4
+
+    weight, codes, scale = (read_tensor(info) for info in (source, packed, scales))
+    zero = read_tensor(zeros) if zeros is not None else None
+    if form == "pack-quantized":
+        codes, scale = codes.t(), scale.t()
+    groups, n = scale.shape
+    if zero is None:
+        points = torch.full((groups, n), int4.ZERO, dtype=torch.uint8)
+    elif form == "gptq":
+        points = int4.zero_points(zero)
+    else:
+        points = int4.unpack(zero)  # packed along N, as the codes of GPTQ are along K
+    k = weight.shape[1]
+    distance = norm = 0.0
+    broken = 0
+    rows = max(1, ROWS_BYTES // (4 * k))
+    for start in range(0, n, rows):
+        piece = weight[start : start + rows].float()
+        norm += _squares(piece)
+        part = scale[:, start : start + rows].t().float()
+        empty = part == 0
+        broken += int((~part.isfinite() | (empty & (piece.view(*part.shape, -1).abs().amax(-1) > 0))).sum())
+        whole = int4.unpack(codes[:, start : start + rows].contiguous()).float().view(*part.shape, -1)
+        whole.sub_(points[:, start : start + rows].t().float().unsqueeze(-1)).mul_(part.unsqueeze(-1))
+        distance += _squares(piece.sub_(whole.view(-1, k)))
+    return _quotient(distance, norm), broken
+
+
+def _quotient(distance: float, norm: float) -> float:
     if norm == 0.0:
-        return (0.0 if distance == 0.0 else math.inf), broken
-    return math.sqrt(distance / norm), broken
+        return 0.0 if distance == 0.0 else math.inf
+    return math.sqrt(distance / norm)
 
 
 def _squares(matrix: "torch.Tensor") -> float:

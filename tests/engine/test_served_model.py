@@ -58,6 +58,22 @@ def test_a_draft_head_counts_only_where_it_is_stored(small_bf16: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("kind", "title", "method"),
+    [
+        ("compressed-tensors", "compressed-tensors NVFP4 (W4A4)", "compressed-tensors"),
+        ("compressed-tensors-int4", "compressed-tensors INT4 g32", "compressed-tensors"),
+        ("auto-round", "AutoRound INT4 g32", "inc"),
+        ("gptq", "GPTQ INT4 g32", "auto_gptq"),
+    ],
+)
+def test_builds_of_other_formats(kind: str, title: str, method: str, small_formats: dict[str, Path], small_bf16: Path) -> None:
+    found, base = ServedModel.read(small_formats[kind]), ServedModel.read(small_bf16)
+    assert (found.format, found.quant_method, found.num_mtp_layers, found.has_vision) == (title, method, 1, True)
+    assert found.num_params == base.num_params
+    assert found.weight_bytes["mlp"] < 0.6 * base.weight_bytes["mlp"] and found.weight_bytes["mtp"] == base.weight_bytes["mtp"]
+
+
+@pytest.mark.parametrize(
     ("content", "method"),
     [
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt_fp4"),
@@ -66,7 +82,7 @@ def test_a_draft_head_counts_only_where_it_is_stored(small_bf16: Path, tmp_path:
         ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "modelopt_mixed"),
         ({"quant_method": "auto-round", "bits": 4}, "inc"),
         ({"quant_method": "compressed_tensors"}, "compressed-tensors"),
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "gptq", "bits": 4}, "auto_gptq"),
         ({"bits": 4}, None),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 from checkpoints import Edit
 from full_size import make_full_size
 from mtpress.beside_weights import carried_files, config_files
+from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import INDEX_NAME, Checkpoint
 from mtpress.cli import main
 from mtpress.errors import InputError
@@ -22,6 +23,7 @@ from mtpress.rules.hashes import RULES as HASH_RULES
 from mtpress.rules.registry import BASE_RULES, OPEN_RULES, STATIC_RULES
 from mtpress.shard_writer import shard_header
 from mtpress.stages.check import check
+from mtpress.stages.quantize import quantize
 
 VLM = "nvfp4-mtp-vlm"
 
@@ -197,3 +199,14 @@ def test_what_the_engine_cannot_be_asked_is_one_line(
     assert shown.out == ""
     assert word in shown.err
     assert shown.err.count("\n") == 1
+
+
+def test_what_quantize_makes_in_int4_is_sound(tmp_path: Path) -> None:
+    tiny = BUILTIN_MODEL
+    quantize(tiny, tmp_path / "int4", load_recipe("int4-mtp-vlm"), silent=True)
+    result = check(tmp_path / "int4", base=tiny, hashes=True, silent=True)
+    assert result.findings == ()
+    assert (result.format, result.num_quantized) == ("AutoRound INT4 g128", 25)
+    assert result.comparison is not None
+    assert len(result.comparison.int4) == 25
+    assert 0.07 < min(result.comparison.error.values()) <= max(result.comparison.error.values()) < 0.15

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints import Edit, pack_int4
 from full_size import make_full_size, tensors, write_sparse
 from mtpress.beside_weights import config_files
 from mtpress.checkpoint import INDEX_NAME, Checkpoint
@@ -151,7 +153,8 @@ def test_an_nvfp4_build_has_the_parameters_of_its_source(tmp_path: Path) -> None
         ("compressed-tensors", {"quant_method": "compressed-tensors", "ignore": ["re:.*mtp.*", "lm_head"]}, "compressed-tensors",
          "compressed-tensors NVFP4"),
         ("int4", {"quant_method": "compressed-tensors", "ignore": ["mtp.fc"]}, "compressed-tensors", "compressed-tensors INT4"),
-        ("gptq", {"quant_method": "auto-round", "bits": 4, "block_name_to_quantize": "model.language_model.layers"}, "AutoRound INT4", "GPTQ/AutoRound INT4"),
+        ("gptq", {"quant_method": "auto-round", "bits": 4, "block_name_to_quantize": "model.language_model.layers"}, "AutoRound INT4",
+         "GPTQ/AutoRound INT4"),
         ("gptq", {"quant_method": "gptq", "bits": 4, "ignore": ["mtp"]}, "GPTQ INT4", "GPTQ/AutoRound INT4"),
     ],
 )  # fmt: skip
@@ -314,3 +317,44 @@ def test_what_is_no_checkpoint_of_the_family(tmp_path: Path) -> None:
     path = build(tmp_path / "llama", tensors(TINY, 4), tiny_config() | {"model_type": "llama"})
     with pytest.raises(InputError, match="'llama' is not supported"):
         inspect(path)
+
+
+FORMATS = {
+    "compressed-tensors": ("compressed-tensors NVFP4 (W4A4)", 4, 16, "nvfp4-pack-quantized", "compressed-tensors NVFP4"),
+    "compressed-tensors-w4a16": ("compressed-tensors NVFP4 (W4A16)", 4, 16, "nvfp4-pack-quantized", "compressed-tensors NVFP4"),
+    "compressed-tensors-int4": ("compressed-tensors INT4 g32", 4, 32, "pack-quantized", "compressed-tensors INT4"),
+    "auto-round": ("AutoRound INT4 g32", 4, 32, "auto_round:auto_gptq", "GPTQ/AutoRound INT4"),
+    "gptq": ("GPTQ INT4 g32", 4, 32, "gptq", "GPTQ/AutoRound INT4"),
+}
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_builds_of_each_format(kind: str, small_formats: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    title, bits, group_size, packing, form = FORMATS[kind]
+    found = inspect(small_formats[kind])
+    held = found.quantization
+    assert held is not None
+    assert set(held.declared.values()) == {title}
+    assert (held.bits, held.group_size, held.symmetric, held.packing) == (bits, group_size, True, packing)
+    assert (held.modules, held.agrees, held.problems) == ({form: 25}, True, ())
+    assert (found.draft_head.state, found.draft_head.ignored) == ("whole", True)
+    mlp, head = found.components["mlp"], found.components["mtp"]
+    assert mlp.bits is not None
+    assert 4.5 <= mlp.bits < 5.1  # GPTQ has g_idx too
+    assert head.bits == 16
+    assert main(["inspect", str(small_formats[kind])]) == 0
+    shown = capsys.readouterr().out
+    for word in (title, f"packed as {packing}", "they agree", "draft head: whole, 15 tensors in 16 bits, in the ignore list"):
+        assert word in shown
+
+
+def test_a_draft_layer_that_auto_round_rounded(small_formats: dict[str, Path], tmp_path: Path) -> None:
+    edit = Edit(Path(shutil.copytree(small_formats["auto-round"], tmp_path / "rounded")))
+    pack_int4(edit, "mtp.layers.0.mlp.down_proj")
+    edit.quantization["extra_config"] |= {f"mtp.layers.0.{x}": {"bits": 16} for x in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")}
+    edit.quantization["extra_config"] |= {f"mtp.layers.0.self_attn.{x}_proj": {"bits": 16} for x in "qkv"}
+    edit.quantization["block_name_to_quantize"] += ",mtp.layers"
+    edit.save()
+    head = inspect(edit.path).draft_head
+    assert (head.state, head.ignored) == ("rounded", False)
+    assert head.problems == ("1 module of the draft layer stored as GPTQ/AutoRound INT4, not BF16",)

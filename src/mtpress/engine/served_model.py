@@ -18,7 +18,7 @@ from mtpress.rules.subject import Subject
 
 NOT_PARAMETERS = (*stored.SCALE_SUFFIXES, *stored.KV_SCALES, "q_scale")
 # quant_method as a config spells it → the name under which vLLM 0.32 runs it (each QuantizationConfig.override_quantization_method).
-VLLM_METHODS = {"auto-round": "inc"}
+VLLM_METHODS = {"auto-round": "inc", "gptq": "auto_gptq"}
 MODELOPT_METHODS = {"NVFP4": "modelopt_fp4", "W4A16_NVFP4": "modelopt_fp4", "MXFP8": "modelopt_mxfp8", "MIXED_PRECISION": "modelopt_mixed"}
 
 
@@ -84,7 +84,10 @@ def vllm_method(declared: Declaration) -> str | None:
 
 def stored_bits(declared: Declaration | None) -> int:
     """Bits of a packed weight as its config declares them, 4 where it does not say."""
-    bits = declared.content.get("bits") if declared is not None else None
+    if declared is None:
+        return 4
+    said = {scheme.bits for scheme in declared.schemes if scheme.kind == "int"}
+    bits = said.pop() if len(said) == 1 else declared.content.get("bits")
     return bits if bits in (2, 3, 4, 8) else 4
 
 

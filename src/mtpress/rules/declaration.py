@@ -137,6 +137,13 @@ class Declaration:
         return str(said).lower() if str(said).lower() in ("fp8", "nvfp4") else "?"
 
     @property
+    def packing(self) -> str | None:
+        """How codes are packed, as the config calls it: AutoRound's packing_format, compressed-tensors' format, GPTQ's checkpoint_format."""
+        key = {"auto-round": "packing_format", "compressed-tensors": "format", "gptq": "checkpoint_format"}.get(self.format)
+        said = self.content.get(key) if key is not None else None
+        return str(said) if said is not None else None
+
+    @property
     def title(self) -> str:
         if self.layouts:
             return TITLES[self.format] + self._kind()

@@ -30,20 +30,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Component:
-    """num_params counts what the model computes with: a 4-bit weight is one, a scale is none. dtypes: name → tensors."""
+    """num_params counts what the model computes with: a 4-bit weight is one, a scale is none. dtypes: name → tensors.
+
+    bits: what one parameter takes, with its share of the scales.
+    """
 
     num_tensors: int
     num_params: int
     num_bytes: int
     dtypes: dict[str, int]
+    bits: float | None
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """declared: config file → format; modules: stored format → how many; problems: where these differ."""
+    """declared: config file → format; modules: stored format → how many; problems: where these differ.
+
+    bits, group_size, symmetric, packing: of what is declared; None where modules differ, or it is no format that mtpress knows.
+    """
 
     declared: dict[str, str]
     kv_cache: str
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+    packing: str | None
     modules: dict[str, int]
     agrees: bool
     problems: tuple[str, ...]
@@ -123,23 +134,23 @@ def _components(subject: Subject) -> dict[str, Component]:
     found: dict[str, list[TensorInfo]] = defaultdict(list)
     for name, info in subject.tensors.items():
         found[subject.model.component(name)].append(info)
-    return {
-        part: Component(
-            num_tensors=len(found[part]),
-            num_params=sum(num_params(info.name.rpartition(".")[2], info, bits) for info in found[part]),
-            num_bytes=sum(info.num_bytes for info in found[part]),
-            dtypes=dict(Counter(info.dtype for info in found[part]).most_common()),
-        )
-        for part in (*COMPONENTS, "other")
-        if part in found
-    }
+    return {part: _component(found[part], bits) for part in (*COMPONENTS, "other") if part in found}
+
+
+def _component(infos: list[TensorInfo], bits: int) -> Component:
+    params = sum(num_params(info.name.rpartition(".")[2], info, bits) for info in infos)
+    size = sum(info.num_bytes for info in infos)
+    dtypes = dict(Counter(info.dtype for info in infos).most_common())
+    return Component(len(infos), params, size, dtypes, round(8 * size / params, 3) if params else None)
 
 
 def _quantization(subject: Subject) -> Quantization | None:
     declared = subject.declared
     if declared is None and not subject.quantized:
         return None
-    files = [d for d in (declared, subject.hf_declared) if d is not None]
+    files = [d for d in (declared, subject.hf_declared, subject.beside) if d is not None]
+    schemes = {(scheme.bits, scheme.group_size, scheme.symmetric) for scheme in subject.schemes.values()}
+    bits, group_size, symmetric = schemes.pop() if len(schemes) == 1 else (None, None, None)
     problems = [
         finding.message
         for finding in apply((*quantization.RULES, *ignore_lists.RULES), subject)
@@ -148,6 +159,10 @@ def _quantization(subject: Subject) -> Quantization | None:
     return Quantization(
         declared={d.file: d.title if d.format != "unknown" else d.algo or d.title for d in files},
         kv_cache=declared.kv_cache if declared is not None else "auto",
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        packing=declared.packing if declared is not None else None,
         modules=dict(Counter(stored.TITLES[subject.form(module)] for module in subject.quantized)),
         agrees=not problems,
         problems=tuple(problems),
@@ -229,15 +244,21 @@ def _component_table(result: InspectResult) -> "Table":
     from rich.table import Table
 
     table = Table("component", box=box.SIMPLE_HEAD)
-    for heading in ("tensors", "parameters", "bytes"):
+    for heading in ("tensors", "parameters", "bytes", "bits"):
         table.add_column(heading, justify="right")
     table.add_column("stored as")
     for part, holds in result.components.items():
         table.add_row(
-            COMPONENT_TITLES[part], str(holds.num_tensors), f"{holds.num_params:,}", human_bytes(holds.num_bytes), ", ".join(holds.dtypes)
+            COMPONENT_TITLES[part],
+            str(holds.num_tensors),
+            f"{holds.num_params:,}",
+            human_bytes(holds.num_bytes),
+            f"{holds.bits:.3g}" if holds.bits is not None else "",
+            ", ".join(holds.dtypes),
         )
     files = count(result.num_shards, "file")
-    table.add_row("all", str(result.num_tensors), f"{result.num_params:,}", human_bytes(result.num_bytes), files, style="bold")
+    bits = f"{8 * result.num_bytes / result.num_params:.3g}" if result.num_params else ""
+    table.add_row("all", str(result.num_tensors), f"{result.num_params:,}", human_bytes(result.num_bytes), bits, files, style="bold")
     return table
 
 
@@ -247,6 +268,7 @@ def _quantization_lines(found: Quantization | None) -> list[str]:
     says = "; ".join(f"{file} says {title}" for file, title in found.declared.items()) or "no config file declares any"
     holds = ", ".join(f"{number} modules as {title}" for title, number in found.modules.items()) or "nothing quantized is stored"
     cache = f", KV cache {found.kv_cache}" if found.kv_cache != "auto" else ""
+    cache += f" (packed as {found.packing})" if found.packing is not None else ""
     verdict = "they agree" if found.agrees else "they do not agree, `mtpress check` says what to do:"
     return [f"quantization: {says}{cache}; {holds}; {verdict}", *(f"  {problem}" for problem in found.problems)]
 
