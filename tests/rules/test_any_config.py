@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,28 @@ def test_no_value_is_too_odd(name: str, small_nvfp4: dict[str, Path], tmp_path: 
     content = json.loads((path / name).read_text())
     if name == "config.json":
         content["text_config"]["layer_types"] = ["linear_attention"] * 3 + ["full_attention"]
-    num_findings = 0
-    for at in places(content):
+    assert num_findings(path, name, content, places(content)) > 0
+
+
+def num_findings(path: Path, name: str, content: Any, wheres: Iterable[tuple[Any, ...]]) -> int:
+    """How many findings check has over all contents of a file that hold something odd in one place."""
+    found = 0
+    for at in wheres:
         for value in (*VALUES, REMOVED):
             (path / name).write_text(json.dumps(replaced(content, at, value)))
             try:
-                num_findings += len(check(path).findings)
+                found += len(check(path).findings)
             except InputError as error:
                 assert "model_type" in str(error)
-    assert num_findings > 0
+    return found
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors", "compressed-tensors-int4", "auto-round", "gptq"])
+def test_no_quantization_config_is_too_odd(kind: str, small_formats: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(small_formats[kind], tmp_path / "odd"))
+    content = json.loads((path / "config.json").read_text())
+    said = content["quantization_config"]
+    if kind == "gptq":
+        said |= {"dynamic": {"-:.*mtp.*": {"bits": 8}}, "modules_in_block_to_quantize": [["mlp.", "self_attn."]]}
+    wheres = [("quantization_config", *at) for at in places(said)]
+    assert num_findings(path, "config.json", content, wheres) > 0

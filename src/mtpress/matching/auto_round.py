@@ -44,13 +44,16 @@ class LayerConfig:
             key: rename(key, RENAMES[architecture]) for key, said in extra.items() if isinstance(said, Mapping) and not _odd_bits(said)
         }
         self.extra: dict[str, Mapping[str, Any]] = {self.keys[key]: extra[key] for key in self.keys}
+        self.endings = {f".{key}": key for key in self.extra}
+        self.expressions = [key for key in self.extra if SPECIAL & set(key)]
+        self.resolved: dict[EngineLinear, Settings | None] = {}
         self.malformed = tuple(odd)
 
     def _named(self, name: str) -> Mapping[str, Any] | None:
         """The entry of a name: its own, else the first expression found in it."""
         if name in self.extra:
             return self.extra[name]
-        return next((said for key, said in self.extra.items() if _found(key, name)), None)
+        return next((self.extra[key] for key in self.expressions if _found(key, name)), None)
 
     def _settings(self, name: str, quantized: bool) -> Settings:
         said = self._named(name) or {}
@@ -59,10 +62,15 @@ class LayerConfig:
 
     def _resolve(self, linear: EngineLinear) -> Settings | None:
         """What holds for the linear; None for a fused one whose shards differ."""
+        if linear not in self.resolved:
+            self.resolved[linear] = self._find(linear)
+        return self.resolved[linear]
+
+    def _find(self, linear: EngineLinear) -> Settings | None:
         prefix = linear.prefix
         if prefix in self.extra:
             return self._settings(prefix, True)
-        ending = next((key for key in self.extra if prefix.endswith(f".{key}")), None)
+        ending = next((key for dotted, key in self.endings.items() if prefix.endswith(dotted)), None)
         if ending is not None:
             return self._settings(ending, True)
         quantized = layer_class(linear) != "ParallelLMHead"
