@@ -1,20 +1,16 @@
 """The engine's own python, the probe run under it, and the checkpoint that the tests start from."""
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from acceptance import Probe, Runs, run_probe
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILTIN_MODEL = ROOT / "src/mtpress/builtin/mtpress-tiny"
-PROBE_TIMEOUT_SECONDS = 600  # a start takes 20 s of one core; this leaves room for a busy machine
-
-Probe = Callable[[Path, dict[str, Any], Path], dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -31,16 +27,7 @@ def probe(engine_python: Path) -> Probe:
     """probe(checkpoint, request, folder): the result of mtpress.engine.probe; image paths are relative to folder, where request
     and result stay."""
 
-    def run(checkpoint: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-        name = f"{checkpoint.name}-mtp{request.get('mtp', 0)}"
-        asked, answered = folder / f"{name}.request.json", folder / f"{name}.result.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        command = [str(engine_python), "-m", "mtpress.engine.probe", str(checkpoint), str(asked), str(answered)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_SECONDS)
-        assert done.returncode == 0, f"vLLM on {checkpoint}:\n{done.stderr[-4000:]}"
-        return json.loads(answered.read_text(encoding="utf-8"))
-
-    return run
+    return partial(run_probe, engine_python)
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +37,12 @@ def bf16_model() -> Path:
     if not (path / "config.json").is_file():
         pytest.fail(f"{path} holds no checkpoint; set MTPRESS_TEST_MODEL to a BF16 one")
     return path
+
+
+@pytest.fixture(scope="session")
+def runs(probe: Probe, bf16_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What checkpoints answer in the real vLLM; the BF16 run is made once for all test processes of a session."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "acceptance"
+    shared.mkdir(exist_ok=True)
+    return Runs(probe, bf16_model, tmp_path_factory.mktemp("acceptance-runs"), shared)

@@ -1,9 +1,9 @@
 """Runs under the engine's python: lets vLLM load checkpoints, target and draft, without starting an engine.
 
-    load_on_cpu.py OUT.json CHECKPOINT…
+    load_on_cpu.py OUT.json [--track] CHECKPOINT…
 
 Out: for each checkpoint {"target": null or the error, "draft": null or the error}; where the target fails, the draft is not
-tried. Missing tensors are refused only if vLLM itself refuses them.
+tried. Missing tensors are refused only if vLLM itself refuses them or, with --track, by its enable_weights_track.
 """
 
 import gc
@@ -24,7 +24,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
 
-def load(checkpoint, rendezvous):
+def load(checkpoint, rendezvous, track):
     found = {"target": None, "draft": None}
     part = "target"
     try:
@@ -33,6 +33,7 @@ def load(checkpoint, rendezvous):
             max_model_len=256,
             enforce_eager=True,
             enable_prefix_caching=False,
+            model_loader_extra_config={"enable_weights_track": True} if track else {},
             speculative_config={"method": "mtp", "num_speculative_tokens": 2},
         ).create_engine_config()
         with set_current_vllm_config(config):
@@ -48,14 +49,14 @@ def load(checkpoint, rendezvous):
 
 
 def main():
-    out, *names = sys.argv[1:]
+    out, *names = (argument for argument in sys.argv[1:] if argument != "--track")
     load_general_plugins()
     _set_torch_accelerator_to_noop()  # as the CPU worker does before it loads a model
     torch.set_default_dtype(torch.bfloat16)
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            found.append(load(name, f"{folder}/rendezvous"))
+            found.append(load(name, f"{folder}/rendezvous", "--track" in sys.argv))
             gc.collect()
     Path(out).write_text(json.dumps(found, indent=1), encoding="utf-8")
 

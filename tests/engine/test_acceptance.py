@@ -4,26 +4,22 @@ that is accepted as often as before, and greedy text that does not depend on it.
 MTPRESS_TEST_MODEL names another BF16 checkpoint. Each vLLM start takes about 20 s of one core; there are two a build.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from questions import ANSWERS, PICTURES, STORIES, Question, picture_questions, text_questions
+from acceptance import BF16, NUM_DRAFT_TOKENS, Runs
+from questions import ANSWERS, PICTURES
 
 from mtpress.recipe import load_recipe, shipped
-from mtpress.stages.quantize import quantize
 
 pytestmark = pytest.mark.engine
 
-Probe = Callable[[Path, dict[str, Any], Path], dict[str, Any]]
-RECIPES = {name: load_recipe(name) for name in shipped()}
+# INT4 is asked in test_second_hand.py, beside the INT4 of others
+RECIPES = {name: recipe for name in shipped() if (recipe := load_recipe(name)).format == "nvfp4"}
 WITH_VISION = [name for name, recipe in RECIPES.items() if recipe.vision == "keep"]
 WITH_FP8_KV = [name for name, recipe in RECIPES.items() if recipe.kv_cache == "fp8_cast"]
-BF16 = "bf16"
-NUM_DRAFT_TOKENS = 3
-NUM_CANDIDATES = 20  # as many as vLLM gives
 
 MAJORITY, MOST, PICTURES_RIGHT = 0.5, 0.7, 0.8
 ACCEPTANCE_POINTS = 0.05
@@ -31,66 +27,6 @@ ACCEPTANCE_POINTS = 0.05
 # several drafted tokens at once adds up in another order than one token at a time: either candidate may move by a step
 # or two. With W4A4 an activation that moves so may also take the next FP4 code.
 NEAR_TIE = {BF16: 0.25, "nvfp4": 0.5}
-
-
-@dataclass(repr=False)
-class Runs:
-    """Builds and vLLM runs, each made once when it is first asked for."""
-
-    probe: Probe
-    source: Path
-    folder: Path
-    done: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
-    questions: list[Question] = field(default_factory=list)
-
-    def build(self, name: str) -> Path:
-        out = self.folder / name
-        if name == BF16:
-            return self.source
-        if not out.exists():
-            quantize(self.source, out, name, calibration=["builtin"], device="cpu", silent=True)
-        return out
-
-    def asked(self, name: str) -> list[Question]:
-        """The questions a build is asked: no pictures where the tower is stripped."""
-        return [q for q in self.questions if q.group != PICTURES or name == BF16 or name in WITH_VISION]
-
-    def result(self, name: str, mtp: int) -> dict[str, Any]:
-        if (name, mtp) not in self.done:
-            request = {
-                "prompts": [q.as_prompt() for q in self.asked(name)],
-                "mtp": mtp,
-                "max_tokens": 96,
-                "logprobs": NUM_CANDIDATES,
-                "language_model_only": name != BF16 and name not in WITH_VISION,
-                "engine": {"max_num_seqs": 16},
-            }
-            self.done[name, mtp] = self.probe(self.build(name), request, self.folder)
-        return self.done[name, mtp]
-
-    def texts(self, name: str, group: str) -> list[str]:
-        """Answers with the draft head at work, as users run it."""
-        outputs = self.result(name, NUM_DRAFT_TOKENS)["outputs"]
-        return [o["text"].strip() for q, o in zip(self.asked(name), outputs, strict=True) if q.group == group]
-
-    def right(self, name: str, group: str) -> float:
-        """The share of a group's questions answered word for word."""
-        answers = [q.answer for q in self.asked(name) if q.group == group]
-        pairs = zip(self.texts(name, group), answers, strict=True)
-        return sum(text == answer for text, answer in pairs) / len(answers)
-
-    def acceptance(self, name: str) -> list[float]:
-        """Per draft position: accepted / drafts, over the text questions and stories."""
-        metrics = self.result(name, NUM_DRAFT_TOKENS)["metrics"]
-        drafts = metrics[ANSWERS]["drafts"] + metrics[STORIES]["drafts"]
-        counts = zip(metrics[ANSWERS]["accepted_per_position"], metrics[STORIES]["accepted_per_position"], strict=True)
-        return [(a + b) / drafts for a, b in counts]
-
-
-@pytest.fixture(scope="module")
-def runs(probe: Probe, bf16_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("acceptance")
-    return Runs(probe, bf16_model, folder, questions=[*text_questions(), *picture_questions(folder)])
 
 
 @dataclass(frozen=True)
