@@ -11,12 +11,13 @@ from typing import Any
 
 from mtpress.errors import InputError
 from mtpress.kept_modules import spare
-from mtpress.plan import NVFP4_GROUP_SIZE
+from mtpress.matching.modelopt import GROUP_SIZE
 from mtpress.repairs.repair import AGAIN, Context, Fix, Left, Repair, Turn
-from mtpress.rules import stored
+from mtpress.rules import ignore_lists, stored
 from mtpress.rules.declaration import NVFP4_ALGOS, Declaration
+from mtpress.rules.quantization import BACKENDS, PACKING_FORMATS
 from mtpress.rules.rule import Finding, count
-from mtpress.rules.stored import INPUT_SCALE, KV_SCALES, Form
+from mtpress.rules.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES, QWEIGHT, WEIGHT_PACKED, ZERO_POINT, Form
 from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
 
 QUANTIZATION_CONFIG = "quantization_config.json"
@@ -49,19 +50,19 @@ def declare(ctx: Context) -> Iterator[Fix | Left]:
     config["quantization_config"] = content
     if isinstance(config.get("text_config"), dict):
         config["text_config"].pop("quantization_config", None)
-    written = ["config.json"]
+    written, dropped = ["config.json"], ""
     ctx.overlay.set_config(config)
     if form == "nvfp4":
         ctx.overlay.write_json(HF_QUANT_CONFIG, _hf_content(subject, Declaration("config.json", content), kept))
         written.append(HF_QUANT_CONFIG)
     elif subject.has(HF_QUANT_CONFIG):
         ctx.overlay.drop_file(HF_QUANT_CONFIG)
+        dropped = f"; {HF_QUANT_CONFIG}, which is modelopt's, left out"
     if subject.has(QUANTIZATION_CONFIG) or content.get("quant_method") == "auto-round":
         ctx.overlay.write_json(QUANTIZATION_CONFIG, content)
         written.append(QUANTIZATION_CONFIG)
-    yield Fix(
-        f"{' and '.join(written)} declare {stored.TITLES[form]} and name the {count(len(kept), 'module')} in BF16, from what is stored"
-    )
+    names = count(len(kept), "module")
+    yield Fix(f"{' and '.join(written)} written anew from what is stored: {stored.TITLES[form]}, {names} named as BF16{dropped}")
 
 
 def _prefix(subject: Subject) -> str:
@@ -85,9 +86,10 @@ def _content(ctx: Context, form: Form, kept: list[str]) -> dict[str, Any]:
     subject = ctx.subject
     declared = subject.declared
     if declared is not None and not declared.legacy and declared.format in DECLARED_AS[form]:
-        num_layers = len(subject.model.layer_types(subject.config))
-        content = spare(declared, kept, subject.quantized, num_layers, _prefix(subject))
-        return _mended(subject, content) if form == "nvfp4" else content
+        content = _spared(subject, declared.content, kept)
+        content = _mended(subject, content) if form == "nvfp4" else _mended_other(ctx, form, content)
+        if form == "nvfp4" or _holds(ctx, content):
+            return content
     if form == "nvfp4":
         from mtpress.formats import nvfp4
 
@@ -97,7 +99,19 @@ def _content(ctx: Context, form: Form, kept: list[str]) -> dict[str, Any]:
             if declared.algo in NVFP4_ALGOS:
                 content["quant_algo"] = declared.algo
         return _mended(subject, content)
-    return _from_scratch(ctx, form, kept)
+    return _spared(subject, _from_scratch(ctx, form, kept), kept)
+
+
+def _spared(subject: Subject, content: Mapping[str, Any], kept: list[str]) -> dict[str, Any]:
+    """The content with the entries that decide what stays in BF16 written anew."""
+    declared = Declaration("config.json", content)
+    return spare(declared, kept, subject.quantized, len(subject.model.layer_types(subject.config)), _prefix(subject))
+
+
+def _holds(ctx: Context, content: dict[str, Any]) -> bool:
+    """Whether no rule on lists or layouts finds fault with a declaration; else too little of it can be used."""
+    subject = ctx.overlay.subject_with(ctx.overlay.config | {"quantization_config": content})
+    return subject.covered and not any(True for rule in ignore_lists.RULES for _ in rule.find(subject))
 
 
 def _mended(subject: Subject, content: dict[str, Any]) -> dict[str, Any]:
@@ -108,11 +122,11 @@ def _mended(subject: Subject, content: dict[str, Any]) -> dict[str, Any]:
         content["quant_algo"] = "NVFP4"
     declared = Declaration("config.json", content)
     if "group_size" in content:
-        content["group_size"] = NVFP4_GROUP_SIZE
+        content["group_size"] = GROUP_SIZE
     for group in declared.groups:
         weights = group.get("weights")
         if isinstance(weights, dict) and "group_size" in weights:
-            weights["group_size"] = NVFP4_GROUP_SIZE
+            weights["group_size"] = GROUP_SIZE
     if not declared.weight_only and not any(name.endswith(f".{INPUT_SCALE}") for name in subject.tensors):
         if declared.groups:
             for group in declared.groups:
@@ -127,6 +141,83 @@ def _mended(subject: Subject, content: dict[str, Any]) -> dict[str, Any]:
         if kv == "fp8":
             content["kv_cache_scheme"] = dict(FP8_KV)
     return content
+
+
+def _mended_other(ctx: Context, form: Form, content: dict[str, Any]) -> dict[str, Any]:
+    """A declaration of compressed-tensors, AutoRound or GPTQ with the keys put right that what is stored decides.
+
+    InputError for zero points that no declaration the engine knows can stand for.
+    """
+    subject, content = ctx.subject, copy.deepcopy(content)
+    if form == "nvfp4-pack-quantized" and not any(name.endswith(f".{INPUT_GLOBAL_SCALE}") for name in subject.tensors):
+        for group in Declaration("config.json", content).groups:
+            assert isinstance(group, dict)
+            group["input_activations"] = None
+    bits = {found for module in subject.quantized if (found := stored_bits(subject, module)) is not None}
+    if len(bits) == 1 and form == "gptq":
+        content["bits"] = bits.pop()
+    elif len(bits) == 1 and form == "pack-quantized":
+        for group in Declaration("config.json", content).groups:
+            if isinstance(weights := group.get("weights"), dict):
+                weights["num_bits"] = min(bits)
+    sizes = {size for module in subject.quantized if (size := subject.stored_group_size(module)) is not None}
+    if len(sizes) == 1:
+        (size,) = sizes
+        said = content.get("group_size")
+        if form == "gptq" and not (said == -1 and _whole_rows(subject, size)):
+            content["group_size"] = size
+        elif form == "pack-quantized":
+            for group in Declaration("config.json", content).groups:
+                weights = group.get("weights")
+                if isinstance(weights, dict) and weights.get("group_size") not in (None, -1):
+                    weights["group_size"] = size
+    if form == "pack-quantized" and not any(name.endswith(".weight_g_idx") for name in subject.tensors):
+        for group in Declaration("config.json", content).groups:
+            if isinstance(weights := group.get("weights"), dict) and weights.get("actorder"):
+                weights["actorder"] = None  # without g_idx the columns are where they were
+    if form == "gptq" and content.get("sym") is False and _is_symmetric(ctx):
+        content["sym"] = True
+    if form == "gptq" and content.get("desc_act") and _in_order(ctx):
+        content["desc_act"] = False
+    if content.get("quant_method") == "auto-round":
+        if content.get("backend", "auto") not in BACKENDS:
+            del content["backend"]
+        if content.get("packing_format", PACKING_FORMATS[0]) != PACKING_FORMATS[0]:
+            if any({word >> place & 0xF for place in range(0, 32, 4)} - {7, 8} for word in subject.zero_words.values()):
+                raise InputError("the zero points are not symmetric, and vLLM knows no such layout")
+            content["packing_format"] = PACKING_FORMATS[0]
+    return content
+
+
+def _is_symmetric(ctx: Context) -> bool:
+    """Whether every zero point of 4 bits is the middle of the range; reads them, a dry run the first of each."""
+    from mtpress.checkpoint import read_tensor
+
+    words = set(ctx.subject.zero_words.values())
+    if len(words) == 1 and words <= {0x77777777, 0x88888888} and ctx.may_read:
+        infos = [info for name, info in ctx.subject.tensors.items() if name.endswith(".qzeros")]
+        words = {int(word) & 0xFFFFFFFF for info in infos for word in read_tensor(info).unique()}
+    return len(words) == 1 and words <= {0x77777777, 0x88888888}
+
+
+def _in_order(ctx: Context) -> bool:
+    """Whether no column of an INT4 module in GPTQ's layout was moved, by its g_idx; reads them, so a dry run does not know."""
+    import torch
+
+    from mtpress.checkpoint import read_tensor
+
+    found = {name.rpartition(".")[0]: info for name, info in ctx.subject.tensors.items() if name.endswith(".g_idx")}
+    for module, info in found.items() if ctx.may_read else ():
+        size = ctx.subject.stored_group_size(module)
+        if size is None or not torch.equal(read_tensor(info).long(), torch.arange(info.num_params) // size):
+            return False
+    return bool(found) and ctx.may_read
+
+
+def _whole_rows(subject: Subject, size: int) -> bool:
+    """Whether groups of that size are whole rows in every quantized module."""
+    shapes = [subject.called_for.get(f"{module}.weight", ()) for module in subject.quantized]
+    return all(len(shape) == 2 and shape[1] == size for shape in shapes)
 
 
 def _kv_cache(subject: Subject, declared: Declaration) -> str:
@@ -152,29 +243,54 @@ def _hf_content(subject: Subject, declared: Declaration, kept: list[str]) -> dic
 
 
 def _from_scratch(ctx: Context, form: Form, kept: list[str]) -> dict[str, Any]:
-    """The declaration of INT4 in GPTQ's layout, or of compressed-tensors NVFP4, where none can be used."""
+    """The declaration of a format other than modelopt's where what is declared cannot be used; sizes are those of what is stored."""
     subject = ctx.subject
-    if form == "gptq":
-        from mtpress.checkpoint import read_tensor
-        from mtpress.formats import int4
-
-        module = next(module for module in subject.quantized if {"qweight", "qzeros", "scales"} <= subject.modules[module].keys())
-        tensors = subject.modules[module]
-        group_size = tensors["qweight"].shape[0] * int4.PER_WORD // tensors["scales"].shape[0]
-        content = int4.quantization_config(kept, f"{_prefix(subject)}layers") | {"group_size": group_size}
-        if ctx.may_read:
-            stored_zero = int(read_tensor(tensors["qzeros"]).view(-1)[0]) & 0xF
-            if stored_zero == int4.STORED_AS_IS:
-                content["packing_format"] = "auto_round"
-            elif stored_zero != int4.STORED_LESS_ONE:
-                raise InputError("nothing declares the INT4 weights, and their zero points are not symmetric")
-        return content
     if form == "nvfp4-pack-quantized":
         from mtpress.formats import compressed_tensors
 
-        weight_only = not any(name.endswith(f".{compressed_tensors.INPUT_GLOBAL_SCALE}") for name in subject.tensors)
+        weight_only = not any(name.endswith(f".{INPUT_GLOBAL_SCALE}") for name in subject.tensors)
         return compressed_tensors.quantization_config(kept, weight_only=weight_only, lm_head="lm_head" in subject.quantized)
-    raise InputError(f"nothing declares the {stored.TITLES[form]} weights")
+    bits = {found for module in subject.quantized if (found := stored_bits(subject, module)) is not None}
+    sizes = {found for module in subject.quantized if (found := subject.stored_group_size(module)) is not None}
+    if len(bits) != 1 or len(sizes) != 1:
+        raise InputError(f"the {stored.TITLES[form]} weights are not all of one number of bits and one group size")
+    layout: dict[str, Any] = {"bits": bits.pop(), "group_size": sizes.pop(), "sym": True}
+    if form == "pack-quantized":
+        symmetric = not any(name.endswith(f".{ZERO_POINT}") for name in subject.tensors)
+        weights = {
+            "num_bits": layout["bits"], "type": "int", "group_size": layout["group_size"], "strategy": "group", "symmetric": symmetric,
+            "dynamic": False,
+        }  # fmt: skip
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": form}
+        return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": kept}
+    if not subject.zero_words or any({word >> place & 0xF for place in range(0, 32, 4)} - {7, 8} for word in subject.zero_words.values()):
+        raise InputError("nothing that can be used declares the INT4 weights, and their zero points are not the symmetric ones of 4 bits")
+    declared = subject.declared
+    if declared is not None and declared.format == "gptq":
+        scalars = ("quant_method", "desc_act", "static_groups", "checkpoint_format", "true_sequential", "damp_percent", "meta")
+        return {key: value for key, value in declared.content.items() if key in scalars} | layout
+    from mtpress.formats import int4
+
+    return int4.quantization_config(kept, f"{_prefix(subject)}layers") | layout
+
+
+def stored_bits(subject: Subject, module: str) -> int | None:
+    """Bits of a code of an INT4 module, by config.json's K; None where its shape shows none."""
+    shape, tensors = subject.called_for.get(f"{module}.weight", ()), subject.modules.get(module, {})
+    codes = tensors.get(QWEIGHT if subject.form(module) == "gptq" else WEIGHT_PACKED)
+    if subject.form(module) not in ("gptq", "pack-quantized") or codes is None or len(shape) != 2 or len(codes.shape) != 2:
+        return None
+    words = codes.shape[0 if subject.form(module) == "gptq" else 1]
+    return words * 32 // shape[1] if words * 32 % shape[1] == 0 else None
+
+
+def no_kernel(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    before = ctx.overlay.config
+    steps = list(declare(ctx))
+    if ctx.overlay.config == before:
+        yield Left("vLLM has no kernel for what is stored, and nothing lossless changes that", AGAIN)
+    else:
+        yield from steps
 
 
 def written_anew(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -185,10 +301,16 @@ ANEW = "the config files are written anew from what is stored"
 LISTED = "the list is written anew, module by module, from what is stored"
 REPAIRS = (
     *(Repair(rule_id, ANEW, written_anew, Turn.DECLARATION) for rule_id in (
-        "quant-method", "quant-algo", "group-size", "quantization-undeclared", "configs-contradict", "hf-quant-config-missing",
+        "quant-method", "quant-algo", "quantization-undeclared", "configs-contradict", "configs-differ",
+        "hf-quant-config-missing",
     )),
     Repair("kv-cache-scheme", "FP8 where scales for it are stored; else it is taken out, which is what vLLM makes of it", written_anew,
            Turn.DECLARATION),
+    Repair("group-size", ANEW, written_anew, Turn.CONFIG),
+    Repair("packing-format", "set to auto_round:auto_gptq where the zero points are symmetric, and they are written as it wants them",
+           written_anew, Turn.DECLARATION),
+    Repair("no-kernel", "the declaration is put right where symmetric codes are declared asymmetric, or columns that were never moved in "
+           "an order of their own; else left: vLLM has no kernel for what is stored", no_kernel, Turn.DECLARATION),
     Repair("quantization-not-stored", "the declaration is taken out of every config file", written_anew, Turn.DECLARATION),
     *(Repair(rule_id, LISTED, written_anew, Turn.DECLARATION) for rule_id in (
         "ignore-malformed", "ignore-splits-fused", "ignore-too-little", "vision-not-ignored", "ignore-too-much", "ignore-matches-nothing",

@@ -146,6 +146,7 @@ REPAIRS = (
     Repair("mtp-unindexed", "the index names it", mtp_unindexed),
     Repair("mtp-quantized", "the whole head is put from the base (`--base`); without one INT4 and NVFP4 are dequantized to BF16, "
            "which is what the codes stand for", mtp_quantized),
+    Repair("mtp-rounded", "as `mtp-quantized`", mtp_quantized),
     Repair("mtp-not-declared", "mtp_num_hidden_layers is set to 1", declared, Turn.CONFIG),
     Repair("mtp-layer-count", "mtp_num_hidden_layers is set to 1", declared, Turn.CONFIG),
     Repair("mtp-none", "the base's head is put in (`--base`), where it has one", mtp_none),

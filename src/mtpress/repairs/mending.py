@@ -13,7 +13,7 @@ from typing import Any
 
 from mtpress.comparison import Comparison, compare
 from mtpress.repairs.registry import REPAIRS
-from mtpress.repairs.repair import Context, Fix, Left
+from mtpress.repairs.repair import AGAIN, Context, Fix, Left
 from mtpress.rules.base import config_differs, tokenizer_differs
 from mtpress.rules.registry import BASE_RULES, STATIC_RULES
 from mtpress.rules.rule import Finding, apply
@@ -49,6 +49,12 @@ def key(finding: Finding) -> Key:
 
 def find(ctx: Context) -> list[Finding]:
     """What check says of the overlay without reading weights and, with a base, of its files."""
+    if ctx.overlay.found is None:
+        ctx.overlay.found = _find(ctx)
+    return list(ctx.overlay.found)
+
+
+def _find(ctx: Context) -> list[Finding]:
     subject = ctx.subject
     found = list(apply(STATIC_RULES, subject))
     if ctx.base is not None:
@@ -76,7 +82,8 @@ def mend_reindexed(ctx: Context, findings: tuple[Finding, ...]) -> Iterator[Outc
         if finding.id not in ids:
             mend = REPAIRS[finding.id].mend
             fixes = [step for step in mend(ctx, finding) if isinstance(step, Fix)] if mend is not None else []
-            yield Outcome(finding, tuple(fixes) or (Fix("left out with the file that holds it"),))
+            left_out = tuple(Fix(f"{name} left out: it {why}") for name, why in ctx.left_out.items())
+            yield Outcome(finding, tuple(fixes) or left_out or (Fix("gone with the index that was wrong"),))
 
 
 def mend_all(ctx: Context, given: tuple[Finding, ...] = ()) -> Iterator[Outcome]:
@@ -118,5 +125,5 @@ def _mend(ctx: Context, finding: Finding) -> tuple[Outcome, bool]:
     fixed = tuple(step for step in steps if isinstance(step, Fix)) if changed else ()
     left = tuple(step for step in steps if isinstance(step, Left))
     if not changed and not left:
-        left = (Left("its repair changes nothing here", finding.remedy),)
+        left = (Left("its repair changes nothing here", AGAIN),)
     return Outcome(finding, fixed, left), changed

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mtpress.checkpoint import SINGLE_NAME, Checkpoint, Shard, TensorInfo
+from mtpress.rules.rule import Finding
 from mtpress.rules.subject import CONFIG, Subject
 from mtpress.shard_writer import OutputTensor
 
@@ -71,6 +72,7 @@ class Overlay:
         self.files: dict[str, bytes | None] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="mtpress-repair-")
         self._subject: Subject | None = None
+        self.found: list[Finding] | None = None  # what the rules say of this state, once somebody has asked
 
     def __enter__(self) -> Self:
         return self
@@ -78,26 +80,29 @@ class Overlay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._scratch.cleanup()
 
+    def _change(self) -> None:
+        self._subject = self.found = None
+
     # ---- tensors
 
     def rename(self, old: str, new: str) -> None:
         """Gives a tensor another name; one that has that name already gives way."""
-        self._subject = None
+        self._change()
         place = self.places.pop(old)
         self.places[new] = replace(place, info=replace(place.info, name=new))
 
     def drop(self, name: str) -> None:
-        self._subject = None
+        self._change()
         del self.places[name]
 
     def put(self, name: str, origin: TensorInfo) -> None:
         """Takes a tensor from where it is stored, bit for bit, in place of what has the name."""
-        self._subject = None
+        self._change()
         self.places[name] = Place(replace(origin, name=name))
 
     def compute(self, name: str, dtype: str, shape: tuple[int, ...], produce: Produce) -> None:
         """A tensor to be computed when its turn to be written comes."""
-        self._subject = None
+        self._change()
         num_bytes = OutputTensor(name, dtype, shape).num_bytes
         self.places[name] = Place(
             TensorInfo(name, dtype, shape, Path(self._scratch.name) / "not computed yet", 0, num_bytes), None, produce
@@ -105,11 +110,19 @@ class Overlay:
 
     def put_scalar(self, name: str, value: bytes, shape: tuple[int, ...] = ()) -> None:
         """A float32 scalar, 4 bytes little-endian, in place of what has the name."""
+        self.put_bytes(name, "F32", shape, value)
+
+    def put_bytes(self, name: str, dtype: str, shape: tuple[int, ...], content: bytes) -> None:
+        """A small tensor by its bytes, in place of what has the name."""
+        self.put(name, self.kept_aside(dtype, shape, content))
+
+    def kept_aside(self, dtype: str, shape: tuple[int, ...], content: bytes) -> TensorInfo:
+        """A small tensor in the scratch file, in no place of the checkpoint."""
         path = Path(self._scratch.name) / "scalars"
         with path.open("ab") as file:
             offset = file.tell()
-            file.write(value)
-        self.put(name, TensorInfo(name, "F32", shape, path, offset, 4))
+            file.write(content)
+        return TensorInfo("", dtype, shape, path, offset, len(content))
 
     def is_computed(self, name: str) -> bool:
         return name in self.places and self.places[name].produce is not None
@@ -118,18 +131,18 @@ class Overlay:
 
     def set_config(self, config: dict[str, Any]) -> None:
         """Another config.json."""
-        self._subject = None
+        self._change()
         self.config = config
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         self.write_file(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
     def write_file(self, name: str, content: bytes) -> None:
-        self._subject = None
+        self._change()
         self.files[name] = content
 
     def drop_file(self, name: str) -> None:
-        self._subject = None
+        self._change()
         self.files[name] = None
 
     # ---- what it makes
@@ -138,16 +151,19 @@ class Overlay:
     def subject(self) -> Subject:
         """The checkpoint as it stands with all changes."""
         if self._subject is None:
-            tensors = {name: self.places[name].info for name in self.places}
-            index = {
-                "metadata": {"total_size": sum(info.num_bytes for info in tensors.values())},
-                "weight_map": {name: info.file.name for name, info in tensors.items()},
-            }
-            shard = Shard(self.stored.path / SINGLE_NAME, tuple(tensors.values()), {})
-            config = copy.deepcopy(self.config)
-            checkpoint = replace(self.stored, config=config, shards=(shard,), tensors=tensors, unindexed={}, index=index)
-            self._subject = Overlaid(checkpoint, self.files)
+            self._subject = self.subject_with(self.config)
         return self._subject
+
+    def subject_with(self, config: dict[str, Any]) -> Subject:
+        """The checkpoint as it stands, under another config.json."""
+        tensors = {name: self.places[name].info for name in self.places}
+        index = {
+            "metadata": {"total_size": sum(info.num_bytes for info in tensors.values())},
+            "weight_map": {name: info.file.name for name, info in tensors.items()},
+        }
+        shard = Shard(self.stored.path / SINGLE_NAME, tuple(tensors.values()), {})
+        copied = copy.deepcopy(config)
+        return Overlaid(replace(self.stored, config=copied, shards=(shard,), tensors=tensors, unindexed={}, index=index), self.files)
 
     @property
     def state(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Repairs of NVFP4 scales: those that a shard can take from the shards it is fused with, reciprocals, orphans, unshared ones.
+"""Repairs of scales: those that a shard can take from the shards it is fused with, reciprocals, orphans, unshared ones.
 
 In: float32 scalars and, where fused shards have different global scales, the block scales and codes of those shards. Out: other
 scales; the 4-bit codes are never touched. Leaves out: the search for a shared global scale (formats/nvfp4_rescale.py).
@@ -7,6 +7,7 @@ scales; the 4-bit codes are never touched. Leaves out: the search for a shared g
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,16 @@ from mtpress.models.qwen3_5_engine import EngineLinear
 from mtpress.repairs.base_files import base_tensor, bring_back, group_of
 from mtpress.repairs.declaration import declare
 from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn
+from mtpress.rules.declaration import Declaration
 from mtpress.rules.rule import Finding, count
 from mtpress.rules.scales import PLAUSIBLE
-from mtpress.rules.stored import INPUT_SCALE, KV_SCALES, SCALE, SCALE_2, WEIGHT
+from mtpress.rules.stored import INPUT_SCALE, KV_SCALES, QZEROS, SCALARS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
 from mtpress.rules.subject import Subject
 
 if TYPE_CHECKING:
     import torch
 
+INPUT_SCALES = tuple(suffixes[1] for suffixes in SCALARS.values())
 AMAX_OF_SCALE = 2688  # 6 · 448
 LARGEST_AMAX = 100.0  # of a trained weight; above it a weight_scale_2 is no amax that was never divided, so it is a reciprocal
 
@@ -50,10 +53,42 @@ def sibling_scale(subject: Subject, name: str) -> float | None:
 
 def scale_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     suffix = finding.where[0].rpartition(".")[2]
-    if suffix == INPUT_SCALE and not any(name.endswith(f".{INPUT_SCALE}") for name in ctx.subject.tensors):
+    if suffix in INPUT_SCALES and not any(name.endswith(f".{suffix}") for name in ctx.subject.tensors):
         yield from declare(ctx)  # which then says that activations stay in 16 bits
         return
-    yield from _new_scales(ctx, finding.where, "is missing")
+    if suffix in (WEIGHT_SHAPE, QZEROS):
+        yield from _made_anew(ctx, finding.where, suffix)
+    else:
+        yield from _new_scales(ctx, finding.where, "is missing")
+
+
+def _made_anew(ctx: Context, names: tuple[str, ...], suffix: str) -> Iterator[Fix | Left]:
+    """What follows from the rest: the shape that compressed-tensors stores beside INT4 codes, and symmetric zero points."""
+    subject = ctx.subject
+    declared = subject.declared
+    others = list[str]()
+    for name in names:
+        module = name.rpartition(".")[0]
+        shape, scheme = subject.called_for.get(f"{module}.{WEIGHT}"), subject.schemes.get(module)
+        scales = subject.modules[module].get(SCALES)
+        if suffix == WEIGHT_SHAPE and shape is not None:
+            ctx.overlay.put_bytes(name, "I64", (2,), struct.pack("<2q", *shape))
+        elif scales is not None and scheme is not None and scheme.symmetric and scheme.bits == 4:
+            groups, n = scales.shape
+            stored_zero = b"\x88" if stored_as_is(declared) else b"\x77"
+            ctx.overlay.put_bytes(name, "I32", (groups, n // 8), stored_zero * (groups * n // 2))
+        else:
+            others.append(name)
+    if len(others) < len(names):
+        yield Fix(f"{count(len(names) - len(others), suffix)} made anew: it follows from the shape and the declaration")
+    if others:
+        yield from _new_scales(ctx, tuple(others), "is missing")
+
+
+def stored_as_is(declared: Declaration | None) -> bool:
+    """Whether a declaration stands for zero points that are stored as they are, not less one."""
+    said = declared.content if declared is not None else {}
+    return said.get("packing_format") == "auto_round" or said.get("checkpoint_format") == "gptq_v2"
 
 
 def scale_unsound(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -61,17 +96,17 @@ def scale_unsound(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def _new_scales(ctx: Context, names: tuple[str, ...], what: str) -> Iterator[Fix | Left]:
-    """input_scale from the shards of its fused linear, as the engine takes the largest of theirs; else the module in BF16 from the base."""
+    """A scale of activations from the shards of its fused linear, as the engine shares them; else the module in BF16 from the base."""
     shared, others = list[str](), list[str]()
     for name in names:
-        value = sibling_scale(ctx.subject, name) if name.endswith(f".{INPUT_SCALE}") else None
+        value = sibling_scale(ctx.subject, name) if name.rpartition(".")[2] in INPUT_SCALES else None
         if value is None:
             others.append(name)
         else:
             set_scalar(ctx, name, value)
             shared.append(name)
     if shared:
-        yield Fix(f"{count(len(shared), INPUT_SCALE)} taken from the shards it is fused with, as the engine does")
+        yield Fix(f"{count(len(shared), shared[0].rpartition('.')[2])} taken from the shards it is fused with, as the engine does")
     kv = [name for name in others if name.rpartition(".")[2] in KV_SCALES]
     modules = [name.rpartition(".")[0] for name in others if name not in kv]
     done, missing = bring_back(ctx, modules) if ctx.base is not None else ([], modules)
@@ -79,10 +114,7 @@ def _new_scales(ctx: Context, names: tuple[str, ...], what: str) -> Iterator[Fix
         yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
     if missing or kv:
         takes = AGAIN if kv or ctx.base is not None else f"--base SRC, which puts the module in BF16 in its place; or {AGAIN}"
-        yield Left(
-            f"the {(*missing, *kv)[0].rpartition('.')[2] if kv else 'scale'} of {(*missing, *kv)[0]} {what}, and nothing stored has it",
-            takes,
-        )
+        yield Left(f"a scale of {(*missing, *kv)[0]} {what}, and nothing stored has it", takes)
 
 
 def scale_orphan(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -92,27 +124,36 @@ def scale_orphan(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def scale_implausible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """Reciprocals are turned back: a weight_scale_2 that is too large to be an amax, and the input_scale where all of them are."""
+    """Numbers in the other layout's convention are turned back: a global scale of weights that is too large to be an amax (modelopt) or
+    too small to be a reciprocal (compressed-tensors), and the scale of activations where all of the weights' are."""
     subject = ctx.subject
     turned, others = 0, list[str]()
-    own = {name: value for name, value in subject.scalars.items() if name.endswith(f".{SCALE_2}")}
-    all_reciprocal = bool(own) and all(value > LARGEST_AMAX for value in own.values())
+    weights, inputs = next((pair for pair in SCALARS.values() if finding.where[0].rpartition(".")[2] in pair), SCALARS["nvfp4"])
+    own = {name: value for name, value in subject.scalars.items() if name.endswith(f".{weights}")}
+    everywhere = bool(own) and all(_is_reciprocal(weights, value) for value in own.values())
     for name in finding.where:
+        module, _, suffix = name.rpartition(".")
         value = subject.scalars[name]
-        if name.endswith(f".{SCALE_2}") and value > LARGEST_AMAX and _within(SCALE_2, 1 / value):
-            inputs = [n for n in subject.scalars if n.endswith(f".{INPUT_SCALE}")] if all_reciprocal else []
-            for one in (name, *(n for n in inputs if n.rpartition(".")[0] == name.rpartition(".")[0])):
+        if suffix == weights and _is_reciprocal(suffix, value):
+            beside = [n for n in (f"{module}.{inputs}",) if everywhere and n in subject.scalars]
+            for one in (name, *beside):
                 set_scalar(ctx, one, turned_back(subject.scalars[one], sibling_scale(subject, one)))
             turned += 1
-        elif not (all_reciprocal and name.endswith(f".{INPUT_SCALE}")):
+        elif not (everywhere and suffix == inputs):
             others.append(name)
     if turned:
-        yield Fix(f"{count(turned, SCALE_2)} turned back from the reciprocal")
+        yield Fix(f"{count(turned, weights)} turned back from the reciprocal")
     if others:
         yield Left(
             f"it cannot be said what {others[0]} = {subject.scalars[others[0]]:.3g} should be",
             "compare it with the source: mtpress check CKPT --base SRC",
         )
+
+
+def _is_reciprocal(suffix: str, value: float) -> bool:
+    """Whether a global scale of weights stands in the other layout's convention for certain."""
+    odd = value > LARGEST_AMAX if suffix == SCALE_2 else 0 < value < 1 / LARGEST_AMAX
+    return odd and _within(suffix, 1 / value)
 
 
 def _within(suffix: str, value: float) -> bool:
@@ -152,17 +193,19 @@ def fused_formats_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]
 
 
 def fused_input_scales_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """The largest number stored, which is what the engine takes in either layout."""
     subject = ctx.subject
     done = 0
     for linear in fused(subject):
-        names = [f"{module}.{INPUT_SCALE}" for module in linear.modules]
+        suffix = next((SCALARS[form][1] for form in SCALARS if subject.form(linear.modules[0]) == form), INPUT_SCALE)
+        names = [f"{module}.{suffix}" for module in linear.modules]
         values = {name: subject.scalars[name] for name in names if name in subject.scalars}
         if set(linear.modules) & set(finding.where) and len(values) == len(names) and all(map(math.isfinite, values.values())):
             for name in [name for name, value in values.items() if value != max(values.values())]:
                 set_scalar(ctx, name, max(values.values()))
                 done += 1
     if done:
-        yield Fix(f"{count(done, INPUT_SCALE)} set to the largest of its fused linear, which is what the engine takes")
+        yield Fix(f"{count(done, 'scale')} of activations set to the one of its fused linear that the engine takes")
     else:
         yield Left("some of the scales are no sound numbers", AGAIN)
 
@@ -180,15 +223,17 @@ def fused_scales_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     for linear in fused(subject):
         if not set(linear.modules) & set(finding.where):
             continue
-        parts = {m: [subject.tensors.get(f"{m}.{suffix}") for suffix in (WEIGHT, SCALE)] for m in linear.modules}
-        usable = all(subject.form(m) == "nvfp4" and f"{m}.{SCALE_2}" in subject.scalars for m in linear.modules)
-        if not usable or any(info is None or ctx.overlay.is_computed(info.name) for infos in parts.values() for info in infos):
+        shards = [shard_of(subject, module) for module in linear.modules]
+        whole = [shard for shard in shards if shard is not None]
+        if len(whole) < len(shards) or any(ctx.overlay.is_computed(info.name) for s in whole for info in (s.codes, s.blocks)):
             costs[linear.prefix] = math.nan
         elif not ctx.may_read:
+            for shard in whole:
+                set_scalar(ctx, shard.scalar, max(subject.scalars[s.scalar] for s in whole))
             done.append(linear.prefix)
         else:
-            told += wrong_label(ctx, linear)
-            cost = share(ctx, linear.modules)
+            told += wrong_label(ctx, whole)
+            cost = share(ctx, whole)
             if cost is None:
                 done.append(linear.prefix)
             else:
@@ -196,62 +241,89 @@ def fused_scales_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if done:
         label = f"; in {told} the scale itself was wrong, by the base" if told else ""
         sure = "" if ctx.may_read else ", if E4M3 allows it"
-        how = f"given one {SCALE_2}: block scales written anew, codes untouched, every weight keeps its value"
+        how = "given one global scale: block scales written anew, codes untouched, every weight keeps its value"
         yield Fix(f"{count(len(done), 'fused linear')} {how}{sure}{label}")
     if costs:
         worst = max(costs, key=lambda prefix: costs[prefix])
         yield Left(
-            f"{count(len(costs), 'fused linear')} cannot share a {SCALE_2} exactly; to round the block scales would change {worst} by "
+            f"{count(len(costs), 'fused linear')} cannot share a global scale exactly; to round the block scales would change {worst} by "
             f"{costs[worst]:.3g} (‖ŵ′ − ŵ‖/‖ŵ‖)",
             AGAIN,
         )
 
 
-def wrong_label(ctx: Context, linear: EngineLinear) -> bool:
+@dataclass(frozen=True)
+class Shard:
+    """A shard of a fused NVFP4 linear, in either layout. scale_2: what its block scales are multiplied with; scalar: its name."""
+
+    module: str
+    codes: TensorInfo
+    blocks: TensorInfo
+    scalar: str
+    scale_2: float
+    reciprocal: bool
+
+
+def shard_of(subject: Subject, module: str) -> Shard | None:
+    """None where the module is not whole NVFP4."""
+    form, tensors = subject.form(module), subject.modules.get(module, {})
+    if form not in SCALARS:
+        return None
+    scalar = f"{module}.{SCALARS[form][0]}"
+    codes, blocks = tensors.get(WEIGHT if form == "nvfp4" else WEIGHT_PACKED), tensors.get(SCALE)
+    value = subject.scalars.get(scalar, 0.0)
+    if codes is None or blocks is None or blocks.dtype != "F8_E4M3" or not (value > 0 and math.isfinite(value)):
+        return None
+    reciprocal = form != "nvfp4"
+    return Shard(module, codes, blocks, scalar, float32(1 / value) if reciprocal else value, reciprocal)
+
+
+def wrong_label(ctx: Context, shards: list[Shard]) -> bool:
     """With a base: gives every shard the largest global scale where that brings the weights nearer to the source than its own does."""
     from mtpress.comparison import relative_error
 
     subject = ctx.subject
-    values = {module: subject.scalars[f"{module}.{SCALE_2}"] for module in linear.modules}
-    largest = max(values, key=lambda module: values[module])
+    largest = max(shards, key=lambda shard: shard.scale_2)
     changed = False
-    for module, value in values.items():
-        origin = base_tensor(ctx, f"{module}.{WEIGHT}", subject.called_for.get(f"{module}.{WEIGHT}"))
-        if value == values[largest] or origin is None:
+    for shard in shards:
+        origin = base_tensor(ctx, f"{shard.module}.{WEIGHT}", subject.called_for.get(f"{shard.module}.{WEIGHT}"))
+        if shard.scale_2 == largest.scale_2 or origin is None:
             continue
-        packed, blocks = (subject.tensors[f"{module}.{suffix}"] for suffix in (WEIGHT, SCALE))
-        own, theirs = (relative_error(packed, blocks, subject.tensors[f"{m}.{SCALE_2}"], origin)[0] for m in (module, largest))
+        scales = [ctx.overlay.kept_aside("F32", (), struct.pack("<f", s.scale_2)) for s in (shard, largest)]
+        own, theirs = (relative_error(shard.codes, shard.blocks, scale, origin)[0] for scale in scales)
         if theirs < own:
-            set_scalar(ctx, f"{module}.{SCALE_2}", values[largest])
+            set_scalar(ctx, shard.scalar, subject.scalars[largest.scalar])
             changed = True
     return changed
 
 
-def share(ctx: Context, modules: tuple[str, ...]) -> float | None:
-    """Gives modules one global scale if no weight changes by it: None, and else what the best one would cost.
+def share(ctx: Context, shards: list[Shard]) -> float | None:
+    """Gives shards one global scale if no weight changes by it: None, and else what the best one would cost.
 
     Reads the block scales and, as blocks of zeros take any scale, the codes.
     """
     from mtpress.formats.nvfp4_rescale import Member, best_shared_scale, energies
 
-    subject = ctx.subject
-    own = {module: subject.scalars[f"{module}.{SCALE_2}"] for module in modules}
-    if len(set(own.values())) == 1:
+    shards = [again for shard in shards if (again := shard_of(ctx.subject, shard.module)) is not None]  # as wrong_label() left them
+    if len({shard.scale_2 for shard in shards}) == 1:
         return None
     try:
-        members = [
-            Member(own[m], energies(*(read_tensor(subject.tensors[f"{m}.{suffix}"]) for suffix in (SCALE, WEIGHT)))) for m in modules
-        ]
+        members = [Member(shard.scale_2, energies(read_tensor(shard.blocks), read_tensor(shard.codes))) for shard in shards]
     except ValueError:
         return math.nan
     shared = best_shared_scale(members)
+    stored = next((ctx.subject.scalars[s.scalar] for s in shards if s.scale_2 == shared.scale_2), None)
+    if stored is None:
+        stored = float32(1 / shared.scale_2) if shards[0].reciprocal else shared.scale_2
+        if shards[0].reciprocal and float32(1 / stored) != shared.scale_2:
+            return max((*shared.relative_errors, 2.0**-23))
     if not shared.exact:
         return max(shared.relative_errors)
-    for module in modules:
-        if own[module] != shared.scale_2:
-            info = subject.tensors[f"{module}.{SCALE}"]
-            ctx.overlay.compute(info.name, info.dtype, info.shape, partial(_rewritten, info, own[module], shared.scale_2))
-            set_scalar(ctx, f"{module}.{SCALE_2}", shared.scale_2)
+    for shard in shards:
+        if shard.scale_2 != shared.scale_2:
+            info = shard.blocks
+            ctx.overlay.compute(info.name, info.dtype, info.shape, partial(_rewritten, info, shard.scale_2, shared.scale_2))
+            set_scalar(ctx, shard.scalar, stored)
     return None
 
 
@@ -259,6 +331,24 @@ def _rewritten(blocks: TensorInfo, own: float, shared: float) -> "torch.Tensor":
     from mtpress.formats.nvfp4_rescale import reexpress
 
     return reexpress(read_tensor(blocks), own, shared).scales
+
+
+def zeros_convention(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """Symmetric zero points of 4 bits: 8 stored less one by GPTQ's first version and auto_round:auto_gptq, as it is by the others."""
+    declared, subject = ctx.subject.declared, ctx.subject
+    said = declared.content if declared is not None else {}
+    as_is = stored_as_is(declared)
+    if said.get("bits") != 4:
+        yield Left("only zero points of 4 bits are rewritten", AGAIN)
+        return
+    for name in finding.where:
+        info = subject.tensors[name]
+        ctx.overlay.put_bytes(name, info.dtype, info.shape, (b"\x88" if as_is else b"\x77") * info.num_bytes)
+    yield Fix(f"{count(len(finding.where), 'tensor')} of zero points written in the convention of the declared layout")
+
+
+def zeros_asymmetric(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield Left("the codes were made for other zero points than the engine takes", AGAIN)
 
 
 def input_scales_unused(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -280,6 +370,8 @@ REPAIRS = (
            "else left, with the error it would cost. `--base` tells a global scale that is wrong from one that is not shared",
            fused_scales_differ),
     Repair("fused-input-scales-differ", "set to the largest of the linear, as the engine does", fused_input_scales_differ),
+    Repair("zeros-convention", "the zero points are written in the convention of the declared layout", zeros_convention),
+    Repair("zeros-asymmetric", "left: the codes were made for other zero points than the engine takes", zeros_asymmetric),
     Repair("in-proj-ab-quantized", "nothing is wrong, it is a choice of the build"),
     Repair("input-scales-unused", "dropped, as vLLM does", input_scales_unused),
 )  # fmt: skip

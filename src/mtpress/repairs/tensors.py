@@ -2,16 +2,18 @@
 
 import math
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
 from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE
 from mtpress.repairs.base_files import base_tensor, bring_back
-from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.declaration import declare, stored_bits
+from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.rule import Finding, count
-from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, WEIGHT
-from mtpress.rules.tensors import SCALE_DTYPES
+from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
+from mtpress.rules.tensors import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,10 @@ def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | L
             done.append(name)
         else:
             missing.append(name)
+    if len(quantized := [module for module in modules if subject.form(module) not in ("plain", "none")]) > len(subject.quantized) / 2:
+        share = f"{len(quantized)} of {len(subject.quantized)} quantized matrices"
+        yield Left(f"{share} are so: config.json or the declaration is wrong, not they", AGAIN)
+        modules = [module for module in modules if module not in quantized]
     brought, not_there = bring_back(ctx, modules)
     done, missing = done + brought, missing + not_there
     if done:
@@ -104,9 +110,9 @@ def weight_dtype(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     cast, others = list[str](), list[str]()
     for name in finding.where:
         info, suffix = subject.tensors[name], name.rpartition(".")[2]
-        wanted = SCALE_DTYPES.get(suffix) if subject.form(subject.model.module_of(name)) == "nvfp4" else None
-        wanted = wanted or ("F32" if suffix in KV_SCALES else None)
-        if wanted and (info.dtype in PLAIN_DTYPES or info.dtype.startswith("F8_")) and (not ctx.may_read or is_exact(info, wanted)):
+        known = DTYPES.get(subject.form(subject.model.module_of(name)), {}).get(suffix)
+        wanted = known[0] if known else "F32" if suffix in KV_SCALES else None
+        if wanted and _is_float(wanted) == _is_float(info.dtype) and (not ctx.may_read or is_exact(info, wanted)):
             put_cast(ctx, info, wanted)
             cast.append(name)
         else:
@@ -115,6 +121,10 @@ def weight_dtype(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield Fix(f"{count(len(cast), 'scale')} cast, no value changes" + ("" if ctx.may_read else ", if every value allows it"))
     if others:
         yield from from_base(ctx, tuple(others), f"{others[0]} in its dtype")
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype in PLAIN_DTYPES or dtype.startswith("F8_")
 
 
 def weight_precision(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -181,7 +191,26 @@ def put_cast(ctx: Context, info: TensorInfo, dtype: str) -> None:
 
 
 def weight_shape(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    yield from from_base(ctx, finding.where, f"{finding.where[0]} in its shape")
+    """From the base; but the shape that compressed-tensors stores beside INT4 codes follows from config.json, if they have it."""
+    subject, names = ctx.subject, set(finding.where)
+    modules = {subject.model.module_of(name) for name in names}
+    schemes = {module: subject.schemes[module].bits for module in modules if module in subject.schemes}
+    if schemes and all(stored_bits(subject, module) not in (None, bits) for module, bits in schemes.items()):
+        yield from declare(ctx)  # the bits that are declared are wrong
+        return
+    said = [name for name in finding.where if name.endswith(f".{WEIGHT_SHAPE}")]
+    alone = [name for name in said if not names & {name.replace(WEIGHT_SHAPE, suffix) for suffix in (WEIGHT_PACKED, SCALE)}]
+    for name in alone:
+        shape = subject.called_for[name.replace(WEIGHT_SHAPE, WEIGHT)]
+        ctx.overlay.put_bytes(name, "I64", (2,), struct.pack("<2q", *shape))
+    if alone:
+        yield Fix(f"{count(len(alone), WEIGHT_SHAPE)} set to what the codes have")
+    if rest := tuple(name for name in finding.where if name not in alone):
+        yield from from_base(ctx, rest, f"{rest[0]} in its shape")
+
+
+def n_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield Left("in BF16 it would take more room and be slower on a GPU, where it is only padded", "keep it in BF16 when quantizing again")
 
 
 def k_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -196,5 +225,6 @@ REPAIRS = (
     Repair("weight-precision", "put from the base (`--base`), or cast where every value is a BF16 number; else left, with the error",
            weight_precision),
     Repair("weight-shape", "put from the base in BF16 (`--base`)", weight_shape),
+    Repair("n-not-divisible", "left: on a GPU it works", n_not_divisible),
     Repair("k-not-divisible", "put from the base in BF16 (`--base`)", k_not_divisible),
 )  # fmt: skip

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint import Checkpoint, resolve
 from mtpress.comparison import compare
 from mtpress.errors import InputError
 from mtpress.progress import human_bytes
@@ -111,6 +111,8 @@ def repair(
     target = Path(out)
     if target.exists():
         raise InputError(f"{target}: exists already; name a directory that does not")
+    if resolve(checkpoint).resolve() in target.resolve().parents:
+        raise InputError(f"{target}: lies inside {checkpoint}, which is not to be changed; name a directory elsewhere")
     source = open_base(base, str(checkpoint)) if base is not None else None
     opened = open_broken(checkpoint, source)
     with Overlay(opened.stored, config_is_new=opened.config_is_new) as overlay:
@@ -133,6 +135,8 @@ def repair(
                 entries = recorded(source, opened.findings, by_weight, outcomes, opened.left_out)
                 revision.write(target, "repair", entries, silent=silent)
                 findings = judged(target, overlay, source if look else None)
+        final = {finding.id for finding in findings} | {finding.id for finding in by_weight}
+        outcomes = [outcome for outcome in outcomes if outcome.fixed or outcome.finding.id in final]  # others went with a later repair
         mended = {outcome.finding.id for outcome in outcomes if outcome.fixed and not outcome.left}
         findings += [finding for finding in by_weight if finding.id not in mended]
         told_of = {outcome.finding.id for outcome in outcomes if outcome.left}
@@ -158,7 +162,8 @@ def judged(out: Path, overlay: Overlay, base: Checkpoint | None) -> list[Finding
     if base is not None:
         changed = {name: made.tensors[name] for name in overlay.new_tensors}
         whole = {name: info for name, info in made.tensors.items() if name.rpartition(".")[0] in {n.rpartition(".")[0] for n in changed}}
-        findings += apply(BASE_RULES, compare(Subject(replace(made, tensors=whole)), base, silent=True))
+        errors = [rule for rule in BASE_RULES if rule.severity == "error"]
+        findings += apply(errors, compare(Subject(replace(made, tensors=whole)), base, silent=True))
     return findings
 
 
