@@ -1,10 +1,10 @@
-"""A weight-only pass over a full-width checkpoint against plainly reading its bytes and writing the output's, cold caches.
+"""Weight-only passes over a full-width checkpoint against plainly reading its bytes and writing the output's, cold caches.
 
     python benchmarks/bench_weight_only.py [--layers 16] [--rounds 2] [--source DIR] [--json FILE]
 
-Out: a table and JSON: seconds of each way in turn (fastest of the rounds), ratios, peak memory of the quantizing process; and
-inspect on the headers of all 64 layers. "plain" reads and writes as cp does, through the page cache, with an fsync at the
-end; "plain, direct" goes past the page cache, as mtpress does.
+Out: a table and JSON: seconds of each way in turn (fastest of the rounds), ratios, peak memory of the quantizing processes: NVFP4,
+INT4 with searched scales, INT4 by plain rounding; and inspect on the headers of all 64 layers. "plain" reads and writes as cp does,
+through the page cache, with an fsync at the end; "plain, direct" goes past the page cache, as mtpress does.
 """
 
 import mmap
@@ -18,6 +18,7 @@ from full_size import make_full_size
 from measuring import make_cold, mtpress, options, record, table, write_json
 from mtpress.checkpoint import Checkpoint
 from mtpress.progress import human_bytes
+from mtpress.recipe import recipe_file
 
 PIECE = 16 << 20
 
@@ -57,26 +58,42 @@ def main() -> None:
         source = chosen.source or Path(scratch) / "source"
         if chosen.source is None:
             make_full_size(source, layers=chosen.layers, silent=False)
-        runs = []
-        spent: dict[str, list[float]] = {"mtpress": [], "plain": [], "plain, direct": []}
+        rtn = Path(scratch) / "int4-rtn.yaml"
+        rtn.write_text(recipe_file("int4-mtp-vlm").read_text().replace("rounding: search", "rounding: rtn"))
+        # NVFP4 last: the plain ways write as much as it does
+        ways = {"INT4, rtn": [rtn], "INT4, search": ["int4-mtp-vlm"], "mtpress": ["nvfp4-mtp-vlm", "--weight-only", "0.01"]}
+        peaks: dict[str, int] = {}
+        spent: dict[str, list[float]] = {way: [] for way in (*ways, "plain", "plain, direct")}
         for _ in range(chosen.rounds):
-            make_cold(source)
-            runs.append(mtpress("quantize", source, out, "--recipe", "nvfp4-mtp-vlm", "--weight-only", "0.01"))
-            spent["mtpress"].append(runs[-1].seconds)
-            made, sizes = record(out), (Checkpoint.open(source).num_bytes, Checkpoint.open(out).num_bytes)
-            shutil.rmtree(out)
+            for way, recipe in ways.items():
+                make_cold(source)
+                run = mtpress("quantize", source, out, "--recipe", *recipe)
+                spent[way].append(run.seconds)
+                peaks[way] = max(run.peak_bytes, peaks.get(way, 0))
+                made, sizes = record(out), (Checkpoint.open(source).num_bytes, Checkpoint.open(out).num_bytes)
+                shutil.rmtree(out)
             spent["plain"].append(plain(source, copy, sizes[1], 0))
             spent["plain, direct"].append(plain(source, copy, sizes[1], os.O_DIRECT))
     best = {way: min(seconds) for way, seconds in spent.items()}
     found = {
         "layers": chosen.layers, "source_bytes": sizes[0], "output_bytes": sizes[1], "seconds": spent,
         "ratio_to_plain": best["mtpress"] / best["plain"], "ratio_to_plain_direct": best["mtpress"] / best["plain, direct"],
-        "peak_memory_bytes": max(run.peak_bytes for run in runs), "preflight": made["preflight"], "inspect_27b_seconds": inspect_seconds,
+        "ratio_to_nvfp4": {way: best[way] / best["mtpress"] for way in ways}, "peak_memory_bytes": peaks["mtpress"],
+        "peak_memory_bytes_by_way": peaks, "preflight": made["preflight"], "inspect_27b_seconds": inspect_seconds,
     }  # fmt: skip
     print(f"{human_bytes(sizes[0])} read, {human_bytes(sizes[1])} written, {chosen.layers} layers")
-    rows = [(way, best[way], best["mtpress"] / best[way], " ".join(f"{s:.1f}" for s in spent[way])) for way in spent]
-    table(["way", "seconds", "mtpress / way", "rounds"], rows)
-    print(f"peak memory {human_bytes(max(run.peak_bytes for run in runs))}; inspect of 64 layers {inspect_seconds:.2f} s")
+    rows = [
+        (
+            way,
+            best[way],
+            best["mtpress"] / best[way],
+            human_bytes(peaks[way]) if way in peaks else "",
+            " ".join(f"{s:.1f}" for s in seconds),
+        )
+        for way, seconds in spent.items()
+    ]
+    table(["way", "seconds", "mtpress / way", "peak memory", "rounds"], rows)
+    print(f"inspect of 64 layers {inspect_seconds:.2f} s")
     write_json(chosen.json, found)
 
 
