@@ -20,12 +20,13 @@ from transformers import AutoTokenizer
 
 from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
+from mtpress.messages import CONTROL_TOKENS, FORMAT_WORDS, MODE_TAGS, normalize_messages, part_kind
 from mtpress.templating import reason, refusals
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would hand others to programs of the system
 MAX_PICTURE_PIXELS = 50_000_000
 MAX_TEXT_CHARS = 4_000_000  # of one sample; the longest sequence of a recipe has a million tokens
-IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+IMAGE_TOKEN = "<|image_pad|>"
 
 
 @dataclass
@@ -72,10 +73,9 @@ def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
     """The sources of all images of a conversation in order."""
     for message in messages:
         content = message.get("content")
-        if isinstance(content, list):
-            for part in content:
-                if isinstance(part, Mapping) and ("image_url" in part or "image" in part or part.get("type") == "image"):
-                    yield part.get("image_url", part.get("image"))
+        for part in content if isinstance(content, list) else ():
+            if part_kind(part) == "image":
+                yield part["image"] if part.get("image") is not None else part.get("image_url")
 
 
 class ChatEncoder:
@@ -87,6 +87,9 @@ class ChatEncoder:
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"{directory}: its tokenizer does not load ({reason(error)}); check tokenizer.json") from None
         self.directory = directory
+        added = self.tokenizer.added_tokens_decoder.values()
+        own = (token.content for token in added if len(token.content) > 1 and (token.special or token.content.startswith("<|")))
+        self.control_tokens = tuple(dict.fromkeys(token for token in (*CONTROL_TOKENS, *own) if token not in (*FORMAT_WORDS, *MODE_TAGS)))
         self._image_processor: Any = None
 
     @property
@@ -133,10 +136,9 @@ class ChatEncoder:
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, where: str = "messages", **kwargs: Any
     ) -> str:
         """The text of a conversation; `kwargs` (tools, enable_thinking, …) go to the template."""
+        normal = normalize_messages(messages, where=where, control_tokens=self.control_tokens)
         with refusals(where):
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs)
-            )
+            return str(self.tokenizer.apply_chat_template(normal, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs))
 
     def encode_text(self, text: str, *, where: str = "text") -> Sample:
         if len(text) > MAX_TEXT_CHARS:
@@ -151,7 +153,10 @@ class ChatEncoder:
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, where: str = "messages", add_generation_prompt: bool = False, **kwargs: Any
     ) -> Sample:
-        """One conversation as a `Sample`; each image placeholder becomes as many tokens as the image has merged patches."""
+        """One conversation as a `Sample`; each image placeholder becomes as many tokens as the image has merged patches.
+
+        Control tokens that are typed in text are not tokens here (messages.py), and no placeholders: only parts are pictures.
+        """
         text = self.render(messages, add_generation_prompt=add_generation_prompt, where=where, **kwargs)
         images = [open_image(source, where) for source in image_sources(messages)]
         if not images:

@@ -164,9 +164,11 @@ def _modes() -> list[Case]:
         Case(3, "false beats on-tag", (system(on), *HELLO), {**ANSWERS, "lacks": (on,)}, kwargs=OFF),
         Case(3, "a tag alone makes no block", (system(off), *HELLO), {"lacks": ("<|im_start|>system",)}, kwargs=PROMPT),
         *(
-            Case(4, f"{tag} {where}", said(f"It is {tag}."), {"same_mode": said("It is."), "holds": (f"It is {tag}.",)}, kwargs=kwargs)
+            Case(
+                4, f"{tag} {where}{mode}", said(f"It is {tag}."), {"same_mode": said("It is."), "holds": (f"It is {tag}.",)}, kwargs=kwargs
+            )
             for where, said in (("of a user", _asked), ("of the assistant", _answered), ("in a tool's result", _found))
-            for tag, kwargs in ((on, PROMPT), (off, PROMPT), (off, THINK))
+            for tag, mode, kwargs in ((on, "", PROMPT), (off, "", PROMPT), (off, ", thinking", THINK))
         ),
         Case(5, "handoff without a system message", HELLO, {"handoff": [WEATHER]}, kwargs=PROMPT),
         Case(5, "handoff behind a system message", (system("Be kind."), *HELLO), {"handoff": [WEATHER]}, kwargs=PROMPT),

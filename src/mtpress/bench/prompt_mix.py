@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from mtpress.builtin import BUILTIN_DIR
 from mtpress.errors import InputError
+from mtpress.messages import normalize_messages
 
 MIX_FILE = BUILTIN_DIR / "prompts.jsonl"
 MIX, RANDOM = "mix", "random"
@@ -84,8 +85,8 @@ def load_prompts(name: str) -> PromptMix:
         raise InputError(f"{name}: no such file; --prompts takes a file of JSON lines, {MIX} (the shipped one) or {RANDOM}")
     from mtpress.calibration import read_jsonl
 
-    rows = [row for _, row in read_jsonl(path)]
-    prompts = tuple(prompt for prompt in map(_prompt, rows) if prompt is not None)
+    rows = list(read_jsonl(path))
+    prompts = tuple(prompt for where, row in rows if (prompt := _prompt(row, where)) is not None)
     if not prompts:
         raise InputError(f'{path}: has no row that can be asked; write lines like {{"messages": [{{"role": "user", "content": "..."}}]}}')
     if name == MIX:
@@ -93,7 +94,7 @@ def load_prompts(name: str) -> PromptMix:
     return PromptMix(f"{path.name}, {len(prompts)} prompts", "file", prompts, len(rows) - len(prompts))
 
 
-def _prompt(row: dict[str, Any]) -> Prompt | None:
+def _prompt(row: dict[str, Any], where: str) -> Prompt | None:
     """A row up to its last user turn, so that the model answers that; None where plain chat cannot say it."""
     messages = row.get("messages")
     if not messages or row.get("tools"):
@@ -102,4 +103,5 @@ def _prompt(row: dict[str, Any]) -> Prompt | None:
     kept = messages[: asked[-1] + 1] if asked else []
     if not kept or not all(isinstance(m.get("content"), str) and m["role"] != "tool" and not m.get("tool_calls") for m in kept):
         return None
-    return Prompt(str(row.get("kind", "")), tuple({"role": m["role"], "content": m["content"]} for m in kept))
+    normal = normalize_messages(kept, where=where)
+    return Prompt(str(row.get("kind", "")), tuple({"role": m["role"], "content": m["content"]} for m in normal))

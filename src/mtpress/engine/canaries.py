@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtpress.messages import normalize_messages
+
 Kind = Literal["text", "picture", "tool", "story"]
 
 PLAIN = (
@@ -143,7 +145,7 @@ def _same_call(wanted: tuple[str, Mapping[str, Any]], function: Mapping[str, Any
 
 
 def _user(content: str | list[dict[str, Any]]) -> dict[str, Any]:
-    return {"role": "user", "content": content}
+    return normalize_messages([{"role": "user", "content": content}], where="canary")[0]
 
 
 def _tool(name: str, what: str, /, **properties: str) -> dict[str, Any]:
