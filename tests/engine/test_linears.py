@@ -70,6 +70,8 @@ def test_the_linears_are_those_that_vllm_builds(bf16_model: Path, engine_python:
     for name in ("nvfp4-mtp-vlm", "nvfp4-mtp-text"):
         paths[name] = tmp_path / name
         quantize(bf16_model, paths[name], load_recipe(name).model_copy(update={"constant_input_scale": 0.01}), silent=True)
+    paths["int4-mtp-vlm"] = tmp_path / "int4-mtp-vlm"
+    quantize(bf16_model, paths["int4-mtp-vlm"], load_recipe("int4-mtp-vlm"), silent=True)
     paths |= {name: with_list(paths["nvfp4-mtp-vlm"], tmp_path / name, entries) for name, entries in LISTS.items()}
     contents = {name: content for name, content in CONFIGS.items() if name in QUICK or os.environ.get("MTPRESS_SOAK")}
     paths |= {name: with_config(paths["nvfp4-mtp-vlm"], tmp_path / name, content) for name, content in contents.items()}
@@ -82,7 +84,11 @@ def test_the_linears_are_those_that_vllm_builds(bf16_model: Path, engine_python:
     found = json.loads((tmp_path / "found.json").read_text())
     for path, built in zip([*paths.values(), Path(text_only)], found, strict=True):
         assert "error" not in built, (path.name, built)
-        compare_with_built(Subject(Checkpoint.open(path)), built, with_tower=path != Path(text_only))
+        subject = Subject(Checkpoint.open(path))
+        compare_with_built(subject, built, with_tower=path != Path(text_only))
+        if path.name == "int4-mtp-vlm":  # what is packed, and nothing else
+            taken = {m for linear, verdict in subject.verdicts.items() if verdict == "quantized" for m in linear.modules}
+            assert taken == set(subject.quantized)
 
 
 def compare_with_built(subject: Subject, built: dict[str, Any], *, with_tower: bool) -> None:
