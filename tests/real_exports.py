@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,8 +63,9 @@ def real_export(name: str) -> Path:
     with (KEPT / f"{name}.flock").open("w") as flock:
         fcntl.flock(flock, fcntl.LOCK_EX)
         if not out.is_dir():
-            for older in KEPT.glob(f"{name}-{'?' * 16}*"):
-                shutil.rmtree(older)
+            for older in KEPT.iterdir():
+                if re.fullmatch(rf"{name}-[0-9a-f]{{16}}(\.partial)?", older.name):
+                    shutil.rmtree(older)
             began = time.monotonic()
             print(f"making {out.relative_to(ROOT)} with {EXPORTS[name].environment}", file=sys.stderr, flush=True)
             partial = out.with_name(out.name + ".partial")
