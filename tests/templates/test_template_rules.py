@@ -1,10 +1,16 @@
 """Our template keeps rules 1 to 21; the cases are mtpress.templating_cases."""
 
+import hashlib
 import itertools
+import json
+import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from corpus import documents
+from mtpress import templating
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.errors import InputError
 from mtpress.messages import CONTROL_TOKENS
@@ -13,6 +19,7 @@ from mtpress.templating_cases import CASES, HELLO, NO_THOUGHT, PREAMBLE, WEATHER
 
 HANDOFF = "Reason fully and verify the result inside the thought. Then close the thought and answer. Do not confirm again what is settled."
 HANDOFF_WITH_TOOLS = "Reason fully inside the thought. Then close it and call a function or answer. Do not confirm again what is settled."
+LEARNED = "f00fbe82d4245169afbbd8022507b0824f059e88302db99558f95c88a9a65cb7"  # SHA-256, see its test
 LABELS = [f"{case.number:02} {case.title}" for case in CASES]
 
 
@@ -51,8 +58,8 @@ BROKEN = (
     ("'' if turn.thought.endswith('\\n') else '\\n'", "'\\n'", {16}),
     ("set text = turn.text if show_thought or show_none else turn.text.lstrip('\\n')", "set text = turn.text | trim", {16}),
     ("not turn.thought and not (past.on and not past.off)", "not turn.thought", {17}),
-    ("~ tool_calls_of(message, text) ~ '<|im_end|>'", "~ tool_calls_of(message, text) | trim ~ '<|im_end|>'", set()),
     ("preserve_thinking is false -%}\n", "true -%}\n", {17}),
+    ("'' if turn.text.startswith('\\n') else '\\n\\n') -", "'') -", {16, 18}),
     ("kind in ('image', 'image_url')", "kind == 'image'", {19}),
     ("set seen.images = seen.images + 1", "set seen.images = 1", {20}),
     ("'<|im_end|>', '<|object_ref_start|>'", "'<|object_ref_start|>'", {21}),
@@ -67,8 +74,6 @@ def test_a_template_that_breaks_a_rule_is_told_which(old: str, new: str, numbers
 
 
 def test_behaviour_of_templates_that_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtpress import templating
-
     assert behaviour(template()) == []
     assert {failure.number for failure in behaviour("{% if %}")} == set(range(1, 22))
     assert len(behaviour("{{ messages.nothing.at_all }}")) == len(CASES)
@@ -125,8 +130,6 @@ def test_18_transformers_goes_on_with_the_last_message() -> None:
 
 
 def test_21_the_control_tokens_are_those_of_the_vocabulary() -> None:
-    import json
-
     added = json.loads((BUILTIN_MODEL / "tokenizer.json").read_text())["added_tokens"]
     acting = {token["content"] for token in added if token["special"] or token["content"].startswith("<|")}
     assert acting == set(CONTROL_TOKENS)
@@ -194,11 +197,6 @@ def test_the_shipped_model_has_this_template() -> None:
 
 def test_what_the_shipped_model_learned_is_rendered_as_then() -> None:
     """SHA-256 of the rendered training documents, taken with the template that mtpress-tiny was trained with."""
-    import hashlib
-    from itertools import islice
-
-    from corpus import documents
-
     digest = hashlib.sha256()
     for document in islice(documents("train"), 500):
         if document.messages:
@@ -208,11 +206,14 @@ def test_what_the_shipped_model_learned_is_rendered_as_then() -> None:
     assert digest.hexdigest() == LEARNED
 
 
-LEARNED = "f00fbe82d4245169afbbd8022507b0824f059e88302db99558f95c88a9a65cb7"
-
-
 def test_comments_name_every_rule() -> None:
-    import re
-
     named = {int(number) for group in re.findall(r"\(((?:\d+(?:, )?)+)\)", Path(TEMPLATE).read_text()) for number in group.split(", ")}
     assert set(range(1, 22)) - {4, 8, 18} <= named
+
+
+def test_the_guide_has_every_rule_and_the_words_of_the_handoff() -> None:
+    guide = (Path(__file__).parents[2] / "docs/chat-template.md").read_text()
+    rules = guide.partition("## The rules")[2].partition("\n## ")[0]
+    assert [int(number) for number in re.findall(r"^(\d+)\. ", rules, re.MULTILINE)] == list(range(1, 28))
+    assert f"> {HANDOFF}\n" in guide and f"> {HANDOFF_WITH_TOOLS}\n" in guide
+    assert guide.count("<!-- official templates -->") == 1 and "<!-- end -->" in guide.partition("<!-- official templates -->")[2]
