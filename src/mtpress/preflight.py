@@ -14,7 +14,7 @@ of this one).
 
 A run that tunes its layers by gradients (rounding signround) takes in place of that forward
     time     the forward twice, and for each iteration: 7 · parameters of the linears · tokens of the batch / matmul rate (a product
-             forwards, two slower ones backwards), attention and delta rule with their backward, and 100 bytes a tuned weight / copy rate
+             forwards, two slower ones backwards), attention and delta rule with their backward, and 30 bytes a tuned weight / copy rate
     memory   a layer + 2.7 bytes a tuned weight (4.7 where batches go through in pieces) + the largest matrix + what autograd keeps
     disk     the output + three boundaries of two streams of hidden states
 """
@@ -42,7 +42,7 @@ NAME_BYTES = 400  # a tensor in a header, the index, the ignore lists and the jo
 START_SECONDS = 0.5
 TUNED_BYTES = 2.7  # a weight: its offset, the best code, a share of its group's parameters
 GRADIENT_BYTES = 2.0  # a weight, where a batch goes in pieces
-TUNED_TRAFFIC = 100.0  # bytes a weight and iteration, as if copied: weights made twice, the step, the best kept, what is allocated
+TUNED_TRAFFIC = 30.0  # bytes a weight and iteration, as if copied: weights made twice, the step, the best kept, what is allocated
 ATTENTION_BACKWARD, RULE_BACKWARD = 2.5, 8.0  # times the forward
 WORKER_START_SECONDS = 5.0  # a fresh Python that loads its libraries
 
