@@ -143,6 +143,8 @@ BROKEN_SHARDS: dict[str, tuple[bytes, str]] = {
     "no UTF-8": (shard_bytes(b'{"\xff": {}}'), "not JSON"),
     "nested without end": (shard_bytes(b"[" * 100_000), "not JSON"),
     "a list": (shard_bytes([1]), "not a JSON object"),
+    "a name with half a pair": (shard_bytes(b'{"\\ud800": %b}' % json.dumps(ENTRY).encode(), b"1234"), "not text"),
+    "a name that is no UTF-8": (shard_bytes(b'{"\xed\xa0\x80": %b}' % json.dumps(ENTRY).encode(), b"1234"), "not text"),
     "a name twice": (shard_bytes(b'{"a": %b, "a": %b}' % ((json.dumps(ENTRY).encode(),) * 2), b"1234"), "'a' stands twice"),
     "a key of an entry twice": (
         shard_bytes(b'{"a": {"dtype": "U8", "dtype": "I8", "shape": [0], "data_offsets": [0, 0]}}'),

@@ -148,6 +148,8 @@ def read_shard(path: Path) -> Shard:
 
 def _tensor_info(name: str, entry: Any, path: Path, data_start: int, refuse: Any) -> TensorInfo:
     shown = name[:80]
+    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise refuse("the name of a tensor is not text")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse(f"tensor {shown}: its entry is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

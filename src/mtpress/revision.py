@@ -126,7 +126,9 @@ class Revision:
 
     def plan(self) -> RevisionPlan:
         """The whole output from headers and file sizes; no weight is read."""
-        kept, rewritten, added = self._shards()
+        return self._plan(*self._shards())
+
+    def _plan(self, kept: set[str], rewritten: dict[str, list[Change]], added: dict[str, list[Change]]) -> RevisionPlan:
         linked = [path for path in self.source_shards if path.name in kept]
         carried = self._carried()
         shards = rewritten | added
@@ -158,15 +160,19 @@ class Revision:
         kept: set[str] = set()
         rewritten: dict[str, list[Change]] = {}
         placed: list[str] = []
+        touched = self._renamed.keys() | self._new.keys()
         for shard in self.source.shards:
+            if all(info.name not in touched and self._counts(info) for info in shard.tensors):
+                placed += [info.name for info in shard.tensors]
+                kept.add(shard.path.name)
+                continue
             changes = [change for info in shard.tensors if (change := self._of(info)) is not None]
             placed += [change.tensor.name for change in changes]
-            if [(change.tensor.name, change.origin) for change in changes] == [(info.name, info) for info in shard.tensors]:
-                kept.add(shard.path.name)
-            elif changes:
+            if changes:
                 rewritten[shard.path.name] = changes
-        assert len(placed) == len(set(placed)), "two tensors of one name"
-        new = [change for name, change in self._new.items() if name not in placed]
+        there = set(placed)
+        assert len(placed) == len(there), "two tensors of one name"
+        new = [change for name, change in self._new.items() if name not in there]
         heads = [change for change in new if change.tensor.name.startswith(MTP_PREFIX)]
         others = [change for change in new if change not in heads]
         added: dict[str, list[Change]] = {}
@@ -176,9 +182,13 @@ class Revision:
                 added[_free_name(stem, number, stem == "model-mtp", taken)] = changes
         return kept, rewritten, added
 
+    def _counts(self, info: TensorInfo) -> bool:
+        """Whether a stored tensor is the one of its name; one that is stored twice counts once."""
+        return (self.source.tensors.get(info.name) or self.source.unindexed.get(info.name)) is info
+
     def _of(self, info: TensorInfo) -> Change | None:
-        """What stands in the place of a stored tensor. One that is stored twice, and here not the one that counts, leaves."""
-        if self.source.tensors.get(info.name, self.source.unindexed.get(info.name)) != info:
+        """What stands in the place of a stored tensor; nothing where it leaves."""
+        if not self._counts(info):
             return None
         if (change := self._new.get(info.name)) is not None:
             assert self._renamed.get(info.name) is None, f"{info.name}: renamed and replaced"
@@ -209,7 +219,7 @@ class Revision:
             raise InputError(f"{out}: lies inside {self.source.path}, which is not to be changed; name a directory elsewhere")
         started = time.perf_counter()
         kept, rewritten, added = self._shards()
-        shards, plan, carried = rewritten | added, self.plan(), self._carried()
+        shards, plan, carried = rewritten | added, self._plan(kept, rewritten, added), self._carried()
         guard, origins = SourceGuard(self.source), _fingerprints(shards)
         layout = {file: [change.tensor for change in changes] for file, changes in shards.items()}
         linked = [shard for shard in self.source.shards if shard.path.name in kept]

@@ -83,13 +83,14 @@ def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, silent: 
     for name, info in head.items():
         if name not in kept:
             revised.put(OutputTensor(name, info.dtype, info.shape), info)
-    stays = {name: info for name, info in source.tensors.items() if name not in {*there, *strays}}
+    leaves = {*there, *strays}
+    stays = {name: info for name, info in source.tensors.items() if name not in leaves}
     files = _config_files(subject, giver, stays | head)
     for name, content in files.items():
         revised.write_file(name, content)
     if revised.unchanged and _names_all(source, head):
         raise InputError(f"{source.path}: has this draft head already, bit for bit, and its configs spare it; nothing to graft")
-    origin = {"name": giver.path.name if Path(base).is_dir() else str(base), "identity": giver.identity}
+    origin = {"name": giver.path.resolve().name if Path(base).is_dir() else str(base), "identity": giver.identity}
     entries = {"draft_head": "the base's, bit for bit", "base": origin, "removed": removed}
     done = revised.write(target, "graft", entries, silent=silent)
     return GraftResult(
