@@ -6,14 +6,12 @@ In: the findings of rules/base.py. Out: the base's tensors in place of those tha
 import copy
 from collections.abc import Iterator
 
-from mtpress.repairs.base_files import base_tensor, bring_back
+from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor, bring_back
 from mtpress.repairs.draft_head import head_from_base
 from mtpress.repairs.files import copy_files
 from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules.base import LARGEST_ERROR
 from mtpress.rules.rule import Finding, count
-
-LARGEST_SHARE = 0.25  # of the quantized matrices; where more are wrong it is the source that is not theirs
 
 
 def mtp_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

@@ -18,6 +18,7 @@ from mtpress.rules.stored import SCALE_SUFFIXES, WEIGHT
 from mtpress.rules.subject import Subject
 
 BODY_PREFIXES = ("model.language_model.", "model.")
+LARGEST_SHARE = 0.25  # of the quantized matrices are put in BF16; where more are wrong, the base or the config is
 TEXT_MODEL_TYPE = "qwen3_5_text"
 
 

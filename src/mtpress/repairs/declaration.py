@@ -6,12 +6,14 @@ Leaves out: which entries name a module in which format (kept_modules.py).
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mtpress.errors import InputError
 from mtpress.kept_modules import spare
 from mtpress.matching.modelopt import GROUP_SIZE
+from mtpress.repairs.base_files import LARGEST_SHARE, bring_back
 from mtpress.repairs.repair import AGAIN, Context, Fix, Left, Repair, Turn
 from mtpress.rules import ignore_lists, stored
 from mtpress.rules.declaration import NVFP4_ALGOS, Declaration
@@ -191,12 +193,14 @@ def _mended_other(ctx: Context, form: Form, content: dict[str, Any]) -> dict[str
 
 def _is_symmetric(ctx: Context) -> bool:
     """Whether every zero point of 4 bits is the middle of the range; reads them, a dry run the first of each."""
+    import torch
+
     from mtpress.checkpoint import read_tensor
 
     words = set(ctx.subject.zero_words.values())
     if len(words) == 1 and words <= {0x77777777, 0x88888888} and ctx.may_read:
         infos = [info for name, info in ctx.subject.tensors.items() if name.endswith(".qzeros")]
-        words = {int(word) & 0xFFFFFFFF for info in infos for word in read_tensor(info).unique()}
+        words = {int(word) & 0xFFFFFFFF for info in infos for word in torch.unique(read_tensor(info))}
     return len(words) == 1 and words <= {0x77777777, 0x88888888}
 
 
@@ -284,6 +288,22 @@ def stored_bits(subject: Subject, module: str) -> int | None:
     return words * 32 // shape[1] if words * 32 % shape[1] == 0 else None
 
 
+def group_size(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """What the scales show; modules whose scales show another group size than the others are put in BF16 from the base."""
+    sizes = Counter(size for module in ctx.subject.quantized if (size := ctx.subject.stored_group_size(module)) is not None)
+    usual = sizes.most_common(1)[0][0] if sizes else None
+    odd = [module for module in ctx.subject.quantized if ctx.subject.stored_group_size(module) not in (usual, None)]
+    if len(sizes) < 2 or len(odd) > LARGEST_SHARE * len(ctx.subject.quantized):
+        yield from declare(ctx)
+        return
+    done, missing = bring_back(ctx, odd) if ctx.base is not None else ([], odd)
+    if done:
+        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit: their groups are not those of the others")
+    if missing:
+        takes = f"--base SRC, which puts it in BF16; or {AGAIN}" if ctx.base is None else AGAIN
+        yield Left(f"the scales of {missing[0]} are for groups of another size than those of the others", takes)
+
+
 def no_kernel(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     before = ctx.overlay.config
     steps = list(declare(ctx))
@@ -306,7 +326,8 @@ REPAIRS = (
     )),
     Repair("kv-cache-scheme", "FP8 where scales for it are stored; else it is taken out, which is what vLLM makes of it", written_anew,
            Turn.DECLARATION),
-    Repair("group-size", ANEW, written_anew, Turn.CONFIG),
+    Repair("group-size", "what the scales show is declared; a module of other groups than the rest: in BF16 from the base (`--base`)",
+           group_size, Turn.CONFIG),
     Repair("packing-format", "set to auto_round:auto_gptq where the zero points are symmetric, and they are written as it wants them",
            written_anew, Turn.DECLARATION),
     Repair("no-kernel", "the declaration is put right where symmetric codes are declared asymmetric, or columns that were never moved in "

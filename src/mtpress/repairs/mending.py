@@ -105,12 +105,10 @@ def mend_all(ctx: Context, given: tuple[Finding, ...] = ()) -> Iterator[Outcome]
         now = {key(other) for other in find(ctx)}
         if outcome.fixed:
             yield replace(outcome, left=() if finding in before else outcome.left)
-        stuck_ids = {other[0] for other in stuck}
+        gone = {other.id for other in before} - {found[0] for found in now} - {finding.id}
         for other in before:
-            if other is not finding and key(other) not in now and other.id != finding.id and other.id not in stuck_ids:
-                gone = other.id not in {k[0] for k in now}
-                if gone:
-                    yield Outcome(other, outcome.fixed)
+            if other.id in gone:
+                yield Outcome(other, outcome.fixed)
     raise AssertionError("repairs undo one another")
 
 

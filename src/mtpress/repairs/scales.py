@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import TensorInfo, read_tensor
 from mtpress.models.qwen3_5_engine import EngineLinear
-from mtpress.repairs.base_files import base_tensor, bring_back, group_of
+from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor, bring_back, group_of
 from mtpress.repairs.declaration import declare
 from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules.declaration import Declaration
@@ -348,7 +348,15 @@ def zeros_convention(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def zeros_asymmetric(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    yield Left("the codes were made for other zero points than the engine takes", AGAIN)
+    """The modules in BF16 from the base, where they are few: their codes are of other zero points than the engine takes."""
+    modules = [name.rpartition(".")[0] for name in finding.where]
+    few = len(modules) <= LARGEST_SHARE * len(ctx.subject.quantized)
+    done, missing = bring_back(ctx, modules) if ctx.base is not None and few else ([], modules)
+    if done:
+        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
+    if missing:
+        takes = f"--base SRC, which puts them in BF16; or {AGAIN}" if few and ctx.base is None else AGAIN
+        yield Left(f"the codes of {count(len(missing), 'module')} were made for other zero points than the engine takes", takes)
 
 
 def input_scales_unused(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -371,7 +379,7 @@ REPAIRS = (
            fused_scales_differ),
     Repair("fused-input-scales-differ", "set to the largest of the linear, as the engine does", fused_input_scales_differ),
     Repair("zeros-convention", "the zero points are written in the convention of the declared layout", zeros_convention),
-    Repair("zeros-asymmetric", "left: the codes were made for other zero points than the engine takes", zeros_asymmetric),
+    Repair("zeros-asymmetric", "the module in BF16 from the base (`--base`), where they are few; else left", zeros_asymmetric),
     Repair("in-proj-ab-quantized", "nothing is wrong, it is a choice of the build"),
     Repair("input-scales-unused", "dropped, as vLLM does", input_scales_unused),
 )  # fmt: skip

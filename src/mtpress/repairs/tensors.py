@@ -69,6 +69,7 @@ def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | L
             done.append(name)
         else:
             missing.append(name)
+    modules = list(dict.fromkeys(modules))
     if len(quantized := [module for module in modules if subject.form(module) not in ("plain", "none")]) > len(subject.quantized) / 2:
         share = f"{len(quantized)} of {len(subject.quantized)} quantized matrices"
         yield Left(f"{share} are so: config.json or the declaration is wrong, not they", AGAIN)

@@ -1,0 +1,26 @@
+"""The repairs as a whole: one for every rule, or a reason; documentation in step."""
+
+from pathlib import Path
+
+from mtpress.repairs.registry import REPAIRS, table
+from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
+
+DOCS = Path(__file__).parents[2] / "docs/repair.md"
+RULES = [*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *HASH_RULES, *ENGINE_RULES]
+
+
+def test_every_rule_has_a_repair_or_a_reason() -> None:
+    assert REPAIRS.keys() == {rule.id for rule in RULES}
+    for repair in REPAIRS.values():
+        assert repair.summary
+        assert "|" not in repair.summary
+
+
+def test_every_error_that_can_be_decided_on_disk_has_a_repair() -> None:
+    """Of what is an error and needs no engine and no hash, only these have none."""
+    errors = {rule.id for rule in (*OPEN_RULES, *STATIC_RULES, *BASE_RULES) if rule.severity == "error"}
+    assert {rule_id for rule_id in errors if REPAIRS[rule_id].mend is None} == set()
+
+
+def test_the_documented_table_is_the_registry() -> None:
+    assert "\n".join(table()) in DOCS.read_text(encoding="utf-8")
