@@ -125,8 +125,10 @@ def main() -> None:
     for name, wanted, table in (("acceptance", options.acceptance, acceptance), ("loads", options.loads, load_table)):
         if wanted or both:
             with tempfile.TemporaryDirectory() as folder:
-                rows = list(table(Path(folder)))
-            print(*rows, sep="\n", flush=True)
+                rows = []
+                for row in table(Path(folder)):
+                    rows.append(row)
+                    print(row, flush=True)  # each took minutes
             if options.write:
                 write(name, rows)
     versions = subprocess.run(
