@@ -85,8 +85,9 @@ def completions(draw: st.DrawFn, thinking: bool, hands_on: str) -> Continuation:
 
     hands_on: "raw" as vLLM's parser does, line ends and all; "stripped" as others do, where the model wrote no more than the format has.
     """
-    visible = free_text.filter(lambda text: not text.startswith("<think>"))
-    stripped = visible.map(str.strip)
+    # in instruct mode a block of its own at the beginning is taken for reasoning (15)
+    visible = free_text.filter(lambda text: thinking or not (text.startswith("<think>") and "</think>" in text))
+    stripped = free_text.map(str.strip).filter(lambda text: thinking or not (text.startswith("<think>") and "</think>" in text))
     called = draw(
         st.lists(
             st.builds(lambda name: {"type": "function", "function": {"name": name, "arguments": {}}}, st.text("abc", min_size=1)),
