@@ -376,6 +376,11 @@ def test_checkpoints_that_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="declares AWQ; mtpress can say what stays in BF16"):
         graft(source, tmp_path / "out", base, silent=True)
     (source / "config.json").write_text(json.dumps(config))
+    odd = shutil.copytree(source, tmp_path / "odd")
+    change(odd, lambda tensors: tensors.update({f"layers.{i}.experts.weight": torch.zeros(1) for i in range(1001)}))
+    with pytest.raises(InputError, match=r"1001 tensors belong to no known component \(layers.0.experts.weight, …\)"):
+        graft(odd, tmp_path / "out", base, silent=True)
+    shutil.rmtree(odd)
     set_text(source, num_key_value_heads=2)
     with pytest.raises(InputError, match="the head is of another model"):
         graft(source, tmp_path / "out", base, silent=True)

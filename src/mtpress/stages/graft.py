@@ -23,6 +23,7 @@ from mtpress.rules.declaration import Declaration
 from mtpress.rules.subject import MISPLACED_MTP, Subject
 
 SAME_SIZES = ("hidden_size", "vocab_size")
+MOST_UNKNOWN = 1000  # tensors of unknown names in what is still a checkpoint of this family with something left over
 
 
 @dataclass(frozen=True)
@@ -172,17 +173,21 @@ def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
 
 
 def _strays(subject: Subject) -> tuple[str, ...]:
-    """Tensors of unknown names that the index left out: engines skipped them, and would refuse them once they are indexed."""
-    index = subject.checkpoint.index or {}
-    weight_map = index.get("weight_map")
+    """Tensors of unknown names in files that the index left out: engines skipped them, and would refuse them once they are indexed.
+
+    InputError where there are too many unknown names for a checkpoint of this family.
+    """
+    source = subject.checkpoint
+    unknown = [name for name in source.tensors if subject.model.component(name) == "other" and not MISPLACED_MTP.match(name)]
+    if len(unknown) > MOST_UNKNOWN:
+        raise InputError(
+            f"{source.path}: {len(unknown)} tensors belong to no known component ({unknown[0][:80]}, …); it is of another family"
+        )
+    weight_map = (source.index or {}).get("weight_map")
     if not isinstance(weight_map, Mapping):
         return ()
     files = set(map(str, weight_map.values()))
-    return tuple(
-        name
-        for name, info in subject.tensors.items()
-        if info.file.name not in files and subject.model.component(name) == "other" and not MISPLACED_MTP.match(name)
-    )
+    return tuple(name for name in unknown if source.tensors[name].file.name not in files)
 
 
 def _names_all(source: Checkpoint, head: Mapping[str, TensorInfo]) -> bool:
