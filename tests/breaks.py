@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import PREFIX, Edit
+from checkpoints import IDS, PREFIX, Edit
 from mtpress.checkpoint import INDEX_NAME
 from mtpress.models.qwen3_5 import MTP_TENSORS
+from mtpress.rules.tokenizer import CONFIG_IDS, SPECIALS
+from mtpress.templating import template
 
 L0, L3 = f"{PREFIX}layers.0.", f"{PREFIX}layers.3."
 Q = f"{L3}self_attn.q_proj"
@@ -648,7 +650,47 @@ def no_template(e: Edit) -> None:
 @breaks()
 def template_inside_tokenizer_config(e: Edit) -> None:
     (e.path / "chat_template.jinja").unlink()
+    e.change("tokenizer_config.json", chat_template=template())
+
+
+@breaks("template-loses")
+def a_template_that_shows_no_tools(e: Edit) -> None:
+    roles = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (e.path / "chat_template.jinja").write_text(roles + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@breaks("template-loses")
+def a_template_that_calls_itself_for_ever(e: Edit) -> None:
+    (e.path / "chat_template.jinja").write_text("{% macro more() %}{{ more() }}{% endmacro %}{{ more() }}")
+
+
+@breaks("template-loses")
+def a_template_in_latin_1(e: Edit) -> None:
+    (e.path / "chat_template.jinja").write_bytes(b"{# \xe9 #}" + template().encode())
+
+
+@breaks("template-behaviour")
+def a_template_that_trims_answers(e: Edit) -> None:
+    text = template().replace(
+        "set text = turn.text if show_thought or show_none else turn.text.lstrip('\\n')", "set text = turn.text | trim"
+    )
+    (e.path / "chat_template.jinja").write_text(text)
+
+
+@breaks("template-choices")
+def a_template_without_a_handoff(e: Edit) -> None:
+    changed = template().replace("if thinking -%}\n  {%- set lead.text", "if false -%}\n  {%- set lead.text")
+    (e.path / "chat_template.jinja").write_text(changed)
+
+
+@breaks("template-twice")
+def another_template_in_tokenizer_config(e: Edit) -> None:
     e.change("tokenizer_config.json", chat_template="{{ messages }}")
+
+
+@breaks()
+def the_same_template_in_tokenizer_config(e: Edit) -> None:
+    e.change("tokenizer_config.json", chat_template=template())
 
 
 @breaks("generation-config-missing")
@@ -666,6 +708,28 @@ def a_tokenizer_larger_than_the_embedding(e: Edit) -> None:
     tokenizer = e.read("tokenizer.json")
     tokenizer["model"]["vocab"]["xx"] = 300
     e.write("tokenizer.json", tokenizer)
+
+
+@breaks("special-tokens")
+def think_tags_that_are_no_tokens(e: Edit) -> None:
+    added = [{"id": IDS["<|endoftext|>"] + i, "content": token} for i, token in enumerate(SPECIALS[:32]) if "think" not in token]
+    e.change("tokenizer.json", added_tokens=added)
+    e.config |= {key: IDS["<|endoftext|>"] + SPECIALS.index(token) for key, token in CONFIG_IDS.items()}
+
+
+@breaks("generation-ids")
+def answers_that_do_not_end(e: Edit) -> None:
+    e.change("generation_config.json", eos_token_id=IDS["<|endoftext|>"])
+
+
+@breaks("generation-ids")
+def another_padding(e: Edit) -> None:
+    e.change("generation_config.json", pad_token_id=IDS["<|im_start|>"])
+
+
+@breaks("generation-greedy")
+def greedy_by_default(e: Edit) -> None:
+    e.change("generation_config.json", do_sample=False, temperature=0)
 
 
 @breaks("token-id-differs")

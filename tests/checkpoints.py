@@ -19,13 +19,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from mtpress.checkpoint import INDEX_NAME
 from mtpress.formats import compressed_tensors, int4
 from mtpress.models import qwen3_5
+from mtpress.templating import template
 
 PREFIX = "model.language_model."
 SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 IDS = {token: 256 + i for i, token in enumerate(SPECIALS)}
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
 def small_config() -> dict[str, Any]:
@@ -72,7 +72,7 @@ def small_files() -> dict[str, str]:
         "video_preprocessor_config.json": processor | {"video_processor_type": "Qwen3VLVideoProcessor"},
     }
     files = {name: json.dumps(content, indent=1) for name, content in contents.items()}
-    return files | {"tokenizer.json": tokenizer.to_str(), "chat_template.jinja": TEMPLATE}
+    return files | {"tokenizer.json": tokenizer.to_str(), "chat_template.jinja": template()}
 
 
 def write_small(out: Path, seed: int = 0) -> Path:

@@ -4,14 +4,14 @@ from typing import Any
 import pytest
 
 from mtpress.errors import InputError
-from mtpress.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe, recipe_file, shipped
+from mtpress.recipe import CalibrationSource, GenerationConfig, Recipe, load_recipe, parse_recipe, recipe_file, shipped
 
 SOUND: dict[str, Any] = {"name": "mine", "summary": "a test", "format": "nvfp4", "quantize": ["mlp"]}
 
 
 def test_every_shipped_recipe_loads_under_its_file_name() -> None:
     names = list(shipped())
-    assert {"nvfp4-mtp-vlm", "nvfp4-mtp-text", "nvfp4-kvfp8-vlm", "int4-autoround-mtp", "int4-mtp-vlm"} <= set(names)
+    assert {"nvfp4-mtp-vlm", "nvfp4-mtp-text", "nvfp4-kvfp8-vlm", "int4-autoround-mtp", "int4-mtp-vlm", "nvfp4-cascade-vlm"} <= set(names)
     for name in names:
         recipe = load_recipe(name)
         assert recipe.name == name
@@ -65,6 +65,23 @@ def test_which_builds_need_samples(change: dict[str, Any], needed: bool) -> None
     assert parse_recipe({**SOUND, **change}, "here").needs_samples is needed
 
 
+def test_template_and_sampling_of_the_shipped_recipes() -> None:
+    """The builds whose releases came with a template of their own install ours; the others keep the source's."""
+    ours = {name for name in shipped() if load_recipe(name).chat_template == "mtpress"}
+    assert ours == {"nvfp4-mtp-vlm", "nvfp4-cascade-vlm"}
+    sampling = {name: recipe.generation_config.said() for name in shipped() if (recipe := load_recipe(name)).generation_config}
+    assert sampling == {"nvfp4-cascade-vlm": {"temperature": 0.7, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1, "do_sample": True}}
+
+
+def test_keys_that_change_nothing_are_no_part_of_a_run() -> None:
+    assert not parse_recipe(SOUND, "here").canonical().keys() & {"chat_template", "generation_config"}
+    chosen = parse_recipe({**SOUND, "chat_template": "mtpress", "generation_config": {"temperature": 1}}, "here")
+    assert chosen.canonical() == {
+        **parse_recipe(SOUND, "here").canonical(), "chat_template": "mtpress", "generation_config": {"temperature": 1.0, "do_sample": True},
+    }  # fmt: skip
+    assert parse_recipe(chosen.canonical(), "again").canonical() == chosen.canonical()
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_recipe("nvfp4-mtp-vlm").name = "other"
@@ -112,6 +129,18 @@ def test_names_that_are_none(asked: str, hint: str) -> None:
         ({"calibration": {"num_samples": 0}}, ["calibration.num_samples", "0"]),
         ({"calibration": {"num_samples": "20"}}, ["calibration.num_samples", "'20'"]),
         ({"calibration": None}, ["calibration"]),
+        ({"chat_template": "ours"}, ["chat_template", "'ours'", "'source' or 'mtpress'"]),
+        ({"generation_config": {"temprature": 1}}, ["did you mean temperature?", *GenerationConfig.model_fields]),
+        ({"generation_config": {"eos_token_id": 3}}, ["unknown key 'generation_config.eos_token_id'", *GenerationConfig.model_fields]),
+        ({"generation_config": {"temperature": 0}}, ["generation_config.temperature: 0.0 is greedy decoding", "the request that wants it"]),
+        ({"generation_config": {"do_sample": False}}, ["generation_config.do_sample: False is greedy decoding"]),
+        ({"generation_config": {"top_k": 1}}, ["generation_config.top_k: 1 is greedy decoding"]),
+        ({"generation_config": {"temperature": 2.5}}, ["generation_config.temperature", "2.5"]),
+        ({"generation_config": {"top_p": 0}}, ["generation_config.top_p", "0"]),
+        ({"generation_config": {"top_p": float("nan")}}, ["generation_config.top_p", "nan"]),
+        ({"generation_config": {"top_k": 2.5}}, ["generation_config.top_k", "2.5"]),
+        ({"generation_config": {"repetition_penalty": "1.1"}}, ["generation_config.repetition_penalty", "'1.1'"]),
+        ({"generation_config": []}, ["generation_config"]),
         ({3: "x"}, ["3"]),
     ],
 )

@@ -12,12 +12,17 @@ from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.plan import Plan
-from mtpress.recipe import SignRound
+from mtpress.recipe import Recipe, SignRound
 from mtpress.record import RECORD_NAME
+from mtpress.rules.subject import Subject
+from mtpress.rules.tokenizer import END, GENERATION, SAMPLING, TEXT_END, TOKENIZER_CONFIG, token_ids
+from mtpress.templating import template
 
 # Written anew, or left behind: the source's card, record and quantization config do not describe the output.
 NOT_CARRIED = {"config.json", "tokenizer_config.json", "hf_quant_config.json", "quantization_config.json", "README.md", RECORD_NAME}
 MAX_CARRIED_BYTES = 200_000_000
+TEMPLATE, TEMPLATE_KEY = "chat_template.jinja", "chat_template"
+HOLD_TEMPLATES = (TOKENIZER_CONFIG, "processor_config.json")  # JSON files with other content, in which an engine may find one
 
 
 def carried_files(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -50,7 +55,50 @@ def clean_tokenizer_config(path: Path) -> bytes:
     config.pop("backend", None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "Qwen2TokenizerFast"
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return _json(config)
+
+
+def chosen_files(recipe: Recipe, checkpoint: Checkpoint, carried: dict[str, bytes]) -> dict[str, bytes]:
+    """The carried files with the template and the sampling that the recipe names; all others byte for byte."""
+    files = dict(carried)
+    if recipe.chat_template == "mtpress":
+        install_template(files)
+    if recipe.generation_config is not None:
+        config = json.loads(files[GENERATION]) if GENERATION in files else end_tokens(checkpoint)
+        files[GENERATION] = _json(config | recipe.generation_config.said())
+    return files
+
+
+def install_template(files: dict[str, bytes]) -> None:
+    """Puts ours into a checkpoint's files, and takes every other out, so that all engines find the same."""
+    files[TEMPLATE] = template().encode()
+    files.pop("chat_template.json", None)
+    for name in HOLD_TEMPLATES:
+        if name in files and TEMPLATE_KEY in (content := json.loads(files[name])):
+            files[name] = _json({key: value for key, value in content.items() if key != TEMPLATE_KEY})
+
+
+def end_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The end and padding tokens of the chat format, for a source without generation_config.json."""
+    ids = token_ids(Subject(checkpoint))
+    ends = [ids[token] for token in (END, TEXT_END) if token in ids]
+    return ({"eos_token_id": ends} if ends else {}) | ({"pad_token_id": ids[TEXT_END]} if TEXT_END in ids else {})
+
+
+def template_of(recipe: Recipe, files: dict[str, bytes]) -> str:
+    """Which template is written, in the words of the recipe: "mtpress", "source", or "none" where the source has none."""
+    inside = any(TEMPLATE_KEY in json.loads(files[name]) for name in HOLD_TEMPLATES if name in files)
+    return recipe.chat_template if inside or TEMPLATE in files or "chat_template.json" in files else "none"
+
+
+def sampling_of(files: dict[str, bytes]) -> dict[str, Any]:
+    """The sampling that an engine takes from generation_config.json where a request names none."""
+    content = json.loads(files[GENERATION]) if GENERATION in files else {}
+    return {key: content[key] for key in (*SAMPLING, "max_new_tokens") if content.get(key) is not None}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def config_files(plan: Plan) -> dict[str, bytes]:
@@ -60,7 +108,7 @@ def config_files(plan: Plan) -> dict[str, bytes]:
         config = family(plan.source.model_type).text_only_config(config)
     declared, file, content = DECLARATIONS[plan.recipe.format](plan)
     contents = {"config.json": {**config, "quantization_config": declared}, file: content}
-    return {name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in contents.items()}
+    return {name: _json(content) for name, content in contents.items()}
 
 
 Declared = tuple[dict[str, Any], str, dict[str, Any]]  # config.json's quantization_config, the other file, its content

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mtpress.errors import InputError
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
+LEAST_TEMPERATURE = 0.01  # vLLM's own: it raises what is lower to this
 MAX_RECIPE_BYTES = 64_000  # one screen of YAML; the parser reads 100 kB a second
 
 
@@ -55,6 +56,41 @@ class SignRound(Strict):
     batch_size: int = Field(8, ge=1, le=10_000, description="samples a step")
 
 
+class GenerationConfig(Strict):
+    """What the output's generation_config.json says of sampling; what is not named here stays as the source has it.
+
+    Greedy decoding is refused: models of this family go on repeating themselves under it. A request can still ask for it.
+    """
+
+    temperature: float | None = Field(None, ge=0, le=2, description="divides the logits")
+    top_p: float | None = Field(None, gt=0, le=1, description="the likeliest tokens that have this share together")
+    top_k: int | None = Field(None, ge=1, le=1_000_000, description="this many of the likeliest tokens")
+    min_p: float | None = Field(None, ge=0, le=1, description="no token below this share of the likeliest one's")
+    repetition_penalty: float | None = Field(None, ge=0.5, le=2, description="divides the logits of tokens that are there already")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="taken from the logits of tokens that are there already")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, once for each time that a token is there")
+    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="the longest answer where a request names no length")
+    do_sample: bool = Field(True, description="true: false would be greedy")
+
+    @model_validator(mode="after")
+    def _never_greedy(self) -> Self:
+        for key, value, greedy in (
+            ("temperature", self.temperature, self.temperature is not None and self.temperature < LEAST_TEMPERATURE),
+            ("do_sample", self.do_sample, not self.do_sample),
+            ("top_k", self.top_k, self.top_k == 1),
+        ):
+            if greedy:
+                raise ValueError(
+                    f"generation_config.{key}: {value} is greedy decoding, under which these models repeat themselves without end; "
+                    "ask for it in the request that wants it"
+                )
+        return self
+
+    def said(self) -> dict[str, Any]:
+        """What the recipe sets, as generation_config.json names it."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
 @dataclass(frozen=True)
 class Choices:
     """What goes with a format; the first rounding is the one that is taken if the recipe names none."""
@@ -88,6 +124,10 @@ class Recipe(Strict):
         None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
     )
     calibration: CalibrationSource = Field(default_factory=CalibrationSource)
+    chat_template: Literal["source", "mtpress"] = Field(
+        "source", description="the template of the output: the source's own, or the one that ships with mtpress"
+    )
+    generation_config: GenerationConfig | None = Field(None, description="sampling that the output's generation_config.json asks for")
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -109,8 +149,11 @@ class Recipe(Strict):
         return self.rounding == "signround" or (self.format == "nvfp4" and not self.constant_input_scale)
 
     def canonical(self) -> dict[str, Any]:
-        """The recipe as plain data, for the record and for comparing two runs."""
-        return self.model_dump(mode="json", exclude=None if self.rounding == "signround" else {"signround"})
+        """The recipe as plain data, for the record and for comparing two runs. Keys that change nothing in it are left out, so that runs
+        begun before a key was known are still the same."""
+        idle = {"signround": self.rounding != "signround", "chat_template": self.chat_template == "source", "generation_config": True}
+        content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
+        return content | ({"generation_config": self.generation_config.said()} if self.generation_config else {})
 
 
 def shipped() -> Iterator[str]:
@@ -168,7 +211,9 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         raise InputError(f"{where}: {_explain(error)}") from None
 
 
-SECTIONS: dict[str, type[Strict]] = {"calibration": CalibrationSource, "signround": SignRound}
+SECTIONS: dict[str, type[Strict]] = {
+    "calibration": CalibrationSource, "signround": SignRound, "generation_config": GenerationConfig,
+}  # fmt: skip
 
 
 def _explain(error: ValidationError) -> str:

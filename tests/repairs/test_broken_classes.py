@@ -23,7 +23,7 @@ NEEDS_BASE = {
     "an_input_size_of_no_whole_blocks", "one_linear_in_gptq", "no_block_scales", "no_global_scale", "no_input_scale",
     "a_global_scale_of_zero", "an_input_scale_of_nan", "one_shard_of_q_k_v_in_bf16", "no_draft_head", "half_a_draft_head", "tower_lost",
     "tower_in_a_text_model", "no_video_processor", "no_tokenizer", "no_tokenizer_config", "an_end_token_outside",
-    "a_tokenizer_larger_than_the_embedding", "compressed-tensors-no_global_scale", "compressed-tensors-no_block_scales",
+    "a_tokenizer_larger_than_the_embedding", "think_tags_that_are_no_tokens", "compressed-tensors-no_global_scale", "compressed-tensors-no_block_scales",
     "compressed-tensors-no_input_global_scale", "compressed-tensors-a_global_scale_of_infinity",
     "compressed-tensors-one_shard_of_q_k_v_in_bf16", "compressed-tensors-codes_of_another_shape",
     "compressed-tensors-a_linear_in_modelopts_layout", "compressed-tensors-no_draft_head",

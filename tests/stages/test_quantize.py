@@ -257,6 +257,25 @@ def copy_model(to: Path) -> Path:
     return to
 
 
+def test_template_and_sampling_are_those_of_the_recipe(built: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the files, the record and the dry run."""
+    source = json.loads((BUILTIN_MODEL / "generation_config.json").read_text())
+    said = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
+    for name, directory in built.items():
+        recipe, record = load_recipe(name), json.loads((directory / "mtpress.json").read_text())
+        own = recipe.generation_config.said() if recipe.generation_config else {}
+        written = json.loads((directory / "generation_config.json").read_text())
+        assert written == source | own
+        assert record["chat_template"] == recipe.chat_template
+        assert record["generation_config"] == {"do_sample": True, **said, **own}
+    dry = quantize(BUILTIN_MODEL, tmp_path / "out", "nvfp4-cascade-vlm", calibration=["builtin"], dry_run=True, silent=True)
+    assert dry.chat_template == "mtpress"
+    assert dry.generation_config == {"do_sample": True, **said, "repetition_penalty": 1.1}
+    show(dry)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "chat template: mtpress's own; sampling: temperature 0.7, top_p 0.95, top_k 20, repetition_penalty 1.1" in shown
+
+
 def test_the_record_says_what_was_made(built: dict[str, Path]) -> None:
     out = built["nvfp4-mtp-vlm"]
     record = json.loads((out / "mtpress.json").read_text())

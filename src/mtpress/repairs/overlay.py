@@ -55,6 +55,12 @@ class Overlaid(Subject):
     def has(self, name: str) -> bool:
         return self.files[name] is not None if name in self.files else super().has(name)
 
+    def text(self, name: str) -> str | None:
+        if name not in self.files:
+            return super().text(name)
+        content = self.files[name]
+        return None if content is None else content.decode()
+
     @cached_property
     def stray_shards(self) -> dict[str, Any]:
         return {}

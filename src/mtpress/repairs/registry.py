@@ -2,12 +2,25 @@
 
 from collections.abc import Iterator
 
-from mtpress.repairs import base, config, declaration, draft_head, files, other_formats, scales, tensors, tokenizer, untouched, vision
+from mtpress.repairs import (
+    base,
+    config,
+    declaration,
+    draft_head,
+    files,
+    other_formats,
+    scales,
+    template,
+    tensors,
+    tokenizer,
+    untouched,
+    vision,
+)
 from mtpress.repairs.repair import Repair
 
 REPAIRS: dict[str, Repair] = {
     repair.rule_id: repair
-    for topic in (files, config, tensors, declaration, other_formats, scales, draft_head, vision, tokenizer, base, untouched)
+    for topic in (files, config, tensors, declaration, other_formats, scales, draft_head, vision, tokenizer, template, base, untouched)
     for repair in topic.REPAIRS
 }
 

@@ -4,8 +4,21 @@ from collections.abc import Iterator
 
 from mtpress.repairs.files import copy_files
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.template import install
 from mtpress.rules.rule import Finding
-from mtpress.rules.tokenizer import CONFIG_IDS, GENERATION, GENERATION_IDS, TEMPLATES, TOKENIZER, TOKENIZER_CONFIG, token_ids
+from mtpress.rules.tokenizer import (
+    CONFIG_IDS,
+    END,
+    GENERATION,
+    GENERATION_IDS,
+    SAMPLING,
+    TEMPLATES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    greedy_keys,
+    pad_id,
+    token_ids,
+)
 
 LEGACY_CLASS = "Qwen2TokenizerFast"
 
@@ -28,13 +41,12 @@ def tokenizer_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def template_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    if ctx.base is None:
-        yield needs_base("the chat template")
-        return
-    there = tuple(name for name in TEMPLATES if (ctx.base.path / name).is_file())
-    inside = (ctx.base.json_file(TOKENIZER_CONFIG) or {}).get("chat_template")
-    if there or not inside:
-        yield from copy_files(ctx, there[:1] or TEMPLATES[:1])
+    there = tuple(name for name in TEMPLATES if ctx.base is not None and (ctx.base.path / name).is_file())
+    inside = (ctx.base.json_file(TOKENIZER_CONFIG) or {}).get("chat_template") if ctx.base is not None else None
+    if there:
+        yield from copy_files(ctx, there[:1])
+    elif not inside:
+        yield from install(ctx, finding)
     elif isinstance(inside, str):
         ctx.overlay.write_file(TEMPLATES[0], inside.encode())
         yield Fix(f"{TEMPLATES[0]} written from the base's {TOKENIZER_CONFIG}")
@@ -88,12 +100,47 @@ def token_id_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     yield Fix("the token ids of config.json set to the tokenizer's")
 
 
+def special_tokens(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    if ctx.base is None:
+        yield needs_base("this model's tokenizer")
+    else:
+        yield from copy_files(ctx, tuple(n for n in (TOKENIZER, TOKENIZER_CONFIG) if (ctx.base.path / n).is_file()))
+
+
+def generation_ids(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    content, known = dict(ctx.subject.json(GENERATION) or {}), token_ids(ctx.subject)
+    if "eos_token_id" in finding.message:
+        said = content.get("eos_token_id")
+        others = [number for number in (said if isinstance(said, list) else [said]) if type(number) is int]
+        content["eos_token_id"] = [known[END], *others]
+    else:
+        content["pad_token_id"] = pad_id(ctx.subject)
+    ctx.overlay.write_json(GENERATION, content)
+    yield Fix(f"{GENERATION} set to the tokenizer's ids")
+
+
+def generation_greedy(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    if ctx.base is None:
+        yield needs_base("the sampling that this model was made for")
+        return
+    theirs, mine = ctx.base.json_file(GENERATION) or {}, ctx.subject.json(GENERATION) or {}
+    if greedy_keys(theirs) or "temperature" not in theirs:
+        yield Left(f"the base's {GENERATION} names no sampling either", "set temperature, top_p and top_k in it")
+        return
+    kept = {key: value for key, value in mine.items() if key not in SAMPLING}
+    ctx.overlay.write_json(GENERATION, kept | {key: theirs[key] for key in SAMPLING if key in theirs})
+    yield Fix(f"the sampling of {GENERATION} is the base's")
+
+
 REPAIRS = (
     Repair("tokenizer-missing", "copied from the base (`--base`)", tokenizer_missing),
     Repair("tokenizer-config-missing", "copied from the base (`--base`)", missing),
     Repair("tokenizer-backend", f"the key is taken out, the class becomes {LEGACY_CLASS}", tokenizer_backend),
-    Repair("template-missing", "copied from the base (`--base`)", template_missing),
+    Repair("template-missing", "copied from the base (`--base`); without one mtpress's is installed", template_missing),
     Repair("generation-config-missing", "copied from the base (`--base`)", missing),
     Repair("token-id-outside", "the file that names the id is copied from the base (`--base`)", token_id_outside, Turn.CONFIG),
     Repair("token-id-differs", "config.json gets the ids that the tokenizer has", token_id_differs, Turn.CONFIG),
+    Repair("special-tokens", "the tokenizer is copied from the base (`--base`)", special_tokens, Turn.CONFIG),
+    Repair("generation-ids", "set to the tokenizer's", generation_ids),
+    Repair("generation-greedy", "the sampling is the base's (`--base`)", generation_greedy),
 )

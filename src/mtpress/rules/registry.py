@@ -7,7 +7,21 @@ and a remedy; adding one is adding it to the `RULES` of its topic. Ids are part 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtpress.rules import base, config, draft_head, engine, files, hashes, ignore_lists, quantization, scales, tensors, tokenizer, vision
+from mtpress.rules import (
+    base,
+    config,
+    draft_head,
+    engine,
+    files,
+    hashes,
+    ignore_lists,
+    quantization,
+    scales,
+    template,
+    tensors,
+    tokenizer,
+    vision,
+)
 from mtpress.rules.rule import Rule
 
 OPEN_RULES = files.OPEN_RULES
@@ -21,6 +35,7 @@ STATIC_RULES = (
     *draft_head.RULES,
     *vision.RULES,
     *tokenizer.RULES,
+    *template.RULES,
 )
 BASE_RULES = base.RULES
 HASH_RULES = hashes.RULES

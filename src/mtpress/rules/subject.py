@@ -54,6 +54,13 @@ class Subject:
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
 
+    def text(self, name: str) -> str | None:
+        """A text file beside the weights; None where it is missing or not UTF-8."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+
     @cached_property
     def stray_shards(self) -> dict[str, Shard | None]:
         """Safetensors files that no index names; None for one that cannot be read."""

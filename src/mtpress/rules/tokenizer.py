@@ -1,5 +1,6 @@
 """Rules on tokenizer, chat template and generation defaults: what a server needs beside the weights."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,18 @@ CONFIG_IDS = {
     "vision_end_token_id": "<|vision_end|>",
 }  # fmt: skip
 GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+END, TEXT_END = "<|im_end|>", "<|endoftext|>"
+# What every tokenizer of the family adds to its vocabulary, in the order of the ids; Qwen's from 248044.
+SPECIALS = (
+    TEXT_END, "<|im_start|>", END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+    "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>",
+    "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+    "<tool_response>", "</tool_response>", "<think>", "</think>", "<|audio_start|>", "<|audio_end|>", "<tts_pad>", "<tts_text_bos>",
+    "<tts_text_eod>", "<tts_text_bos_single>", "<|audio_pad|>",
+)  # fmt: skip
+LEAST_TEMPERATURE = 0.01  # vLLM's; what is lower is greedy, or nearly so
+MANY_SPECIALS, NUM_USED = 20, 26  # a tokenizer with as many is of the family; sound and speech, behind the first 26, nothing here reads
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 def tokenizer_missing(subject: Subject) -> Iterator[Problem]:
@@ -56,11 +69,15 @@ def token_ids(subject: Subject) -> dict[str, int]:
             if isinstance(token, dict) and isinstance(token.get("content"), str) and number.isdigit():
                 found[token["content"]] = int(number)
     if not found:
-        added = (subject.json(TOKENIZER) or {}).get("added_tokens")
-        for token in added if isinstance(added, list) else []:
-            if isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int:
-                found[token["content"]] = token["id"]
+        found = _added(subject.json(TOKENIZER))
     return found
+
+
+def _added(content: dict[str, Any] | None) -> dict[str, int]:
+    """The added tokens of tokenizer.json."""
+    added = (content or {}).get("added_tokens")
+    tokens = [token for token in (added if isinstance(added, list) else []) if isinstance(token, dict)]
+    return {t["content"]: t["id"] for t in tokens if isinstance(t.get("content"), str) and type(t.get("id")) is int}
 
 
 def _vocabulary(content: dict[str, Any] | None) -> dict[str, int]:
@@ -97,6 +114,59 @@ def token_id_differs(subject: Subject) -> Iterator[Problem]:
             wrong.append(f"{key} is {said}, the tokenizer has {token} at {known.get(token, 'no id')}")
     if wrong:
         yield Problem(f"config.json: {'; '.join(wrong)}", (CONFIG,))
+
+
+def special_tokens(subject: Subject) -> Iterator[Problem]:
+    content = subject.json(TOKENIZER)
+    said = _added(content) | token_ids(subject) | _vocabulary(content)
+    known = {token: number for token in SPECIALS if type(number := said.get(token)) is int}
+    there = list(known)
+    if len(there) < MANY_SPECIALS:
+        return
+    first = Counter(known[token] - SPECIALS.index(token) for token in there).most_common(1)[0][0]
+    places = {token: first + number for number, token in enumerate(SPECIALS)}
+    wrong = [f"{token} at {known[token]}, not {places[token]}" for token in there if known[token] != places[token]]
+    wrong += [f"no {token}, which has {places[token]}" for token in SPECIALS[:NUM_USED] if token not in there]
+    if wrong:
+        yield Problem(
+            f"{count(len(wrong), 'special token')} not where the family has them: {'; '.join(wrong)}", (TOKENIZER, TOKENIZER_CONFIG)
+        )
+
+
+def pad_id(subject: Subject) -> int | None:
+    """The id of tokenizer_config.json's pad_token."""
+    said = (subject.json(TOKENIZER_CONFIG) or {}).get("pad_token")
+    token = said.get("content") if isinstance(said, dict) else said
+    return token_ids(subject).get(token) if isinstance(token, str) else None
+
+
+def generation_ids(subject: Subject) -> Iterator[Problem]:
+    """What ends a turn and what pads, by generation_config.json. Ids outside the vocabulary are token-id-outside's."""
+    content, known = subject.json(GENERATION), token_ids(subject)
+    if content is None or END not in known:
+        return
+    said, pad = content.get("eos_token_id"), content.get("pad_token_id")
+    ends = said if isinstance(said, list) else [said]
+    if subject.vocab_size is None or any(type(number) is int and not 0 <= number < subject.vocab_size for number in (*ends, pad)):
+        return
+    if known[END] not in ends:
+        yield Problem(f"{GENERATION}: eos_token_id is {said}, without {known[END]}, the {END} that ends a turn", (GENERATION,))
+    right = pad_id(subject)
+    if type(pad) is int and right is not None and pad != right:
+        yield Problem(f"{GENERATION}: pad_token_id is {pad}, the tokenizer pads with {right}", (GENERATION,))
+
+
+def greedy_keys(content: dict[str, Any]) -> list[str]:
+    """What of a generation_config.json makes decoding greedy."""
+    temperature = content.get("temperature")
+    cold = isinstance(temperature, int | float) and type(temperature) is not bool and temperature < LEAST_TEMPERATURE
+    found = [f"temperature {temperature}"] if cold else []
+    return found + ["do_sample false"] * (content.get("do_sample") is False) + ["top_k 1"] * (content.get("top_k") == 1)
+
+
+def generation_greedy(subject: Subject) -> Iterator[Problem]:
+    if greedy := greedy_keys(subject.json(GENERATION) or {}):
+        yield Problem(f"{GENERATION}: {', '.join(greedy)}", (GENERATION,))
 
 
 RULES = (
@@ -142,5 +212,28 @@ RULES = (
         "config.json and tokenizer disagree on the id of a picture or video token: pictures are put in the wrong place, or nowhere.",
         "tokenizer and config are not of one model; " + COPY,
         token_id_differs,
+    ),
+    Rule(
+        "special-tokens",
+        "error",
+        "The tokenizer lacks a special token of the family, or has it at another id: what it marks is read letter by letter, or as another "
+        "mark than in training.",
+        "tokenizer and weights are not of one model; " + COPY,
+        special_tokens,
+    ),
+    Rule(
+        "generation-ids",
+        "warning",
+        "generation_config.json does not name the token that ends a turn, so answers run on in engines that go by it; or pads with another "
+        "token than the tokenizer.",
+        "mtpress repair CKPT OUT sets them to the tokenizer's",
+        generation_ids,
+    ),
+    Rule(
+        "generation-greedy",
+        "warning",
+        "generation_config.json makes greedy decoding the default: models of this family go on repeating themselves under it.",
+        "mtpress repair CKPT OUT --base SRC, or set the sampling by the recipe's generation_config",
+        generation_greedy,
     ),
 )

@@ -11,13 +11,13 @@ import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mtpress.beside_weights import carried_files, config_files
+from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
 from mtpress.errors import InputError, ResourceError
@@ -32,12 +32,14 @@ from mtpress.source_guard import SourceGuard
 if TYPE_CHECKING:
     from mtpress import preflight
     from mtpress.workers import Spread
+TEMPLATE_TITLES = {"mtpress": "mtpress's own", "source": "the source's", "none": "none, as in the source"}
 MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the record that the result repeats
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone."""
+    """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone.
+    chat_template: mtpress, source or none. generation_config: the sampling in it."""
 
     out: str
     recipe: str
@@ -51,6 +53,8 @@ class QuantizeResult:
     num_dropped: int
     ignore: tuple[str, ...]
     misfits: tuple[str, ...] = ()
+    chat_template: str = "source"
+    generation_config: dict[str, Any] = field(default_factory=dict)
     promised: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     seconds: dict[str, float] | None = None
@@ -105,7 +109,8 @@ def quantize(
         )
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, chosen)
-    beside = {**carried_files(checkpoint), **config_files(plan)}
+    beside = {**chosen_files(chosen, checkpoint, carried_files(checkpoint)), **config_files(plan)}
+    chat = {"chat_template": template_of(chosen, beside), "generation_config": sampling_of(beside)}
     beside_bytes = sum(len(content) for content in beside.values())
     spread = Spread(source, workers, ray)
     device_used = choose_device(device)
@@ -113,7 +118,7 @@ def quantize(
     if dry_run:
         lengths = dry_lengths(checkpoint, chosen, calibration)
         promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes)
-        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json()})
+        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat})
     guard = SourceGuard(checkpoint)
     calibrated = None
     if chosen.needs_samples:
@@ -126,7 +131,7 @@ def quantize(
     }
     if target.exists():
         record = finished_record(target, made_from, checkpoint)
-        return describe(plan, target, measured={key: record.get(key) for key in MEASURED})
+        return describe(plan, target, measured={key: record.get(key) for key in MEASURED} | chat)
     metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
     with (
         CheckpointWriter(target, plan.shards, metadata, run=run_identity(plan, guard, calibrated, device_used), resume=resume) as writer,
@@ -157,6 +162,7 @@ def quantize(
                 "quantized_sha256": quantized_sha256(writer.sources),
             },
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
+            **chat,
             "device": str(device_used),
             "kernel": kernel(plan, device_used),
             "seconds": {kind: round(value, 3) for kind, value in {**written.seconds, "total": took.seconds}.items()},
@@ -176,7 +182,7 @@ def quantize(
             entries["resumed"] = {"steps_before": len(steps_done)}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
         writer.finish()
-    measured = {"promised": promised.as_json()} | {key: entries[key] for key in MEASURED}
+    measured = {"promised": promised.as_json(), **chat} | {key: entries[key] for key in MEASURED}
     return describe(plan, target, measured=measured)
 
 
@@ -329,6 +335,8 @@ def show(result: QuantizeResult) -> None:
     console.print(table)
     console.print(f"{result.num_quantized} matrices quantized, {result.num_kept} tensors kept bit for bit, {result.num_dropped} dropped")
     console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}", highlight=False)
+    sampling = ", ".join(f"{key} {value}" for key, value in result.generation_config.items() if key != "do_sample")
+    console.print(f"chat template: {TEMPLATE_TITLES[result.chat_template]}; sampling: {sampling or 'what the engine does by itself'}")
     if result.dry_run:
         from mtpress import preflight
 

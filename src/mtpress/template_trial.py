@@ -1,0 +1,87 @@
+"""What a stranger's chat template does, found out in a process of its own: a template is a program.
+
+In: the text of a template. Out: the `Failure`s of the plain conversation below and of the numbered rules. Leaves out: judging them
+(rules/template.py). A template that never ends, in Python or in C, and one that eats memory cost MAX_SECONDS at most; ours is not tried,
+as the tests do that.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
+
+from mtpress.templating import Failure, behaviour, template
+from mtpress.templating_cases import ASSISTANT, CASES, HELLO, OFF, WEATHER, Case, assistant, call, system, tool, user
+
+MAX_SECONDS = 20.0  # all cases take half a second
+MAX_TEMPLATE_CHARS = 1_000_000
+
+
+def plain_conversation(pictures: bool = True) -> tuple[Case, ...]:
+    """What every server sends: whatever of it is not in the prompt, the model never sees. No markup is asked for, only the words."""
+    called = (user("Rain in Tarn?"), assistant("I look it up.", tool_calls=[call("get_weather", town="Tarn")]), tool("Drizzle, 9 degrees."))
+    picture: Any = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is on it?"}]
+    cases = (
+        Case(1, "a question", HELLO, {"holds": ("Hello!",), "counts": {ASSISTANT: 1}}, kwargs=OFF),
+        Case(7, "a system message", (system("Be kind."), *HELLO), {"holds": ("Be kind.", "Hello!")}, kwargs=OFF),
+        Case(10, "a tool", HELLO, {"holds": ("get_weather", "town")}, [WEATHER], OFF),
+        Case(13, "a call", called, {"holds": ("I look it up.", "get_weather", "town", "Tarn")}, kwargs=OFF),
+        Case(14, "a tool's result", called, {"holds": ("Drizzle, 9 degrees.",)}, kwargs=OFF),
+        Case(17, "an earlier answer", (*HELLO, assistant("Good morning."), *HELLO), {"holds": ("Good morning.",)}, kwargs=OFF),
+        Case(19, "a picture", (user(picture),), {"holds": ("<|image_pad|>", "What is on it?")}, kwargs=OFF),
+    )
+    return cases if pictures else cases[:-1]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """lost: what of the plain conversation fails; if nothing does, failures: of the numbered rules."""
+
+    lost: tuple[Failure, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+@lru_cache(maxsize=16)
+def tried(text: str, pictures: bool = True) -> Trial:
+    """The trial of a template, each text once. pictures: whether the model sees any."""
+    if text == template():
+        return Trial()
+    if len(text) > MAX_TEMPLATE_CHARS:
+        return Trial((_whole(f"it has {len(text):,} characters, over {MAX_TEMPLATE_CHARS:,}"),))
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps([text, pictures]),
+            capture_output=True,
+            text=True,
+            timeout=MAX_SECONDS,
+            check=False,
+        )
+        lost, failures = ([Failure(*entry) for entry in part] for part in json.loads(answer.stdout))
+    except subprocess.TimeoutExpired:
+        return Trial((_whole(f"rendering takes over {MAX_SECONDS:.0f} s; look for a loop without end in it"),))
+    except ValueError:  # what it said is no answer: it was ended
+        return Trial((_whole("rendering ends the process it runs in"),))
+    return Trial(tuple(lost), tuple(failures))
+
+
+def _whole(what: str) -> Failure:
+    return Failure(1, "any conversation", what)
+
+
+def answer(text: str, pictures: bool) -> tuple[Sequence[Failure], Sequence[Failure]]:
+    """(lost, failures), in this process."""
+    lost = behaviour(text, plain_conversation(pictures))
+    return lost, [] if lost else behaviour(text, [case for case in CASES if pictures or not shows_pictures(case)])
+
+
+def shows_pictures(case: Case) -> bool:
+    """Whether a message of the case holds a picture or video, which a model without a vision tower sees none of."""
+    return any(f"'{kind}" in repr(case.messages) for kind in ("image", "video"))
+
+
+if __name__ == "__main__":
+    json.dump([[astuple(failure) for failure in part] for part in answer(*json.loads(sys.stdin.read()))], sys.stdout)
