@@ -1,7 +1,6 @@
 """The one thing that pyproject.toml cannot say yet (setuptools calls its tables for it experimental): the compiled kernels.
 
-optional: where no C compiler is, the install succeeds without them, and formats/nvfp4.py and rounding/signround.py give the same bits
-more slowly.
+optional: where no C compiler is, the install succeeds without them, and formats/ and rounding/ give the same bits more slowly.
 """
 
 from setuptools import Extension, setup
@@ -14,7 +13,7 @@ KERNELS = [
         py_limited_api=True,
         optional=True,
     )
-    for name in ("_nvfp4", "_int4_search", "_signround")
+    for name in ("_nvfp4", "_int4", "_signround")
 ]
 
 setup(ext_modules=KERNELS, options={"bdist_wheel": {"py_limited_api": "cp311"}})

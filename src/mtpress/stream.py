@@ -200,8 +200,8 @@ class Rounding:
 
 ROUNDINGS = {
     "max": Rounding(_round_nvfp4, nvfp4.kernel, lambda weight: round_group({"weight": weight})),
-    "rtn": Rounding(partial(_round_int4, rtn.round_matrix), lambda: nvfp4.EAGER, lambda w: int4.tensors(*rtn.round_matrix(w))),
-    "search": Rounding(partial(_round_int4, search.round_matrix), search.kernel, lambda w: int4.tensors(*search.round_matrix(w))),
+    "rtn": Rounding(partial(_round_int4, rtn.round_matrix), int4.kernel, lambda w: int4.tensors(*rtn.round_matrix(w))),
+    "search": Rounding(partial(_round_int4, search.round_matrix), int4.kernel, lambda w: int4.tensors(*search.round_matrix(w))),
     "signround": Rounding(  # by the forward, which is measured on its own; what is left is packing
         partial(_round_int4, None), lambda: (*signround_kernel.KERNELS, nvfp4.EAGER)[0], lambda w: int4.tensors(*rtn.round_matrix(w))
     ),

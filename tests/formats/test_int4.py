@@ -19,10 +19,11 @@ def sample(n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return codes, bits.to(torch.int32).to(torch.int16).view(torch.float16)
 
 
+@pytest.mark.parametrize("by", [None, int4.EAGER])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_every_code_has_the_bits_that_gptq_gives_it(n: int, k: int) -> None:
+def test_every_code_has_the_bits_that_gptq_gives_it(n: int, k: int, by: str | None) -> None:
     codes, _ = sample(n, k)
-    words = int4.pack(codes)
+    words = int4.pack(codes, by)
     assert words.dtype == torch.int32 and words.is_contiguous()
     unsigned = words.to(torch.int64) & 0xFFFFFFFF
     for column in range(k):
@@ -41,7 +42,7 @@ def test_pieces_join(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = int4.tensors(codes, scales)
     weight = int4.dequantize(*whole.values())
     monkeypatch.setattr(int4, "PIECE_CODES", 7 * 256)
-    assert torch.equal(int4.pack(codes), whole[int4.QWEIGHT])
+    assert torch.equal(int4.pack(codes, int4.EAGER), whole[int4.QWEIGHT])
     assert torch.equal(int4.unpack(whole[int4.QWEIGHT]), codes)
     assert torch.equal(int4.dequantize(*whole.values()).view(torch.int32), weight.view(torch.int32))
 

@@ -1,29 +1,16 @@
-"""Searched INT4 scales: near the best there is, never worse than plain rounding, and the same bits from every kernel."""
+"""Searched INT4 scales: near the best there is, never worse than plain rounding. The kernels: tests/formats/test_int4_kernel.py."""
 
 import math
-import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from int4_samples import GROUP, hard, relative_mse, sample
 from torch import Tensor
 
-from mtpress.formats import _int4_search as extension
-from mtpress.formats import int4
-from mtpress.rounding import rtn, search, search_kernel
+from mtpress.formats import int4, int4_kernel
+from mtpress.rounding import rtn, search
 
-KERNELS = search_kernel.KERNELS
-compiled = pytest.mark.skipif(not KERNELS, reason="installed without a C compiler")
-
-
-def assert_equal_bits(weight: Tensor, kernel: str) -> None:
-    codes, scales = search.round_matrix(weight, search.EAGER)
-    found = search.round_matrix(weight, kernel)
-    assert found[0].dtype == torch.uint8 and found[1].dtype == torch.float16
-    assert torch.equal(found[1].view(torch.int16), scales.view(torch.int16))
-    assert torch.equal(found[0], codes)
+compiled = pytest.mark.skipif(not int4_kernel.KERNELS, reason="installed without a C compiler")
 
 
 def dense(weight: Tensor, signs: tuple[int, ...] = (1, -1)) -> float:
@@ -38,63 +25,16 @@ def dense(weight: Tensor, signs: tuple[int, ...] = (1, -1)) -> float:
     return float(least.sum() / groups.square().sum())
 
 
-def test_the_build_has_a_kernel_wherever_there_is_a_compiler() -> None:
-    assert KERNELS or not shutil.which("cc"), "the extension is not built: install the project again"
-    assert search.kernel() == (KERNELS[0] if KERNELS else "eager")
-    assert not KERNELS or KERNELS[-1] == "generic"
-
-
-@compiled
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("finite", [True, False])
-def test_kernels_give_the_bits_of_the_definition(kernel: str, finite: bool) -> None:
-    assert_equal_bits(hard(finite), kernel)
-    assert_equal_bits(sample("laplace", 32, seed=2), kernel)
-
-
-@compiled
-@given(st.binary(min_size=256, max_size=256), st.integers(0, 2))
-@settings(max_examples=60, deadline=None)
-def test_kernels_give_the_bits_of_the_definition_on_any_bytes(content: bytes, kind: int) -> None:
-    bits = torch.frombuffer(bytearray(content), dtype=torch.int16).clone()
-    if kind:  # finite; and of one magnitude
-        bits &= ~0x0080
-        bits = bits & ~0x7800 | 0x3800 if kind == 2 else bits
-    for kernel in KERNELS:
-        assert_equal_bits(bits.view(torch.bfloat16).view(1, GROUP), kernel)
-
-
-@compiled
-def test_threads_and_pieces_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = sample("normal", 64, seed=4)
-    whole = search.round_matrix(weight)
-    monkeypatch.setattr(search_kernel, "PIECE_GROUPS", 5)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for found, expected in zip(search.round_matrix(weight), whole, strict=True):
-        assert torch.equal(found, expected)
-    monkeypatch.setattr(search, "PIECE_GROUPS", 7)
-    for found, expected in zip(search.round_matrix(weight, search.EAGER), whole, strict=True):
-        assert torch.equal(found, expected)
-
-
-@compiled
-def test_kernels_refuse_what_does_not_fit() -> None:
-    weight = sample("normal", 32)
-    with pytest.raises(ValueError, match="no kernel 'sse9'"):
-        search.round_matrix(weight, "sse9")
-    pieces = [torch.zeros(size, dtype=torch.uint8).numpy() for size in (512, 128, 2, 192)]
-    with pytest.raises(ValueError, match="256 bytes of weight"):
-        extension.search("generic", *pieces)
-
-
-def test_other_dtypes_and_views_go_through_the_definition() -> None:
+def test_other_dtypes_and_views_go_through_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = sample("normal", 4, seed=5)
-    assert not search_kernel.takes(weight.float()) and not search_kernel.takes(weight.t())
+    assert not int4_kernel.takes(weight.float()) and not int4_kernel.takes(weight.t())
     codes, scales = search.round_matrix(weight.float())
     expected = search.round_matrix(weight)
     assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
     columns = sample("normal", 256, 4).t()
     assert torch.equal(search.round_matrix(columns)[0], search.round_matrix(columns.contiguous())[0])
+    monkeypatch.setattr(search, "PIECE_GROUPS", 3)
+    assert torch.equal(search.round_matrix(weight, int4.EAGER)[0], expected[0])
 
 
 @compiled
@@ -130,7 +70,7 @@ def test_no_group_is_worse_than_plain_rounding() -> None:
 
 def test_groups_of_zeros_stay_zeros_and_tiny_ones_have_a_scale() -> None:
     weight = hard()
-    codes, scales = search.round_matrix(weight, search.EAGER)
+    codes, scales = search.round_matrix(weight, int4.EAGER)
     assert codes[:2, :GROUP].unique().tolist() == [8]
     assert scales.abs().min() == search.LEAST_SCALE == torch.tensor(rtn.LEAST_SCALE).half()
     assert not scales.isnan().any()
@@ -138,8 +78,8 @@ def test_groups_of_zeros_stay_zeros_and_tiny_ones_have_a_scale() -> None:
 
 
 def test_what_is_not_finite_shows_in_its_scale_alone() -> None:
-    _, scales = search.round_matrix(hard(finite=False), search.EAGER)
+    _, scales = search.round_matrix(hard(finite=False), int4.EAGER)
     assert scales[:, 1].isfinite().all()
     assert scales[:, 0].isnan().nonzero().flatten().tolist() == [13, 14, 15]
-    _, scales = search.round_matrix(torch.full((1, 128), 1e6, dtype=torch.bfloat16), search.EAGER)
+    _, scales = search.round_matrix(torch.full((1, 128), 1e6, dtype=torch.bfloat16), int4.EAGER)
     assert scales.isinf().all()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mtpress.errors import InputError
+from mtpress.formats import int4_kernel
 
 GROUP_SIZE = 128
 ROWS_MULTIPLE = 32  # N: auto-round allocates qzeros by 32 rows, and Marlin, Exllama and vLLM's CPU kernel want as much
@@ -25,12 +26,18 @@ ZERO = 8  # the code of 0
 MIN_CODE, MAX_CODE = -8, 7  # code − ZERO
 PER_WORD = 8
 STORED_LESS_ONE, STORED_AS_IS = 7, 8  # what qzeros holds of the zero point 8, by convention
+EAGER = "eager"  # the kernel that is none: these functions themselves
 PIECE_CODES = 2 << 20  # packed at a time: the copies stay in the cache
 
 QWEIGHT, QZEROS, SCALES = "qweight", "qzeros", "scales"
 QUANT_METHOD, PACKING_FORMAT = "auto-round", "auto_round:auto_gptq"
 
 assert sys.byteorder == "little"  # eight bytes of codes are read as one word
+
+
+def kernel() -> str:
+    """What rounds and packs on this machine's CPU: "avx512", "avx2", "generic" (compiled, plain C) or "eager" (PyTorch)."""
+    return int4_kernel.KERNELS[0] if int4_kernel.KERNELS else EAGER
 
 
 def output_tensors(shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -48,10 +55,16 @@ def tensors(codes: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor
     return {QWEIGHT: pack(codes), QZEROS: zeros(codes.shape[0], scales.shape[1]), SCALES: scales.t().contiguous()}
 
 
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """qweight int32 [K/8, N] of codes uint8 [N, K], 0…15."""
+def pack(codes: torch.Tensor, by: str | None = None) -> torch.Tensor:
+    """qweight int32 [K/8, N] of codes uint8 [N, K], 0…15; N is at least 1.
+
+    by: a kernel's name; without it the fastest that takes them. The bits are the same.
+    """
     n, k = codes.shape
     codes = codes.contiguous()
+    by = by or (kernel() if codes.device.type == "cpu" else EAGER)
+    if by != EAGER:
+        return int4_kernel.pack(codes, by)
     words = torch.empty(n, k // PER_WORD, dtype=torch.int32, device=codes.device)
     rows = max(1, PIECE_CODES // k)
     for start in range(0, n, rows):

@@ -13,20 +13,18 @@ sign from .3 to 1.1 leave at best (tests/rounding/test_search.py); one sign alon
 .0199, and no group is left with more than plain rounding leaves it. A negative scale lets a group reach 8·|s| upwards.
 
 The functions below define the arithmetic and run on any device. A compiled kernel gives the same bits of a BF16 matrix on
-the CPU (search_kernel.py); `round_matrix` uses it where it is installed.
+the CPU (formats/int4_kernel.py); `round_matrix` uses it where it is installed.
 """
 
 import torch
 
-from mtpress.formats import int4
-from mtpress.rounding import search_kernel
+from mtpress.formats import int4, int4_kernel
 
 NUM_COARSE = 32
 LEAST_FRACTION, MOST_FRACTION, FINE_WIDTH = 0.5, 1.05, 0.03
 LEAST_SCALE = 168 * 2.0**-24  # 1e-5 in FP16, as rtn.py has it
 LEAST_AMAX = 2.0**-100  # its reciprocal is finite; nothing so small reaches LEAST_SCALE
 PIECE_GROUPS = 1 << 12
-EAGER = "eager"  # the kernel that is none: these functions themselves
 
 
 def _factors() -> torch.Tensor:
@@ -41,20 +39,15 @@ def _factors() -> torch.Tensor:
 FACTORS = _factors()
 
 
-def kernel() -> str:
-    """What searches a BF16 matrix on this machine's CPU: "avx512", "avx2", "generic" (compiled, plain C) or "eager" (PyTorch)."""
-    return search_kernel.KERNELS[0] if search_kernel.KERNELS else EAGER
-
-
 def round_matrix(weight: torch.Tensor, by: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes uint8 [N, K], scales fp16 [N, K/128]) of a matrix [N, K]; a scale is NaN where the group is not finite, infinite
     where it is too large for FP16.
 
     by: a kernel's name; without it the fastest that takes the matrix. The bits are the same.
     """
-    by = by or (kernel() if search_kernel.takes(weight) else EAGER)
-    if by != EAGER:
-        return search_kernel.search(weight, FACTORS, by)
+    by = by or (int4.kernel() if int4_kernel.takes(weight) else int4.EAGER)
+    if by != int4.EAGER:
+        return int4_kernel.round_matrix(weight, FACTORS, by)
     n, k = weight.shape
     groups = weight.reshape(-1, int4.GROUP_SIZE)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)

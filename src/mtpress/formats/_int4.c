@@ -1,8 +1,8 @@
-/* The arithmetic of search.py, compiled.
+/* The arithmetic of rounding/search.py and rounding/rtn.py, and the packing of formats/int4.py, compiled.
  *
- * In: a buffer of BF16 numbers in groups of 128, and which level of vector instructions to use. Out: the same codes and FP16
- * scales as the eager PyTorch definition, for every input; tests/rounding/test_search.py holds the two together. Leaves out:
- * tensors and threads (search_kernel.py); the interpreter lock is released, so pieces of one matrix can be searched at once.
+ * In: a buffer of BF16 numbers in groups of 128, or of codes, and which level of vector instructions to use. Out: the same codes,
+ * FP16 scales and words as the eager PyTorch definitions; tests/formats/test_int4_kernel.py holds them together. Leaves out: tensors
+ * and threads (int4_kernel.py); the interpreter lock is released, so pieces of one matrix can be worked on at once.
  *
  * Candidate scales stand side by side in a vector and every sum runs over the group from its first number to its last, so the
  * bits do not depend on how long a vector is. Every float32 operation rounds as in PyTorch: no fast-math, no fused multiply-add.
@@ -41,6 +41,7 @@ enum {
     COARSE = 32,   /* candidates of the first round */
     FINE = 16,     /* of the second, the two of plain rounding among them */
     AT_ONCE = 8,   /* numbers that are added to the sums of a candidate before they go back to memory */
+    ROWS = 16,     /* packed side by side: a cache line of words */
     INFINITE = 0x7f80,
     HALF_NAN = 0x7e00,
 };
@@ -108,9 +109,9 @@ INLINE void sums(const float *restrict w, const float *restrict inverse, float *
     }
 }
 
-INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, const float *factors)
+/* The numbers of a group, and the bits of the largest magnitude; one that is not finite gets a NaN for a scale. */
+INLINE int32_t load_group(const uint8_t *weight, float *restrict w, uint8_t *codes, uint8_t *scale)
 {
-    float w[GROUP], inverse[COARSE], products[COARSE], squares[COARSE], candidates[FINE];
     uint16_t bits[GROUP];
     int32_t largest = 0;
     memcpy(bits, weight, sizeof bits);
@@ -123,8 +124,34 @@ INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, 
         const uint16_t nan = HALF_NAN;
         memset(codes, 8, GROUP);
         memcpy(scale, &nan, sizeof nan);
-        return;
     }
+    return largest;
+}
+
+INLINE void round_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale)
+{
+    float w[GROUP], low = 0.0f, high = 0.0f;
+    if (load_group(weight, w, codes, scale) >= INFINITE)
+        return;
+    for (int i = 0; i < GROUP; i++) {
+        low = w[i] < low ? w[i] : low;
+        high = w[i] > high ? w[i] : high;
+    }
+    float exact = (high < -low ? -low : -high) * 0.125f;
+    float step = from_half(to_half(exact)), least = step < 0.0f ? -LEAST_SCALE : LEAST_SCALE;
+    step = fabsf(step) < LEAST_SCALE ? least : step;
+    const uint16_t half = (uint16_t)to_half(step);
+    memcpy(scale, &half, sizeof half);
+    for (int i = 0; i < GROUP; i++)
+        codes[i] = (uint8_t)((int32_t)nearest(w[i] / step) + 8);
+}
+
+INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, const float *factors)
+{
+    float w[GROUP], inverse[COARSE], products[COARSE], squares[COARSE], candidates[FINE];
+    int32_t largest = load_group(weight, w, codes, scale);
+    if (largest >= INFINITE)
+        return;
     float amax = as_float((uint32_t)largest << 16);
     float unit = 1.0f / (amax < LEAST_AMAX ? LEAST_AMAX : amax);
     for (int c = 0; c < COARSE; c++)
@@ -157,13 +184,48 @@ INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, 
         codes[i] = (uint8_t)((int32_t)nearest(w[i] * inverse[chosen]) + 8);
 }
 
-typedef void search_function(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *factors);
+/* Words of some rows of codes [rows, k], at most ROWS of them; the word of row r and columns 8i… goes to words[i * stride + r]. */
+INLINE void pack_rows(const uint8_t *codes, uint8_t *words, size_t rows, size_t k, size_t stride)
+{
+    for (size_t i = 0; i < k / 8; i++) {
+        uint32_t column[ROWS];
+        for (size_t r = 0; r < rows; r++) {
+            uint64_t eight; /* a code a byte; then two, four, eight in a row */
+            memcpy(&eight, codes + r * k + 8 * i, sizeof eight);
+            eight = (eight | eight >> 4) & 0x00ff00ff00ff00ffu;
+            eight = (eight | eight >> 8) & 0x0000ffff0000ffffu;
+            column[r] = (uint32_t)(eight | eight >> 16);
+        }
+        memcpy(words + sizeof(uint32_t) * i * stride, column, sizeof(uint32_t) * rows);
+    }
+}
 
-#define LEVEL(name, target)                                                                                                  \
-    target static void search_##name(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *f) \
-    {                                                                                                                        \
-        for (size_t g = 0; g < groups; g++)                                                                                  \
-            search_group(weight + g * 2 * GROUP, codes + g * GROUP, scales + g * 2, f);                                      \
+INLINE void pack(const uint8_t *codes, uint8_t *words, size_t rows, size_t k, size_t stride)
+{
+    size_t r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+        pack_rows(codes + r * k, words + sizeof(uint32_t) * r, ROWS, k, stride);
+    if (r < rows)
+        pack_rows(codes + r * k, words + sizeof(uint32_t) * r, rows - r, k, stride);
+}
+
+/* factors: of search.py, or NULL for plain rounding. */
+typedef void round_function(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *factors);
+typedef void pack_function(const uint8_t *codes, uint8_t *words, size_t rows, size_t k, size_t stride);
+
+#define LEVEL(name, target)                                                                                                 \
+    target static void round_##name(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *f) \
+    {                                                                                                                       \
+        for (size_t g = 0; g < groups; g++) {                                                                               \
+            if (f != NULL)                                                                                                  \
+                search_group(weight + g * 2 * GROUP, codes + g * GROUP, scales + g * 2, f);                                 \
+            else                                                                                                            \
+                round_group(weight + g * 2 * GROUP, codes + g * GROUP, scales + g * 2);                                     \
+        }                                                                                                                   \
+    }                                                                                                                       \
+    target static void pack_##name(const uint8_t *codes, uint8_t *words, size_t rows, size_t k, size_t stride)             \
+    {                                                                                                                       \
+        pack(codes, words, rows, k, stride);                                                                                \
     }
 
 LEVEL(generic, )
@@ -175,13 +237,14 @@ LEVEL(avx2, __attribute__((target("avx2"))))
 
 static const struct {
     const char *name;
-    search_function *search;
+    round_function *round;
+    pack_function *pack;
 } levels[] = {
 #ifdef X86
-    {"avx512", search_avx512},
-    {"avx2", search_avx2},
+    {"avx512", round_avx512, pack_avx512},
+    {"avx2", round_avx2, pack_avx2},
 #endif
-    {"generic", search_generic},
+    {"generic", round_generic, pack_generic},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };
 
@@ -198,7 +261,17 @@ static int runs_here(int level)
     return level == LEVELS - 1;
 }
 
-static PyObject *py_search(PyObject *module, PyObject *args)
+/* Index of the level of that name, or -1 with ValueError set where this machine has none. */
+static int find_level(const char *name)
+{
+    for (int level = 0; level < LEVELS; level++)
+        if (strcmp(levels[level].name, name) == 0 && runs_here(level))
+            return level;
+    PyErr_Format(PyExc_ValueError, "no kernel '%s' on this machine", name);
+    return -1;
+}
+
+static PyObject *py_round(PyObject *module, PyObject *args)
 {
     const char *name;
     Py_buffer weight, codes, scales, factors;
@@ -206,19 +279,16 @@ static PyObject *py_search(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "sy*w*w*y*", &name, &weight, &codes, &scales, &factors))
         return NULL;
     PyObject *result = NULL;
-    int level = 0;
-    while (level < LEVELS && !(strcmp(levels[level].name, name) == 0 && runs_here(level)))
-        level++;
-    if (level == LEVELS) {
-        PyErr_Format(PyExc_ValueError, "no kernel '%s' on this machine", name);
+    int level = find_level(name);
+    if (level < 0)
         goto done;
-    }
-    if (weight.len != codes.len * 2 || codes.len != scales.len / 2 * GROUP || factors.len != (COARSE + FINE) * (Py_ssize_t)sizeof(float)) {
-        PyErr_SetString(PyExc_ValueError, "a group is 256 bytes of weight, 128 of codes and 2 of scales; of factors there are 48");
+    if (weight.len != codes.len * 2 || codes.len != scales.len / 2 * GROUP ||
+        (factors.len && factors.len != (COARSE + FINE) * (Py_ssize_t)sizeof(float))) {
+        PyErr_SetString(PyExc_ValueError, "a group is 256 bytes of weight, 128 of codes and 2 of scales; of factors there are 48 or none");
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
-    levels[level].search(weight.buf, codes.buf, scales.buf, (size_t)scales.len / 2, factors.buf);
+    levels[level].round(weight.buf, codes.buf, scales.buf, (size_t)scales.len / 2, factors.len ? factors.buf : NULL);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 done:
@@ -229,14 +299,42 @@ done:
     return result;
 }
 
+static PyObject *py_pack(PyObject *module, PyObject *args)
+{
+    const char *name;
+    Py_ssize_t k, first, last;
+    Py_buffer codes, words;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sy*w*nnn", &name, &codes, &words, &k, &first, &last))
+        return NULL;
+    PyObject *result = NULL;
+    int level = find_level(name);
+    if (level < 0)
+        goto done;
+    if (k <= 0 || k % 8 || codes.len % k || words.len * 2 != codes.len || first < 0 || first > last || last > codes.len / k) {
+        PyErr_SetString(PyExc_ValueError, "codes are rows of k, a multiple of 8, and half as many bytes of words; first and last are of the rows");
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    levels[level].pack((const uint8_t *)codes.buf + first * k, (uint8_t *)words.buf + (Py_ssize_t)sizeof(uint32_t) * first,
+                       (size_t)(last - first), (size_t)k, (size_t)(codes.len / k));
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    PyBuffer_Release(&codes);
+    PyBuffer_Release(&words);
+    return result;
+}
+
 static PyMethodDef methods[] = {
-    {"search", py_search, METH_VARARGS, "search(level, weight, codes, scales, factors): fills codes and scales, buffers of bytes."},
+    {"round", py_round, METH_VARARGS, "round(level, weight, codes, scales, factors): fills codes and scales, buffers of bytes."},
+    {"pack", py_pack, METH_VARARGS, "pack(level, codes, words, k, first, last): fills the words of these rows; all are buffers of bytes."},
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_int4_search", .m_size = 0, .m_methods = methods};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "_int4", .m_size = 0, .m_methods = methods};
 
-PyMODINIT_FUNC PyInit__int4_search(void)
+PyMODINIT_FUNC PyInit__int4(void)
 {
     PyObject *module = PyModule_Create(&definition), *names = PyList_New(0), *tuple = NULL;
     if (module == NULL || names == NULL)

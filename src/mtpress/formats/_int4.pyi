@@ -3,6 +3,7 @@ from numpy.typing import NDArray
 
 LEVELS: tuple[str, ...]
 
-def search(
+def round(
     level: str, weight: NDArray[np.uint8], codes: NDArray[np.uint8], scales: NDArray[np.uint8], factors: NDArray[np.uint8], /
 ) -> None: ...
+def pack(level: str, codes: NDArray[np.uint8], words: NDArray[np.uint8], k: int, first: int, last: int, /) -> None: ...
