@@ -158,6 +158,31 @@ def test_one_file_without_an_index_gets_one(tmp_path: Path, base: Checkpoint) ->
     same(stored(tmp_path / "out"), tensors | {name: base.read(name) for name in MTP_TENSORS})
 
 
+def test_a_body_tensor_goes_into_the_one_file(tmp_path: Path) -> None:
+    """transformers does not look further than model.safetensors where there is one."""
+    source = write_small(tmp_path / "one")
+    whole = load_file(source / SINGLE_NAME)
+    name = next(name for name in whole if name.endswith("input_layernorm.weight"))
+    save_file({n: t for n, t in whole.items() if n != name}, source / SINGLE_NAME, metadata={"format": "pt"})
+    changed = Revision(Checkpoint.open_stored(source))
+    changed.compute(OutputTensor(name, "BF16", tuple(whole[name].shape)), lambda: whole[name])
+    result = changed.write(tmp_path / "out", "repair", {}, silent=True)
+    assert (result.linked, tuple(result.rewritten), result.added) == ((), (SINGLE_NAME,), {})
+    same(load_file(tmp_path / "out" / SINGLE_NAME), whole)
+
+
+def test_a_tensor_gives_its_place_to_another(source: Path, tmp_path: Path) -> None:
+    opened = Checkpoint.open(source)
+    name = next(iter(opened.tensors))
+    changed = Revision(opened)
+    changed.replace(name, OutputTensor("new", "F32", (1,)), lambda: torch.ones(1))
+    result = changed.write(tmp_path / "out", "convert", {}, silent=True)
+    assert (tuple(result.rewritten), result.added) == ((opened.tensors[name].file.name,), {})
+    found = stored(tmp_path / "out")
+    assert name not in found
+    assert torch.equal(found["new"], torch.ones(1))
+
+
 def test_a_shard_of_which_nothing_stays_is_left_out(source: Path, tmp_path: Path) -> None:
     revised = Revision(Checkpoint.open_stored(source))
     for name in MTP_TENSORS:

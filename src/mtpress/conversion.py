@@ -21,7 +21,7 @@ from mtpress.errors import InputError
 from mtpress.formats import compressed_tensors, nvfp4
 from mtpress.formats.nvfp4_rescale import Member, best_shared_scale, energies, reexpress
 from mtpress.models.qwen3_5 import FUSED
-from mtpress.revision import Change, Produce, Revision
+from mtpress.revision import Revision
 from mtpress.rules.declaration import TITLES, Format
 from mtpress.rules.stored import KV_SCALES, Form
 from mtpress.rules.stored import TITLES as FORM_TITLES
@@ -93,24 +93,6 @@ class Conversion:
     @property
     def kv_cache_fp8(self) -> bool:
         return self.subject.declared is not None and self.subject.declared.kv_cache == "fp8"
-
-
-class InPlace(Revision):
-    """A revision in which a stored tensor may give its place to one of another name: no shard is added, so that a checkpoint of one
-    file stays one. transformers reads model.safetensors alone where there is such a file, whatever the index says."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        super().__init__(source)
-        self._instead: dict[str, Change] = {}
-
-    def replace(self, old: str, tensor: OutputTensor, produce: Produce) -> None:
-        """`tensor`, which `produce` makes in its turn, where `old` is stored."""
-        assert old in self.source.tensors, f"{old} is not stored"
-        self._instead[old] = Change(tensor, produce)
-
-    def _of(self, info: TensorInfo) -> Change | None:
-        change = super()._of(info)
-        return self._instead.get(info.name, change) if change is not None else None
 
 
 def layout_of(subject: Subject) -> Layout:
@@ -237,7 +219,7 @@ def _share(subject: Subject, name: str, members: list[Linear]) -> Rescaled:
     return Rescaled(name, shared.scale_2, shared.exact, before, dict(zip(before, shared.relative_errors, strict=True)))
 
 
-def apply(conversion: Conversion, revision: InPlace) -> None:
+def apply(conversion: Conversion, revision: Revision) -> None:
     """Puts the changes into the revision. Notes in `conversion.reciprocals` every number whose reciprocal is written."""
     shared = {module: rescaled.scale_2 for rescaled in conversion.rescaled for module in rescaled.scales_2}
     to = SUFFIX[conversion.to]
@@ -267,7 +249,7 @@ def _block_scales(info: TensorInfo, own: float, shared: float) -> torch.Tensor:
     return reexpress(read_tensor(info), own, shared).scales
 
 
-def _move_kv_scales(conversion: Conversion, revision: InPlace) -> None:
+def _move_kv_scales(conversion: Conversion, revision: Revision) -> None:
     """Scales of the KV cache: modelopt keeps them at k_proj and v_proj, compressed-tensors at the attention; float32 in both."""
     checkpoint: Checkpoint = conversion.subject.checkpoint
     old, new = KV_MODULE[conversion.source], KV_MODULE[conversion.to]

@@ -245,7 +245,7 @@ def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
     if (model.num_mtp_layers(source.config) or heads) and missing:
         raise InputError(
             f"{where}: the draft head lacks {len(missing)} of {len(model.MTP_TENSORS)} tensors ({missing[0]}, …); "
-            "put it back from the base model first: mtpress graft CKPT OUT --from BASE (not in this version yet: copy, then index)"
+            "put it back from the base model first: mtpress graft CKPT OUT --from BASE"
         )
     if heads and not model.num_mtp_layers(source.config):
         raise InputError(

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_object
+from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter, split_into_shards
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import JOURNAL_NAME
@@ -81,6 +81,7 @@ class Revision:
         self.source = source
         self._renamed: dict[str, str | None] = {}  # stored name → new name, or None for one that leaves
         self._new: dict[str, Change] = {}
+        self._instead: dict[str, Change] = {}  # stored name → what stands in its place
         self._files: dict[str, bytes | None] = {}
 
     def drop(self, name: str) -> None:
@@ -101,6 +102,11 @@ class Revision:
     def compute(self, tensor: OutputTensor, produce: Produce) -> None:
         """A tensor that `produce` makes when its turn comes (on the CPU, in the dtype and shape of `tensor`). It replaces as put() does."""
         self._new[tensor.name] = Change(tensor, produce)
+
+    def replace(self, old: str, tensor: OutputTensor, produce: Produce) -> None:
+        """`tensor`, which `produce` makes in its turn, where `old` is stored: under another name no shard is added for it."""
+        assert old in self.source.tensors, f"{old} is not stored"
+        self._instead[old] = Change(tensor, produce)
 
     def write_file(self, name: str, content: bytes) -> None:
         """New content of a file beside the weights."""
@@ -160,7 +166,7 @@ class Revision:
         kept: set[str] = set()
         rewritten: dict[str, list[Change]] = {}
         placed: list[str] = []
-        touched = self._renamed.keys() | self._new.keys()
+        touched = self._renamed.keys() | self._new.keys() | self._instead.keys()
         for shard in self.source.shards:
             if all(info.name not in touched and self._counts(info) for info in shard.tensors):
                 placed += [info.name for info in shard.tensors]
@@ -175,6 +181,12 @@ class Revision:
         new = [change for name, change in self._new.items() if name not in there]
         heads = [change for change in new if change.tensor.name.startswith(MTP_PREFIX)]
         others = [change for change in new if change not in heads]
+        if others and [shard.path.name for shard in self.source.shards] == [SINGLE_NAME] and (kept or rewritten):
+            # transformers reads model.safetensors alone where there is one, whatever the index says; heads it passes over anyway
+            whole = rewritten.setdefault(SINGLE_NAME, [Change(stored(info), info) for info in self.source.shards[0].tensors])
+            whole += others
+            kept.clear()
+            others = []
         added: dict[str, list[Change]] = {}
         for group, stem in ((heads, "model-mtp"), (others, "model-revised")):
             for number, changes in enumerate(_in_shards(group), 1):
@@ -190,12 +202,15 @@ class Revision:
         """What stands in the place of a stored tensor; nothing where it leaves."""
         if not self._counts(info):
             return None
+        if (instead := self._instead.get(info.name)) is not None:
+            assert info.name not in self._renamed and info.name not in self._new, f"{info.name}: replaced twice"
+            return instead
         if (change := self._new.get(info.name)) is not None:
             assert self._renamed.get(info.name) is None, f"{info.name}: renamed and replaced"
             return change
         name = self._renamed.get(info.name, info.name)
         assert name == info.name or name not in self._new, f"{name}: put where another is renamed to it"
-        return None if name is None else Change(OutputTensor(name, info.dtype, info.shape), info)
+        return None if name is None else Change(stored(info, name), info)
 
     def _carried(self) -> dict[str, Path]:
         """Files beside the weights that go over as they are, folders of them too; not what belongs to a tool, such as .cache."""
@@ -294,6 +309,11 @@ class Revision:
         hashes = self._old_record().get("output_sha256")
         known = hashes if isinstance(hashes, dict) else {}
         return {name: digest for name in names if isinstance(digest := known.get(name), str)}
+
+
+def stored(info: TensorInfo, name: str | None = None) -> OutputTensor:
+    """A stored tensor as one of the output, under its own name or another."""
+    return OutputTensor(name or info.name, info.dtype, info.shape)
 
 
 def _num_bytes(changes: list[Change]) -> int:

@@ -73,6 +73,7 @@ def convert(
     Raises InputError, before anything is written, where the checkpoint cannot be converted, ResourceError if the disk is too small.
     """
     from mtpress import conversion  # torch from here on
+    from mtpress.revision import Revision
 
     layout = _layout(to)
     if layout is None and not text_only:
@@ -93,7 +94,7 @@ def convert(
     planned = None
     if layout is not None:
         planned = conversion.plan_conversion(subject, layout, without=vision if text_only else None, rescale=rescale)
-    revision = conversion.InPlace(source)
+    revision = Revision(source)
     for name in dropped:
         revision.drop(name)
     if planned is not None:
