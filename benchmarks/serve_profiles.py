@@ -25,13 +25,13 @@ from mtpress.engine.installed import Engine
 from mtpress.engine.known_issues import Condition, known_issues
 from mtpress.engine.launch import Launch, compose
 from mtpress.engine.served_model import ServedModel
-from mtpress.engine.settings import Setting
+from mtpress.engine.settings import REASONING_PARSER, Setting
 from served_layouts import INT4, make_layout
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/serving.md"
 SEEDS = Path(__file__).with_name("seed_launches.yaml")
-VERSION, PORT, MODEL = "0.32.0", 8000, "CKPT"
+VERSION, PORT, MODEL, PACKAGE = "0.32.0", 8000, "CKPT", "MTPRESS"
 PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # as `make engine` installs them
 MARKER = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUILDS = {"cpu": "nvfp4-mtp-vlm", "int4-rtx-5090": INT4, "gpu-24gb": "nvfp4-mtp-text"}  # the others: the VLM build
@@ -137,12 +137,18 @@ def comparison(layouts: Layouts) -> str:
     parts = []
     for seed in seeds():
         launch = dry_run(seed["profile"], layouts[seed["layout"]])
-        rows = [[f"`{r.flag}`", code(r.theirs), code(r.ours), r.verdict, r.why] for r in compare(seed, launch)]
+        model = layouts[seed["layout"]]
+        rows = [[f"`{r.flag}`", code(r.theirs), code(r.ours and _portable(r.ours, model)), r.verdict, r.why] for r in compare(seed, launch)]
         title = f"### {seed['seed']} and `{seed['profile']}`\n\n{seed['card']}; {seed['engine']}. Ours on the `{seed['layout']}` build:\n"
-        command = launch.shown().replace(str(layouts[seed["layout"]].path), MODEL)
+        command = _portable(launch.shown(), model)
         heads = table(["flag", "seed", "mtpress", "", "why"], rows)
         parts.append(f"{title}\n```sh\n{command}\n```\n\n{heads}")
     return "\n".join(parts)
+
+
+def _portable(text: str, model: ServedModel) -> str:
+    """Without the paths of this machine."""
+    return text.replace(str(model.path), MODEL).replace(str(REASONING_PARSER.parents[1]), PACKAGE)
 
 
 def commands(layouts: Layouts) -> str:
@@ -152,7 +158,7 @@ def commands(layouts: Layouts) -> str:
     for name in profiles.profiles():
         if name not in behind:
             build = BUILDS.get(name, "nvfp4-mtp-vlm")
-            shown = dry_run(name, layouts[build]).shown().replace(str(layouts[build].path), MODEL)
+            shown = _portable(dry_run(name, layouts[build]).shown(), layouts[build])
             parts.append(f"`{name}`, {build}:\n\n```sh\n{shown}\n```\n")
     return "\n".join(parts)
 

@@ -10,6 +10,7 @@ import pytest
 from mtpress.engine import profiles
 from mtpress.engine.arguments import ON, final_values, read
 from mtpress.engine.installed import find_engine
+from mtpress.engine.settings import REASONING_PARSER
 from serve_profiles import BUILDS, Layouts, dry_run
 
 pytestmark = pytest.mark.engine
@@ -47,7 +48,8 @@ def test_vllm_accepts_every_profile(lines: dict[str, list[str]], found: list[dic
     gb10 = dict(zip(lines, found, strict=False))["gb10"]
     assert gb10["linear_backend"] == "cutlass"
     assert gb10["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 2}
-    assert gb10["default_chat_template_kwargs"] == {"enable_thinking": False}
+    assert gb10["default_chat_template_kwargs"] == {"preserve_thinking": True}
+    assert (gb10["reasoning_parser"], gb10["reasoning_parser_plugin"]) == ("mtpress", str(REASONING_PARSER))
     assert (gb10["max_num_seqs"], gb10["kv_cache_dtype"], gb10["tool_call_parser"]) == (64, "fp8", "qwen3_xml")
 
 

@@ -18,6 +18,7 @@ W4A16 = {"format": "modelopt NVFP4 (W4A16)", "quant_method": "modelopt_fp4"}
 SMALL = card("NVIDIA GeForce RTX 5090", 31.8, (12, 0))
 EAGER, PIECEWISE = ["--enforce-eager"], ["--compilation-config.cudagraph_mode", "PIECEWISE"]
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+THINK = ["--default-chat-template-kwargs", '{"enable_thinking": true}']
 NO_DRAFTS = {"num_speculative_tokens": 0}
 Call = dict[str, Any]
 
@@ -74,15 +75,16 @@ CASES: dict[str, tuple[Call, tuple[Call, ...]]] = {
     "prefix-cache-hits": ({}, ({"num_speculative_tokens": 0}, {"extra": ["--no-enable-prefix-caching"]})),
     "thinking-budget": ({}, ({"num_speculative_tokens": 0},)),
     "empty-content": (
-        {"without": "--default-chat-template-kwargs"},
-        ({}, {"extra": ["--default-chat-template-kwargs", '{"enable_thinking": true}']}),
+        {"version": "0.31.0", "without": "--default-chat-template-kwargs"},
+        ({"without": "--default-chat-template-kwargs"}, {"version": "0.31.0"}, {"version": "0.31.0", "extra": THINK}),
     ),
-    "think-on-tag": ({}, ({"extra": ["--default-chat-template-kwargs", '{"enable_thinking": true}']},)),
+    "think-on-tag": ({"version": "0.31.0"}, ({}, {"version": "0.31.0", "extra": THINK})),
     "tokenizer-backend": (
         {"tokenizer": {"tokenizer_class": "TokenizersBackend"}},
         ({}, {"tokenizer": {"tokenizer_class": "Qwen2Tokenizer"}}),
     ),
     "cpu-sampling": ({"on": "cpu"}, ({}, {"on": "cpu", **NO_DRAFTS}, {"on": "cpu", "plugins": ("mtpress_sampling_cpu",)})),
+    "cpu-structured-output": ({"on": "cpu"}, ({}, {"on": "cpu", **NO_DRAFTS})),
     "cpu-nvfp4": (
         {"on": "cpu", "served": NVFP4},
         ({"served": NVFP4}, {"on": "cpu"}, {"on": "cpu", "served": NVFP4, "plugins": ("other", "mtpress_nvfp4_cpu")}),
@@ -152,7 +154,7 @@ def setting_of(made: Launch, flag: str) -> tuple[str | None, str]:
 
 def test_what_is_worked_around_is_set_with_its_source() -> None:
     assert setting_of(launch(version="0.28.0"), "--compilation-config") == ('{"cudagraph_mode": "PIECEWISE"}', "vllm#47123, vllm#53051")
-    assert setting_of(launch(), "--default-chat-template-kwargs") == ('{"enable_thinking": false}', "vllm#53284")
+    assert setting_of(launch(version="0.31.0"), "--default-chat-template-kwargs") == ('{"enable_thinking": false}', "vllm#53284")
     assert "--compilation-config" not in flags(launch())
 
 

@@ -7,9 +7,11 @@ import pytest
 from launches import NVFP4, card, engine, flags, launch, machine, model, tiny
 
 from mtpress.engine.api_key import API_KEY
-from mtpress.engine.launch import compose
+from mtpress.engine.arguments import final_values, read
+from mtpress.engine.launch import Launch, compose
 from mtpress.engine.ports import free_port
 from mtpress.engine.served_model import ServedModel
+from mtpress.engine.settings import REASONING_PARSER
 from mtpress.errors import InputError, ResourceError
 from served_layouts import make_layout
 
@@ -36,8 +38,9 @@ def test_what_a_full_launch_passes() -> None:
     assert json.loads(found["--speculative-config"] or "") == {"method": "mtp", "num_speculative_tokens": 3}
     assert {flag: value for flag, value in found.items() if flag not in ("--speculative-config", "--served-model-name")} == {
         "--host": "127.0.0.1", "--port": "8000", "--max-model-len": "262144", "--max-num-seqs": "2", "--kv-cache-dtype": "fp8",
-        "--gpu-memory-utilization": "0.9", "--reasoning-parser": "qwen3", "--enable-auto-tool-choice": None,
-        "--tool-call-parser": "qwen3_xml", "--default-chat-template-kwargs": '{"enable_thinking": false}',
+        "--gpu-memory-utilization": "0.9", "--reasoning-parser": "mtpress", "--reasoning-parser-plugin": str(REASONING_PARSER),
+        "--enable-auto-tool-choice": None, "--tool-call-parser": "qwen3_xml",
+        "--default-chat-template-kwargs": '{"preserve_thinking": true}',
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
 
@@ -208,6 +211,42 @@ def test_without_a_template_there_is_nothing_to_parse(tmp_path: Path) -> None:
     assert not {"--reasoning-parser", "--tool-call-parser", "--default-chat-template-kwargs"} & set(found)
 
 
+def parser_of(made: Launch) -> tuple[str | None, str | None, bool]:
+    """(--reasoning-parser, --default-chat-template-kwargs, whether the plugin is passed) of what the command ends up with."""
+    values = final_values(read(list(made.command[3:])))
+    return values.get("--reasoning-parser"), values.get("--default-chat-template-kwargs"), "--reasoning-parser-plugin" in values
+
+
+OFF, KEEP, ON = '{"enable_thinking": false}', '{"preserve_thinking": true}', '{"enable_thinking": true}'
+ENDS = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+
+
+def test_the_reasoning_parser_is_the_one_that_knows_the_template(tmp_path: Path) -> None:
+    """Ours for a template that a tag can switch on; vLLM's, told that thinking is off or not told, for others and on older versions."""
+    assert REASONING_PARSER.is_absolute() and REASONING_PARSER.is_file()
+    assert parser_of(launch()) == ("mtpress", KEEP, True)
+    assert parser_of(launch(version="0.33.1")) == ("mtpress", KEEP, True)
+    assert parser_of(launch(version="0.31.0")) == ("qwen3", OFF, False)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text(f"{ENDS}<think>\n\n</think>\n\n{{% endif %}}")
+    assert parser_of(launch(served=model(path=tmp_path))) == ("qwen3", OFF, False)
+    template.write_text(f"{ENDS}<think>\n{{% endif %}}")
+    assert parser_of(launch(served=model(path=tmp_path))) == ("qwen3", None, False)
+    template.write_text(f"{{# <|think_on|> #}}{ENDS}<think>\n{{% endif %}}")
+    assert parser_of(launch(served=model(path=tmp_path))) == ("qwen3", None, False)
+
+
+def test_another_parser_or_default_of_the_users_wins() -> None:
+    made = launch(extra=["--reasoning-parser", "qwen3"])
+    assert parser_of(made)[:2] == ("qwen3", OFF)
+    assert any("<|think_on|>" in note for note in made.notes)
+    made = launch(extra=["--reasoning-parser=qwen3", "--default-chat-template-kwargs", KEEP])
+    assert parser_of(made)[:2] == ("qwen3", KEEP)
+    assert any("content is null" in warning for warning in made.warnings)
+    assert parser_of(launch(extra=["--default-chat-template-kwargs", ON])) == ("mtpress", ON, True)
+    assert launch().warnings == ()
+
+
 def test_what_cannot_fit_is_refused_with_what_frees_memory() -> None:
     huge = model(weight_bytes={"mlp": 90 << 30})
     with pytest.raises(ResourceError, match=r"weights.*take.*; --.*--force") as caught:
@@ -257,7 +296,7 @@ def test_shown_is_a_shell_command_one_flag_a_line() -> None:
     lines = launch("cpu", extra=["--max_model_len=64", "-tp", "1"]).shown().split(" \\\n")
     assert lines[0].startswith("HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 ")
     assert lines[1] == f"/env/bin/vllm serve {tiny().path}"
-    assert """  --default-chat-template-kwargs '{"enable_thinking": false}'""" in lines
+    assert """  --default-chat-template-kwargs '{"preserve_thinking": true}'""" in lines
     assert lines[-2:] == ["  --max_model_len=64", "  -tp 1"]
     assert len(lines) == len(set(lines))
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -20,6 +21,12 @@ def written(folder: Path, source: str) -> Path:
 
 def test_our_template_is_off_by_default_and_knows_the_tags(tmp_path: Path) -> None:
     assert read_template(written(tmp_path, OURS)) == Template("chat_template.jinja", "off", True)
+    assert read_template(tmp_path).switches
+
+
+@pytest.mark.parametrize(("default", "tags"), [("off", False), ("on", True), (None, True), (None, False)])
+def test_other_templates_are_switched_by_kwargs_alone(default: Literal["on", "off"] | None, tags: bool) -> None:
+    assert not Template("chat_template.jinja", default, tags).switches
 
 
 @pytest.mark.parametrize(

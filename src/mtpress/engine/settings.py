@@ -7,6 +7,7 @@ arguments and known issues (launch.py).
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 YOU, OURS, CONFIG = "you", "mtpress", "config.json"
 TEXT_ONLY = "--language-model-only"
 MTP_SINCE = Version("0.19")  # seed 004 drafts by "mtp" on 0.19.1; before it the family's own word is the safe one
+# vLLM imports it by its path: nothing of mtpress has to be installed beside it. Written against the parsers of 0.32.
+REASONING_PARSER, REASONING_PARSER_SINCE = Path(__file__).with_name("reasoning_parser.py"), Version("0.32")
 # Flags that older versions know as an environment variable only: the flag's first version, the variable.
 BEFORE_FLAGS = {
     "--attention-backend": (Version("0.13"), "VLLM_ATTENTION_BACKEND"),
@@ -93,7 +96,7 @@ def profile_settings(
         left_out.append(Setting("--kv-cache-dtype", None, f"the checkpoint declares {model.kv_cache_declared}, vLLM follows", CONFIG))
     if template.file is not None:
         passed += [
-            Setting("--reasoning-parser", "qwen3", "thoughts go to `reasoning`, answers to `content`", "seed 001"),
+            *_reasoning(template, engine),
             Setting("--enable-auto-tool-choice", None, "the model may call the tools of a request", "seed 002"),
             Setting("--tool-call-parser", "qwen3_xml", "the XML form in which this family calls tools", "seed 002"),
         ]
@@ -103,6 +106,20 @@ def profile_settings(
         passed.append(Setting("--model-loader-extra-config", '{"enable_weights_track": true}', reason, "vLLM 0.32"))
     left_out.append(Setting("--trust-remote-code", None, "vLLM has this family built in; code from a checkpoint is not run", OURS))
     return passed, left_out
+
+
+def _reasoning(template: "Template", engine: "Engine") -> list[Setting]:
+    """The parser that knows the template's modes, and the defaults for what a request does not say."""
+    if not template.switches or engine.release < REASONING_PARSER_SINCE:
+        return [Setting("--reasoning-parser", "qwen3", "thoughts go to `reasoning`, answers to `content`", "seed 001")]
+    imported = "vLLM imports the parser from this file"
+    sees = "sees by the prompt whether the template thinks, where qwen3 takes for granted that it does and leaves content null"
+    keeps = "earlier thoughts stay, so a prompt goes on as it was cached; enable_thinking is not set, for false would beat <|think_on|>"
+    return [
+        Setting("--reasoning-parser-plugin", str(REASONING_PARSER), imported, OURS),
+        Setting("--reasoning-parser", "mtpress", sees, "vllm#53284"),
+        Setting("--default-chat-template-kwargs", json.dumps({"preserve_thinking": True}), keeps, OURS),
+    ]
 
 
 def _drafts(

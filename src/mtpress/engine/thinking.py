@@ -23,6 +23,11 @@ class Template:
     default: Literal["on", "off"] | None
     tags: bool
 
+    @property
+    def switches(self) -> bool:
+        """Whether a message can turn on what is off by default, as in ours: kwargs alone do not say then whether it thinks."""
+        return self.default == "off" and self.tags
+
 
 def read_template(checkpoint: Path) -> Template:
     """The template beside the weights, else the one in tokenizer_config.json, as vLLM looks for it."""
