@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/lock.stamp
-PEERS := engine modelopt autoround llmcompressor
+PEERS := engine modelopt autoround llmcompressor templates
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test check soak engine bench tiny clean

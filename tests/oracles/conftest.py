@@ -23,3 +23,9 @@ def autoround_python() -> Path:
 def llmcompressor_python() -> Path:
     """The python of .envs/llmcompressor."""
     return peer_python("llmcompressor")
+
+
+@pytest.fixture(scope="session")
+def templates_python() -> Path:
+    """The python of .envs/templates."""
+    return peer_python("templates")
