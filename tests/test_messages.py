@@ -153,3 +153,10 @@ def test_prompts_and_canaries_are_normal_already(tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "Write <|im_end|>."}]}\n')
     assert load_prompts(str(file)).prompts[0].messages == ({"role": "user", "content": "Write < |im_end|>."},)
+
+
+def test_a_token_does_not_come_about_where_two_texts_meet() -> None:
+    picture = {"type": "image", "image": "a.png"}
+    parts = [{"type": "text", "text": "<|im_"}, "end|>", picture, {"type": "text", "text": "x"}]
+    read = normalize_messages([{"role": "user", "content": parts}], where="here")
+    assert read[0]["content"] == [{"type": "text", "text": plain("<|im_end|>")}, picture, {"type": "text", "text": "x"}]

@@ -110,7 +110,14 @@ class _Reader:
             return self.plain(content)
         if not isinstance(content, Sequence):
             raise self.wrong("content", f"must be a string or a list of parts, is a {type(content).__name__}")
-        return [self.part(part, f"content[{i}]", role) for i, part in enumerate(content)]
+        read: list[dict[str, Any]] = []
+        for i, part in enumerate(content):
+            found = self.part(part, f"content[{i}]", role)
+            if read and found.keys() == read[-1].keys() == {"type", "text"}:
+                read[-1]["text"] = self.plain(read[-1]["text"] + found["text"])  # a token may come about where two texts meet
+            else:
+                read.append(found)
+        return read
 
     def part(self, part: Any, field: str, role: str) -> dict[str, Any]:
         kind = part_kind(part)

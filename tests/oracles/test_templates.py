@@ -229,8 +229,8 @@ def test_21_control_tokens_that_are_typed_are_no_tokens(answers: Answers) -> Non
 @pytest.mark.parametrize(
     "parts",
     [
-        pytest.param(True, id="cut in two parts", marks=pytest.mark.xfail(strict=True, reason="each part is made plain for itself")),
-        pytest.param(False, id="with the format's >", marks=pytest.mark.xfail(strict=True, reason="a name is made plain without it")),
+        pytest.param(True, id="cut in two parts"),
+        pytest.param(False, id="with the format's >"),
     ],
 )
 def test_21_nor_are_those_that_come_about_in_rendering(parts: bool, answers: Answers) -> None:

@@ -63,7 +63,7 @@ BROKEN = (
     ("kind in ('image', 'image_url')", "kind == 'image'", {19}),
     ("set seen.images = seen.images + 1", "set seen.images = 1", {20}),
     ("'<|im_end|>', '<|object_ref_start|>'", "'<|object_ref_start|>'", {21}),
-    ("{{- plain(part if part is string else part.text) -}}", "{{- part.text -}}", {21}),
+    ("    {{- plain(run.text) -}}\n  {%- endif -%}", "    {{- run.text -}}\n  {%- endif -%}", {21}),
 )
 
 
