@@ -138,7 +138,7 @@ class Declaration:
 
     @property
     def packing(self) -> str | None:
-        """How codes are packed, as the config calls it: AutoRound's packing_format, compressed-tensors' format, GPTQ's checkpoint_format."""
+        """How codes are packed: AutoRound's packing_format, compressed-tensors' format, GPTQ's checkpoint_format."""
         key = {"auto-round": "packing_format", "compressed-tensors": "format", "gptq": "checkpoint_format"}.get(self.format)
         said = self.content.get(key) if key is not None else None
         return str(said) if said is not None else None
