@@ -163,22 +163,27 @@ def _round_nvfp4(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator
         yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items()}
 
 
-def _round_int4(
-    round_matrix: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None, plan: Plan, job: Job, tensors: Tensors, seen: Seen
-) -> Iterator[dict[str, torch.Tensor]]:
+RoundMatrix = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _round_int4(round_matrix: RoundMatrix | None, plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
     """The same for INT4, one linear at a time: no scale is shared. round_matrix: None where the forward has rounded already."""
     for module in _modules(job):
-        weight = tensors[f"{module}.weight"]
-        if round_matrix is not None:
-            codes, scales = round_matrix(weight)
-        else:
-            assert isinstance(seen, Mapping)
-            codes, scales = seen[module]
-        if not bool(torch.isfinite(scales).all()):
-            if not bool(torch.isfinite(weight).all()):
-                raise _damaged(module)
-            raise InputError(f"{module}.weight holds numbers up to {float(weight.abs().max()):.3g}; FP16 has no scale for so large ones")
-        yield {f"{module}.{suffix}": tensor for suffix, tensor in int4.tensors(codes, scales).items()}
+        yield _int4_tensors(module, tensors[f"{module}.weight"], round_matrix, seen)
+
+
+def _int4_tensors(module: str, weight: torch.Tensor, round_matrix: RoundMatrix | None, seen: Seen) -> dict[str, torch.Tensor]:
+    """A function of its own, so that no codes stay in memory while what is made of them is written."""
+    if round_matrix is not None:
+        codes, scales = round_matrix(weight)
+    else:
+        assert isinstance(seen, Mapping)
+        codes, scales = seen[module]
+    if not bool(torch.isfinite(scales).all()):
+        if not bool(torch.isfinite(weight).all()):
+            raise _damaged(module)
+        raise InputError(f"{module}.weight holds numbers up to {float(weight.abs().max()):.3g}; FP16 has no scale for so large ones")
+    return {f"{module}.{suffix}": tensor for suffix, tensor in int4.tensors(codes, scales).items()}
 
 
 def _modules(job: Job) -> list[str]:

@@ -84,9 +84,10 @@ INLINE float from_half(uint32_t half)
 INLINE float nearest(float scaled)
 {
     const float shift = 12582912.0f; /* 1.5 * 2^23: from there on float32 goes in steps of 1, so the sum is rounded for us */
-    scaled = scaled < -8.0f ? -8.0f : scaled;
-    scaled = scaled > 7.0f ? 7.0f : scaled;
-    return (scaled + shift) - shift;
+    int32_t bits = (int32_t)as_bits(scaled + shift), lowest = (int32_t)as_bits(shift - 8.0f), highest = (int32_t)as_bits(shift + 7.0f);
+    bits = bits > lowest ? bits : lowest; /* numbers order as their bits do, and integers have vector instructions for it */
+    bits = bits < highest ? bits : highest;
+    return as_float((uint32_t)bits) - shift;
 }
 
 /* For each candidate, by its reciprocal: products[c] = sum of w q, squares[c] = sum of q q. */
