@@ -27,6 +27,12 @@ def test_builtin_samples_go_through_the_chat_template() -> None:
     assert torch.equal(loaded.samples[number].input_ids, encoder.encode_text(text).input_ids)
 
 
+def test_samples_go_through_the_template_that_is_given(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "red"}]}))
+    loaded = load_calibration(BUILTIN_MODEL, CalibrationSource(), [str(tmp_path / "a.jsonl")], "{{ messages[0].content }} and blue")
+    assert torch.equal(loaded.samples[0].input_ids, ChatEncoder(BUILTIN_MODEL).encode_text("red and blue").input_ids)
+
+
 def test_samples_are_cut_at_max_seq_len_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "red " * n}) for n in (5, 50, 500)))
     loaded = load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=2, max_seq_len=20), [str(tmp_path / "a.jsonl")])

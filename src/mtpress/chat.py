@@ -79,13 +79,15 @@ def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
 
 
 class ChatEncoder:
-    """Renders with a checkpoint's own template (in transformers' sandbox) and encodes with its tokenizer."""
+    """Renders with a checkpoint's own template (in transformers' sandbox), or the one given, and encodes with its tokenizer."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"{directory}: its tokenizer does not load ({reason(error)}); check tokenizer.json") from None
+        if chat_template is not None:
+            self.tokenizer.chat_template = chat_template
         self.directory = directory
         added = self.tokenizer.added_tokens_decoder.values()
         own = (token.content for token in added if len(token.content) > 1 and (token.special or token.content.startswith("<|")))

@@ -31,6 +31,7 @@ from mtpress.source_guard import SourceGuard
 
 if TYPE_CHECKING:
     from mtpress import preflight
+    from mtpress.calibration import CalibrationSet
     from mtpress.workers import Spread
 TEMPLATE_TITLES = {"mtpress": "mtpress's own", "source": "the source's", "none": "none, as in the source"}
 MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the record that the result repeats
@@ -122,9 +123,7 @@ def quantize(
     guard = SourceGuard(checkpoint)
     calibrated = None
     if chosen.needs_samples:
-        from mtpress.calibration import load_calibration
-
-        calibrated = load_calibration(checkpoint.path, chosen.calibration, calibration)
+        calibrated = samples_of(checkpoint, chosen, calibration)
     made_from = {
         "recipe": chosen.canonical(),
         "calibration": calibrated.record() if calibrated else without_samples(chosen),
@@ -193,13 +192,21 @@ def without_samples(recipe: Recipe) -> dict[str, Any] | None:
 
 def dry_lengths(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str]) -> list[int]:
     """Tokens of each sample; of a Hub data set, which a dry run does not fetch, as many as the recipe allows."""
-    from mtpress.calibration import BUILTIN, load_calibration
+    from mtpress.calibration import BUILTIN
 
     if not recipe.needs_samples:
         return []
     if not calibration and recipe.calibration.dataset != BUILTIN:
         return [recipe.calibration.max_seq_len] * recipe.calibration.num_samples
-    return [len(sample.input_ids) for sample in load_calibration(checkpoint.path, recipe.calibration, calibration).samples]
+    return [len(sample.input_ids) for sample in samples_of(checkpoint, recipe, calibration).samples]
+
+
+def samples_of(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str]) -> "CalibrationSet":
+    """The calibration samples, rendered by the template that the output gets."""
+    from mtpress.calibration import load_calibration
+    from mtpress.templating import template
+
+    return load_calibration(checkpoint.path, recipe.calibration, calibration, template() if recipe.chat_template == "mtpress" else None)
 
 
 def foresee(
