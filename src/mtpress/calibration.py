@@ -154,9 +154,7 @@ def calibration_rows(source: CalibrationSource, files: Sequence[str]) -> tuple[s
     return shown, (pair for path in paths for pair in read_jsonl(path))
 
 
-def load_calibration(
-    directory: Path, source: CalibrationSource, files: Sequence[str], chat_template: str | None = None
-) -> CalibrationSet:
+def load_calibration(directory: Path, source: CalibrationSource, files: Sequence[str], chat_template: str | None = None) -> CalibrationSet:
     """Reads, renders by the checkpoint's own chat template or the one given, and encodes at most num_samples samples of at most
     max_seq_len tokens."""
     from mtpress.chat import ChatEncoder
