@@ -5,7 +5,7 @@
 Out: tables and JSON.
 error   Both tune the four blocks of mtpress-tiny on the same 64 samples of 128 tokens; then the error of each block's output on 32 other
         samples, as a share of the output's mean square: on the BF16 input ("alone") and on what the rounded blocks before made ("in a
-        row", which is what both tune for), with plain rounding beside it.
+        row", which is what both tune for), with plain rounding and searched scales beside it; --iters 0 takes those two alone.
 time    One Gated DeltaNet and one full-attention block of hidden size 5120, random weights, batches of 8 samples of each of `--tokens`
         lengths, in turn, each in a process of its own. Seconds of an iteration are the median of all but the first; CPU seconds stand
         still while other work has the cores. Memory is the process's peak.
@@ -33,17 +33,18 @@ from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE, EVALUATION_FILE
 from mtpress.calibration import encode_row, read_jsonl
 from mtpress.chat import ChatEncoder
 from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import layer_shapes
+from mtpress.models.qwen3_5 import QUANTIZABLE, layer_shapes
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.progress import human_bytes
-from mtpress.rounding.rtn import round_matrix
+from mtpress.rounding import rtn, search
 from qwen3_6_files import Width
 from signround_timed import dequantized
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 128  # of the error's samples
 KINDS = ("linear_attention", "full_attention")
-OURS, THEIRS, PLAIN = "mtpress", "auto-round", "plain rounding"
+OURS, THEIRS, PLAIN, SEARCHED = "mtpress", "auto-round", "plain rounding", "searched scales"
+UNTUNED = {PLAIN: rtn.round_matrix, SEARCHED: search.round_matrix}
 
 
 def main() -> None:
@@ -71,9 +72,10 @@ def main() -> None:
 def compare_errors(here: Path, python: str, iterations: int) -> dict[str, Any]:
     source, tokens = write_tiny(here / "tiny"), here / "tokens.json"
     tokens.write_text(json.dumps(chunks(CALIBRATION_FILE, 64)), encoding="utf-8")
-    for who, interpreter, script in ((THEIRS, python, "autoround_timed.py"), (OURS, sys.executable, "signround_timed.py")):
+    tuners = ((THEIRS, python, "autoround_timed.py"), (OURS, sys.executable, "signround_timed.py")) if iterations else ()
+    for who, interpreter, script in tuners:
         measured([interpreter, str(HERE / script), str(source), str(here / who), str(tokens), "--iters", str(iterations)])
-    rounded = {who: read_weights(here / who) for who in (OURS, THEIRS)}
+    rounded = {who: read_weights(here / who) for who, *_ in tuners}
     errors = block_errors(Checkpoint.open(source), rounded, chunks(EVALUATION_FILE, 32))
     show_errors(errors)
     return errors
@@ -81,12 +83,12 @@ def compare_errors(here: Path, python: str, iterations: int) -> dict[str, Any]:
 
 def show_errors(errors: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     for way, of in errors.items():
-        ratios = [ours / theirs for ours, theirs in zip(of[OURS], of[THEIRS], strict=True)]
-        rows: list[list[object]] = [[i, of[PLAIN][i], of[THEIRS][i], of[OURS][i], ratios[i]] for i in range(len(ratios))]
-        means = [statistics.mean(of[who]) for who in (PLAIN, THEIRS, OURS)]
-        rows.append(["mean", *means, means[2] / means[1]])
+        columns = {who: [*errors, statistics.mean(errors)] for who, errors in of.items()}
+        if OURS in of:
+            columns[f"{OURS} / {THEIRS}"] = [ours / theirs for ours, theirs in zip(columns[OURS], columns[THEIRS], strict=True)]
+        names = [*range(len(of[PLAIN])), "mean"]
         print(f"\nerror {way}")
-        table(["block", PLAIN, THEIRS, OURS, f"{OURS} / {THEIRS}"], rows)
+        table(["block", *columns], [[name, *row] for name, *row in zip(names, *columns.values(), strict=True)])
 
 
 def compare_costs(here: Path, python: str, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -134,12 +136,12 @@ def block_errors(source: Checkpoint, rounded: Mapping[str, Mapping[str, Tensor]]
     body, ids = StreamedBody(source.config, torch.device("cpu")), torch.tensor(tokens)
     positions = torch.arange(ids.shape[1]).expand(3, len(ids), -1)
     exact = source.read("model.embed_tokens.weight")[ids]
-    rows = dict.fromkeys((PLAIN, *rounded), exact)
+    rows = dict.fromkeys((*UNTUNED, *rounded), exact)
     found: dict[str, dict[str, list[float]]] = {way: {who: [] for who in rows} for way in ("alone", "in a row")}
     for layer in range(body.text_config.num_hidden_layers):
         start = f"model.layers.{layer}."
         weights = {name.removeprefix(start): source.read(name) for name in source.tensors if name.startswith(start)}
-        linears = {name.removeprefix(start) for name in next(iter(rounded.values())) if name.startswith(start)}
+        linears = {f"{name}.weight" for part in QUANTIZABLE.values() for name in part} & weights.keys()
 
         def through(states: Tensor, changed: Mapping[str, Tensor], weights: dict[str, Tensor] = weights, layer: int = layer) -> Tensor:
             module = body.decoder_layer(layer, weights | changed)
@@ -148,8 +150,8 @@ def block_errors(source: Checkpoint, rounded: Mapping[str, Mapping[str, Tensor]]
 
         expected = through(exact, {})
         for who in rows:
-            if who == PLAIN:
-                changed = {name: dequantized(*round_matrix(weights[name])) for name in linears}
+            if who in UNTUNED:
+                changed = {name: dequantized(*UNTUNED[who](weights[name])) for name in linears}
             else:
                 changed = {name: rounded[who][start + name] for name in linears}
             for way, states in (("alone", exact), ("in a row", rows[who])):

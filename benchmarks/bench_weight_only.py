@@ -58,10 +58,10 @@ def main() -> None:
         source = chosen.source or Path(scratch) / "source"
         if chosen.source is None:
             make_full_size(source, layers=chosen.layers, silent=False)
-        rtn = Path(scratch) / "int4-rtn.yaml"
-        rtn.write_text(recipe_file("int4-mtp-vlm").read_text().replace("rounding: search", "rounding: rtn"))
+        search = Path(scratch) / "int4-search.yaml"
+        search.write_text(recipe_file("int4-mtp-vlm").read_text().replace("rounding: rtn", "rounding: search"))
         # NVFP4 last: the plain ways write as much as it does
-        ways = {"INT4, rtn": [rtn], "INT4, search": ["int4-mtp-vlm"], "mtpress": ["nvfp4-mtp-vlm", "--weight-only", "0.01"]}
+        ways = {"INT4, rtn": ["int4-mtp-vlm"], "INT4, search": [search], "mtpress": ["nvfp4-mtp-vlm", "--weight-only", "0.01"]}
         peaks: dict[str, int] = {}
         spent: dict[str, list[float]] = {way: [] for way in (*ways, "plain", "plain, direct")}
         for _ in range(chosen.rounds):
