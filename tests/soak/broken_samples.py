@@ -149,10 +149,10 @@ def part_wrong(case: Case) -> str:
 
 
 @way(TALKS, CALIBRATED)
-def placeholder_without_picture(case: Case) -> str:
-    """The placeholder as text beside a picture: what the template writes holds one more than there are pictures."""
-    text = "<|image_pad|>" * case.rng.randint(1, 5)
-    return put_row(case, {"messages": [{"role": "user", "content": [picture_part(str(case.picture)), {"type": "text", "text": text}]}]})
+def picture_without_source(case: Case) -> str:
+    """A picture part that does not say which picture, beside one that does."""
+    part = {"type": "image_url", "image_url": case.rng.choice([{}, {"url": ""}, {"detail": "low"}, {"url": 3}])}
+    return put_row(case, {"messages": [{"role": "user", "content": [picture_part(str(case.picture)), part]}]})
 
 
 @way(TALKS, CALIBRATED)

@@ -19,7 +19,7 @@ from broken import Case, Way, all_ways, copy_of, make_sound
 from fork_server import ForkServer, Run
 
 FULL, SAMPLE = 1000, 60
-MAX_BYTES, MAX_SECONDS, MAX_LINE = 1_000_000_000, 10.0, 600
+MAX_BYTES, MAX_SECONDS, MAX_LINE = 1_000_000_000, 20.0, 600
 SEED = "mtpress soak 1"
 
 
