@@ -21,12 +21,12 @@ from mtpress.recipe import load_recipe
 from mtpress.stages.check import check
 from mtpress.stages.convert import convert
 from mtpress.stages.quantize import quantize
+from real_exports import real_export
 
 pytestmark = pytest.mark.oracle
 SCRIPT = Path(__file__).with_name("compressed_tensors_dequantize.py")
 QUESTION, BEGINNING = "What is 45 + 19?", "45 + 19 = "  # the sum is up to how an uncalibrated build rounds
 Theirs = Callable[..., dict[str, torch.Tensor]]
-Export = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,17 @@ def test_the_library_reads_what_convert_writes(theirs: Theirs, tmp_path: Path) -
     assert said["answer"].startswith(BEGINNING)
 
 
-def test_convert_reads_what_the_library_writes(theirs: Theirs, export: Export, tmp_path: Path) -> None:
-    source = export("llmcompressor")
+def test_convert_reads_what_the_library_writes(theirs: Theirs, tmp_path: Path) -> None:
+    source = real_export("llmcompressor")
     result = convert(source, tmp_path / "modelopt", "modelopt", silent=True)
     assert result.num_converted == 16 and not result.rescaled
     assert same(ours(tmp_path / "modelopt"), theirs(source))
     assert not [finding for finding in check(tmp_path / "modelopt").findings if finding.severity == "error"]
 
 
-def test_what_the_library_does_not_share_is_refused_or_paid_for(theirs: Theirs, export: Export, tmp_path: Path) -> None:
+def test_what_the_library_does_not_share_is_refused_or_paid_for(theirs: Theirs, tmp_path: Path) -> None:
     """llm-compressor gives in_proj_qkv and in_proj_z global scales of their own."""
-    source = export("llmcompressor-gdn")
+    source = real_export("llmcompressor-gdn")
     with pytest.raises(InputError, match=r"3 fused linears have unequal global scales .*in_proj_qkvz"):
         convert(source, tmp_path / "out", "modelopt", silent=True)
     result = convert(source, tmp_path / "out", "modelopt", rescale=True, silent=True)
