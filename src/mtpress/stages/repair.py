@@ -105,8 +105,9 @@ def repair(
     """Makes `out` from `checkpoint` with every finding mended that has a lossless repair; nothing to mend: nothing is written.
 
     base: the BF16 source, for what only it has; with `comparing` every weight is compared with it too, which reads both whole.
-    keep_template: a chat template that fails stays, and is told as left. dry_run: says what would be done, reads no weight and writes nothing. InputError where nothing can be opened, or `out` exists;
-    ResourceError where the disk is full. Errors that are left are no exception: RepairResult.sound says.
+    keep_template: a chat template that fails stays, and is told as left. dry_run: says what would be done, reads no weight and writes
+    nothing. InputError where nothing can be opened, or `out` exists; ResourceError where the disk is full. Errors that are left are no
+    exception: RepairResult.sound says.
     """
     started = time.perf_counter()
     target = Path(out)
