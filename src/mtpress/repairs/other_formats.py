@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from mtpress.repairs.base_files import bring_back
 from mtpress.repairs.declaration import DECLARED_AS, declare
-from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn
+from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules import stored
-from mtpress.rules.rule import Finding, count
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 
 
 def format_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -19,7 +19,7 @@ def format_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if ctx.base is None:
         titles = ", ".join(sorted(stored.TITLES[form] for form in forms))
         yield Left(f"modules are stored as {titles}", "--base SRC, which puts those that are not of the declared format in "
-                   f"BF16; or {AGAIN}")  # fmt: skip
+                   f"BF16; or {QUANTIZE_AGAIN}")  # fmt: skip
         return
     done, missing = bring_back(ctx, finding.where)
     if done:

@@ -76,7 +76,6 @@ class Repair:
     turn: Turn = Turn.TENSORS
 
 
-AGAIN = "quantize again: mtpress quantize SRC OUT --recipe NAME"
 OTHER_BASE = "name the checkpoint that this one was made from as --base"
 
 

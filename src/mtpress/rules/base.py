@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 from mtpress.comparison import Comparison
 from mtpress.models.qwen3_5 import MTP_PREFIX
-from mtpress.rules.rule import Problem, Rule, count
+from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
 
 # NVFP4 by "max" gives 0.095 on normal weights, and 0.08 to 0.12 on trained ones; INT4 in groups of 128, plainly rounded, 0.117 on normal
 # weights and 0.11 to 0.13 on trained ones. Twice that is no rounding.
 LARGEST_ERROR, LARGEST_INT4_ERROR = 0.2, 0.25
 NUM_MADS, LEAST_DISTANCE = 10.0, 0.15  # an outlier is both: far by the spread of the others, and by 15 % of the median
 LEAST_INT4_DISTANCE = 0.4  # a group of 128 follows the tails of its matrix: 0.09 to 0.13 in one model, where a block of 16 gives 0.095
-AGAIN = "quantize again: mtpress quantize SRC OUT --recipe NAME"
+FEW_IN_BF16 = "where they are few, mtpress repair CKPT OUT --base SRC puts them in BF16; else " + QUANTIZE_AGAIN
 
 
 def mtp_differs(found: Comparison) -> Iterator[Problem]:
@@ -125,7 +125,7 @@ RULES = (
         "blocks-broken",
         "error",
         "Block scales are NaN, infinite or, of NVFP4, negative, or zero where the source has weights.",
-        AGAIN,
+        FEW_IN_BF16,
         blocks_broken,
     ),
     Rule(
@@ -133,7 +133,7 @@ RULES = (
         "error",
         f"A quantized matrix is further than {LARGEST_ERROR} from its source, of INT4 {LARGEST_INT4_ERROR} (‖w − ŵ‖/‖w‖; NVFP4 gives "
         "about 0.1, INT4 in groups of 128 about 0.12): not its source, or not its scales.",
-        AGAIN,
+        FEW_IN_BF16,
         error_large,
     ),
     Rule(

@@ -214,7 +214,8 @@ RULES = (
         "error",
         "INT4 of a kind that vLLM 0.32 has no kernel for: asymmetric GPTQ or AutoRound, another group_size than 32, 64, 128 or the whole "
         "row, activations in an order of their own.",
-        "quantize again: mtpress quantize SRC OUT --recipe int4-autoround-mtp",
+        "mtpress repair CKPT OUT where only the declaration says so; else quantize again: mtpress quantize SRC OUT --recipe "
+        "int4-autoround-mtp",
         no_kernel,
     ),
     Rule(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from mtpress.models.qwen3_5_engine import EngineLinear
 from mtpress.rules import stored
-from mtpress.rules.rule import Problem, Rule, count
+from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
 from mtpress.rules.stored import (
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
@@ -30,11 +30,10 @@ from mtpress.rules.subject import Subject
 # An amax is 2688 times its scale. No trained weight reaches 2688 or ends below 0.00003, no activation reaches 268,800:
 # a scale outside is a reciprocal (or, in compressed-tensors' layout, none), or an amax that was never divided.
 PLAUSIBLE = {SCALE_2: (1e-8, 1.0), INPUT_SCALE: (1e-8, 100.0), GLOBAL_SCALE: (1.0, 1e8), INPUT_GLOBAL_SCALE: (0.01, 1e8)}
-QUANTIZE_AGAIN = "quantize again: mtpress quantize SRC OUT --recipe NAME"
+MADE_ANEW = "mtpress repair CKPT OUT makes anew what follows from the rest, with --base SRC the linear in BF16; else " + QUANTIZE_AGAIN
 REEXPRESS = (
     "mtpress repair CKPT OUT writes the block scales under one global scale where that is exact, and says of the others what it would "
-    "cost; "
-    "else " + QUANTIZE_AGAIN
+    "cost; else " + QUANTIZE_AGAIN
 )
 
 
@@ -168,7 +167,7 @@ RULES = (
         "error",
         f"A quantized linear lacks a scale. Of NVFP4, without {SCALE} vLLM stops, without a global one it serves with whatever lay in "
         "memory, and says nothing; the same goes for INT4. Zero points it needs only of asymmetric INT4, transformers needs them always.",
-        QUANTIZE_AGAIN,
+        MADE_ANEW,
         scale_missing,
     ),
     Rule(
@@ -183,7 +182,7 @@ RULES = (
         "scale-unsound",
         "error",
         "A float32 scale is zero, negative, infinite or NaN: the linear gives nonsense.",
-        QUANTIZE_AGAIN,
+        MADE_ANEW,
         scale_unsound,
     ),
     Rule(
@@ -198,7 +197,7 @@ RULES = (
         "fused-formats-differ",
         "error",
         "Shards that the engine loads into one linear are stored in different formats.",
-        QUANTIZE_AGAIN,
+        "put all of them in BF16: mtpress repair CKPT OUT --base SRC; else " + QUANTIZE_AGAIN,
         fused_formats_differ,
     ),
     Rule(

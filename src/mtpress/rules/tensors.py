@@ -265,7 +265,8 @@ RULES = (
         "error",
         "INT4 is declared symmetric and zero points are stored that are not: vLLM does not read them and takes the middle of the range, so "
         "every weight is off.",
-        "quantize again: mtpress quantize SRC OUT --recipe int4-autoround-mtp",
+        "where they are few, mtpress repair CKPT OUT --base SRC puts them in BF16; else quantize again: mtpress quantize SRC OUT "
+        "--recipe int4-autoround-mtp",
         zeros_asymmetric,
     ),
     Rule(

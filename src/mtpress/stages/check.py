@@ -16,7 +16,7 @@ from typing import Any
 from mtpress.checkpoint import Checkpoint, resolve
 from mtpress.cli import PLANNED
 from mtpress.comparison import Comparison, compare
-from mtpress.engine.trial import ACCEPTANCE_FLOOR, Run, Trial
+from mtpress.engine.trial import ACCEPTANCE_FLOOR, NUM_DRAFTS, Run, Trial
 from mtpress.errors import InputError
 from mtpress.progress import Progress, human_bytes
 from mtpress.record import RECORD_NAME, add_to_record
@@ -29,7 +29,6 @@ from mtpress.rules.vision import TEXT_ONLY_FLAG, stripped
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_NAMES = 3
-NUM_DRAFTS = 3  # what the seeds serve with, and as many positions as their cards report
 
 
 @dataclass(frozen=True)
