@@ -45,6 +45,8 @@ EXPORTS = {
     "llmcompressor": Export("llmcompressor", "llmcompressor_export.py"),
     "llmcompressor-gdn": Export("llmcompressor", "llmcompressor_export.py", ("--gdn",)),
     "modelopt": Export("modelopt", "modelopt_export.py", copied=COPIED),
+    "modelopt-mse": Export("modelopt", "modelopt_export.py", ("--algorithm", "mse"), COPIED),
+    "modelopt-local-hessian": Export("modelopt", "modelopt_export.py", ("--algorithm", "local_hessian"), COPIED),
 }
 
 

@@ -101,8 +101,8 @@ class Choices:
 
 
 CHOICES = {
-    "nvfp4": Choices(rounding=("max",), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast")),
-    "int4": Choices(rounding=("signround", "search", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
+    "nvfp4": Choices(rounding=("max", "four-over-six", "sweep", "hessian"), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast")),
+    "int4": Choices(rounding=("signround", "search", "hessian", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
 }
 
 
@@ -116,8 +116,8 @@ class Recipe(Strict):
     in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
     vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
     kv_cache: Literal["auto", "fp8_cast"] = Field("auto", description="what the checkpoint declares for the KV cache")
-    rounding: Literal["max", "signround", "search", "rtn"] = Field(
-        description="how scales and codes are chosen: max (NVFP4); signround (by samples), search or rtn (INT4)"
+    rounding: Literal["max", "four-over-six", "sweep", "hessian", "signround", "search", "rtn"] = Field(
+        description="how scales and codes are chosen: max, four-over-six, sweep (NVFP4); search, rtn, signround (INT4); hessian (both)"
     )
     signround: SignRound = Field(default_factory=SignRound, description="settings of rounding signround")
     constant_input_scale: float | None = Field(
@@ -139,6 +139,8 @@ class Recipe(Strict):
                 f"constant_input_scale does not go with format {self.format}, which rounds no activations; "
                 "rounding search or rtn needs no data"
             )
+        if self.constant_input_scale and self.rounding == "hessian":
+            raise ValueError("constant_input_scale does not go with rounding hessian, which needs samples; take rounding sweep")
         if self.rounding != "signround" and "signround" in self.model_fields_set:
             raise ValueError(f"signround has settings of rounding signround, not of {self.rounding}; leave it out")
         return self
@@ -146,7 +148,7 @@ class Recipe(Strict):
     @property
     def needs_samples(self) -> bool:
         """Whether activations of calibration samples decide anything in the output."""
-        return self.rounding == "signround" or (self.format == "nvfp4" and not self.constant_input_scale)
+        return self.rounding in ("signround", "hessian") or (self.format == "nvfp4" and not self.constant_input_scale)
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as plain data, for the record and for comparing two runs. Keys that change nothing in it are left out, so that runs
