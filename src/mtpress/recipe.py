@@ -56,6 +56,15 @@ class SignRound(Strict):
     batch_size: int = Field(8, ge=1, le=10_000, description="samples a step")
 
 
+class Gptq(Strict):
+    """Settings of rounding gptq."""
+
+    scales: Literal["hessian", "sweep", "four-over-six", "max", "search", "rtn"] = Field(
+        description="how its scales are chosen, the codes aside"
+    )
+    damping: float = Field(0.05, gt=0, le=1, description="added to the diagonal of the Hessian, as a share of its mean")
+
+
 class GenerationConfig(Strict):
     """What the output's generation_config.json says of sampling; what is not named here stays as the source has it.
 
@@ -101,8 +110,15 @@ class Choices:
 
 
 CHOICES = {
-    "nvfp4": Choices(rounding=("max", "four-over-six", "sweep", "hessian"), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast")),
-    "int4": Choices(rounding=("signround", "search", "hessian", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
+    "nvfp4": Choices(
+        rounding=("max", "four-over-six", "sweep", "hessian", "gptq"), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast")
+    ),
+    "int4": Choices(rounding=("signround", "search", "hessian", "gptq", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
+}
+# Of rounding gptq, by format; the first is taken if the recipe names none. rounding/gptq.py has what they do.
+GPTQ_SCALES: dict[str, tuple[str, ...]] = {
+    "nvfp4": ("hessian", "sweep", "four-over-six", "max"),
+    "int4": ("hessian", "search", "rtn"),
 }
 
 
@@ -116,10 +132,11 @@ class Recipe(Strict):
     in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
     vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
     kv_cache: Literal["auto", "fp8_cast"] = Field("auto", description="what the checkpoint declares for the KV cache")
-    rounding: Literal["max", "four-over-six", "sweep", "hessian", "signround", "search", "rtn"] = Field(
-        description="how scales and codes are chosen: max, four-over-six, sweep (NVFP4); search, rtn, signround (INT4); hessian (both)"
+    rounding: Literal["max", "four-over-six", "sweep", "hessian", "gptq", "signround", "search", "rtn"] = Field(
+        description="how scales and codes are chosen: max, four-over-six, sweep (NVFP4), signround, search, rtn (INT4), hessian, gptq"
     )
     signround: SignRound = Field(default_factory=SignRound, description="settings of rounding signround")
+    gptq: Gptq | None = Field(None, description="settings of rounding gptq")
     constant_input_scale: float | None = Field(
         None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
     )
@@ -143,17 +160,26 @@ class Recipe(Strict):
             raise ValueError("constant_input_scale does not go with rounding hessian, which needs samples; take rounding sweep")
         if self.rounding != "signround" and "signround" in self.model_fields_set:
             raise ValueError(f"signround has settings of rounding signround, not of {self.rounding}; leave it out")
+        if self.gptq and self.rounding != "gptq":
+            raise ValueError(f"gptq has settings of rounding gptq, not of {self.rounding}; leave it out")
+        if self.gptq and self.gptq.scales not in (valid := GPTQ_SCALES[self.format]):
+            raise ValueError(f"gptq.scales: {self.gptq.scales!r} does not go with format {self.format}; valid: {', '.join(valid)}")
+        if self.rounding == "gptq" and self.constant_input_scale:
+            raise ValueError("constant_input_scale needs no samples, rounding gptq is by samples; leave one of them out")
         return self
 
     @property
     def needs_samples(self) -> bool:
         """Whether activations of calibration samples decide anything in the output."""
-        return self.rounding in ("signround", "hessian") or (self.format == "nvfp4" and not self.constant_input_scale)
+        return self.rounding in ("signround", "hessian", "gptq") or (self.format == "nvfp4" and not self.constant_input_scale)
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as plain data, for the record and for comparing two runs. Keys that change nothing in it are left out, so that runs
         begun before a key was known are still the same."""
-        idle = {"signround": self.rounding != "signround", "chat_template": self.chat_template == "source", "generation_config": True}
+        idle = {
+            "signround": self.rounding != "signround", "gptq": self.gptq is None, "chat_template": self.chat_template == "source",
+            "generation_config": True,
+        }  # fmt: skip
         content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
         return content | ({"generation_config": self.generation_config.said()} if self.generation_config else {})
 
@@ -207,6 +233,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         content = {**content, "quantize": tuple(content["quantize"])}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
+    if content.get("rounding") == "gptq" and choices is not None and isinstance(said := content.get("gptq", {}), dict):
+        content = {**content, "gptq": {"scales": GPTQ_SCALES[content["format"]][0], **said}}
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -214,7 +242,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 
 SECTIONS: dict[str, type[Strict]] = {
-    "calibration": CalibrationSource, "signround": SignRound, "generation_config": GenerationConfig,
+    "calibration": CalibrationSource, "signround": SignRound, "gptq": Gptq, "generation_config": GenerationConfig,
 }  # fmt: skip
 
 

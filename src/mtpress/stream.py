@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -38,15 +38,16 @@ from mtpress.source_guard import SourceGuard
 
 Tensors = Mapping[str, torch.Tensor]
 Codes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # module → (codes uint8 [N, K], scales fp16 [N, K/128])
-Seen = InputAmax | Codes | None  # what a forward has learned of a layer
+Stored = Mapping[str, Mapping[str, torch.Tensor]]  # module → its tensors by suffix
+Seen = InputAmax | Codes | Stored | None  # what a forward has learned of a layer
 
 
 class Forward(Protocol):
-    """What moves the samples through the body: CalibrationPass or SignRoundPass here, WorkerPool in other processes."""
+    """What moves the samples through the body: CalibrationPass, SignRoundPass or GptqPass here, WorkerPool in other processes."""
 
     whole_layers: bool
 
-    def layer(self, step: Step, tensors: Tensors) -> InputAmax | Codes: ...
+    def layer(self, step: Step, tensors: Tensors) -> InputAmax | Codes | Stored: ...
 
     def sync(self, step: Step) -> None: ...
 
@@ -170,19 +171,24 @@ def _round_nvfp4(round_group: RoundGroup, plan: Plan, job: Job, tensors: Tensors
     weights = {module: tensors[f"{module}.weight"] for module in modules}
     if seen is None:
         assert plan.recipe.constant_input_scale is not None
-        input_scale = torch.tensor(plan.recipe.constant_input_scale, dtype=torch.float32)
+        scale = torch.tensor(plan.recipe.constant_input_scale, dtype=torch.float32)
     else:
         assert isinstance(seen, InputAmax)
-        amax = seen.of_group(map(_within_layer, modules))
-        if not bool(torch.isfinite(amax)):
-            raise InputError(f"{modules[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
-        # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
-        input_scale = nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
+        scale = input_scale(seen, list(map(_within_layer, modules)))
     for module, parts in round_group(weights, _hessian(job, seen)).items():
         if not bool(torch.isfinite(parts[nvfp4.SCALE_2])):
             damaged = next(name for name, weight in weights.items() if not bool(torch.isfinite(weight).all()))
             raise _damaged(damaged)
-        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items()}
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: scale}.items()}
+
+
+def input_scale(seen: InputAmax, names: Sequence[str]) -> torch.Tensor:
+    """float32 scalar for linears that read the same input; names within their layer."""
+    amax = seen.of_group(names)
+    if not bool(torch.isfinite(amax)):
+        raise InputError(f"{names[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
+    # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
+    return nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
 
 
 RoundMatrix = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
@@ -202,7 +208,7 @@ def _int4_tensors(
         codes, scales = round_matrix(weight, hessian)
     else:
         assert isinstance(seen, Mapping)
-        codes, scales = seen[module]
+        codes, scales = cast(Codes, seen)[module]
     if not bool(torch.isfinite(scales).all()):
         if not bool(torch.isfinite(weight).all()):
             raise _damaged(module)
@@ -212,6 +218,13 @@ def _int4_tensors(
 
 def _within_layer(module: str) -> str:
     return module.split(".layers.", 1)[1].split(".", 1)[1]
+
+
+def _stored(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """What the forward has made of each linear, in planned order."""
+    assert isinstance(seen, Mapping)
+    for module in _modules(job):
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in cast(Stored, seen)[module].items()}
 
 
 def _modules(job: Job) -> list[str]:
@@ -253,12 +266,15 @@ ROUNDINGS = {
         "four-over-six": _nvfp4(_by_scales(four_over_six.group_scales)),
         "sweep": _nvfp4(_by_scales(sweep.group_scales)),
         "hessian": _nvfp4(_by_hessian),
+        # by the forward, which is measured on its own; what is left is packing
+        "gptq": Rounding(_stored, lambda: nvfp4.EAGER, lambda weight: round_group({"weight": weight})),
     },
     "int4": {
         "rtn": _int4(lambda weight, hessian: rtn.round_matrix(weight)),
         "search": _int4(lambda weight, hessian: search.round_matrix(weight)),
         "hessian": _int4(lambda weight, hessian: search.round_matrix(weight, hessian=hessian)),
-        "signround": Rounding(  # by the forward, which is measured on its own; what is left is packing
+        "gptq": Rounding(_stored, lambda: nvfp4.EAGER, lambda weight: int4.tensors(*rtn.round_matrix(weight))),
+        "signround": Rounding(  # by the forward too
             partial(_round_int4, None), lambda: (*signround_kernel.KERNELS, nvfp4.EAGER)[0], lambda w: int4.tensors(*rtn.round_matrix(w))
         ),
     },

@@ -312,6 +312,12 @@ def _pass(plan: Plan, calibrated: CalibrationSet, device: torch.device, director
         said = plan.recipe.signround
         settings = Settings(iterations=said.iterations, batch_size=said.batch_size)
         return SignRoundPass(plan, calibrated.samples, device, directory, settings, first_layer=first_layer)
+    if plan.recipe.rounding == "gptq":
+        from mtpress import gptq_pass
+
+        assert plan.recipe.gptq is not None
+        chosen = gptq_pass.Settings(plan.recipe.gptq.scales, plan.recipe.gptq.damping)
+        return gptq_pass.GptqPass(plan, calibrated.samples, device, directory, chosen, first_layer=first_layer)
     from mtpress.calibration_pass import CalibrationPass
 
     return CalibrationPass(plan, calibrated.samples, device, directory, first_layer=first_layer)

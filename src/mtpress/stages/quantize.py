@@ -103,10 +103,11 @@ def quantize(
     target = Path(out)
     if target.exists() and not resume:
         raise InputError(f"{target}: exists already; name a directory that does not")
-    if chosen.rounding == "signround" and (workers > 1 or ray):
+    if chosen.rounding in ("signround", "gptq") and (workers > 1 or ray):
+        other = "max" if chosen.format == "nvfp4" else "search or rtn"
         raise InputError(
-            f"recipe {chosen.name}: rounding signround goes through the samples of a step together, in one process; "
-            "leave --workers and --ray out, or take rounding search or rtn"
+            f"recipe {chosen.name}: rounding {chosen.rounding} goes through all samples in one process; "
+            f"leave --workers and --ray out, or take rounding {other}"
         )
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, chosen)
