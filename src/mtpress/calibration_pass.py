@@ -13,6 +13,7 @@ from mtpress.calibration import InputAmax
 from mtpress.chat import Sample
 from mtpress.checkpoint import read_rows, read_tensor
 from mtpress.hidden_states import DiskStates
+from mtpress.kv_cache import SeenCache
 from mtpress.models import family
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.plan import Plan, Step
@@ -23,7 +24,7 @@ def embed(plan: Plan, body: StreamedBody, samples: Sequence[Sample]) -> None:
     tensors, model = plan.source.tensors, family(plan.source.model_type)
     embeddings = tensors[f"{plan.prefix}embed_tokens.weight"]
     body.embed(samples, lambda ids: read_rows(embeddings, ids))
-    if any(sample.pixel_values is not None for sample in samples):
+    if any(sample.has_pictures for sample in samples):
         tower = {n.removeprefix(model.VISION_PREFIX): i for n, i in tensors.items() if n.startswith(model.VISION_PREFIX)}
         body.see({name: read_tensor(info) for name, info in tower.items()})
 
@@ -63,7 +64,8 @@ class CalibrationPass:
         assert step.layer is not None
         amax = InputAmax()
         start = f"{self.plan.prefix}layers.{step.layer}."
-        self.body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax)
+        cache = SeenCache(amax) if self.plan.recipe.kv_cache == "fp8" else None
+        self.body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax, cache)
         return amax
 
     def sync(self, step: Step) -> None:
