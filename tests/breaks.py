@@ -481,6 +481,44 @@ def in_proj_ab_in_nvfp4(e: Edit) -> None:
     e.without(lambda name: "in_proj_" in name)
 
 
+FP8_KV = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
+def declare_fp8_kv(e: Edit, **scales: float) -> None:
+    """Declares an FP8 KV cache, with these scales of the full-attention layer."""
+    e.quantization["kv_cache_scheme"] = FP8_KV
+    assert e.hf is not None
+    e.hf["quantization"]["kv_cache_quant_algo"] = "FP8"
+    e.tensors |= {f"{L3}self_attn.{name[0]}_proj.{name}": torch.tensor(value) for name, value in scales.items()}
+
+
+@breaks()
+def an_fp8_kv_cache_with_scales(e: Edit) -> None:
+    declare_fp8_kv(e, k_scale=0.02, v_scale=0.06)
+
+
+@breaks("kv-scale-missing")
+def a_k_scale_without_its_v_scale(e: Edit) -> None:
+    declare_fp8_kv(e, k_scale=0.02)
+
+
+@breaks("kv-scale-missing")
+def a_draft_head_with_half_of_its_kv_scales(e: Edit) -> None:
+    declare_fp8_kv(e, k_scale=0.02, v_scale=0.06)
+    e.tensors["mtp.layers.0.self_attn.v_proj.v_scale"] = torch.tensor(0.5)
+
+
+@breaks("kv-scale-misplaced")
+def kv_scales_of_a_gdn_layer(e: Edit) -> None:
+    declare_fp8_kv(e, k_scale=0.02, v_scale=0.06)
+    e.tensors[f"{L0}linear_attn.k_scale"] = torch.tensor(0.5)
+
+
+@breaks("scale-unsound")
+def a_kv_scale_of_nan(e: Edit) -> None:
+    declare_fp8_kv(e, k_scale=float("nan"), v_scale=0.06)
+
+
 # ---- draft head
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,33 @@ def test_settings_of_another_rounding_are_no_part_of_a_recipe() -> None:
         recipe = load_recipe(name)
         assert ("signround" in recipe.canonical()) == (recipe.rounding == "signround")
         assert parse_recipe(recipe.canonical(), "again") == recipe
+
+
+def test_several_sources_of_samples() -> None:
+    images, text = {"dataset": "a/b", "subset": "c", "num_samples": 3}, {"dataset": "builtin", "max_seq_len": 9}
+    recipe = parse_recipe({**SOUND, "calibration": [images, text]}, "here")
+    assert recipe.calibration_sources == (CalibrationSource(**images), CalibrationSource(**text))
+    for again in (parse_recipe(recipe.canonical(), "again"), Recipe.model_validate_json(json.dumps(recipe.canonical()))):
+        assert again == recipe
+    one = parse_recipe({**SOUND, "calibration": images}, "here")
+    assert one.calibration_sources == (CalibrationSource(**images),)
+    assert one.canonical()["calibration"] == CalibrationSource(**images).model_dump()
+
+
+def test_recipes_of_before_are_the_same_data() -> None:
+    """Runs that were begun are gone on with only under an equal recipe."""
+    found = load_recipe("nvfp4-kvfp8-vlm").canonical()
+    assert found["calibration"] == {
+        "dataset": "abisee/cnn_dailymail", "subset": "3.0.0", "split": "train", "num_samples": 128, "max_seq_len": 8192,
+    }  # fmt: skip
+    assert found["kv_cache"] == "fp8_cast"
+
+
+def test_the_mixed_recipe_has_as_many_pictures_as_text() -> None:
+    sources = load_recipe("nvfp4-mixed-vlm").calibration_sources
+    pictures = [source.num_samples for source in sources if "VLM" in source.dataset]
+    assert len(pictures) == 3 and sum(pictures) == 128
+    assert [source.num_samples for source in sources if "VLM" not in source.dataset] == [128]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +163,11 @@ def test_names_that_are_none(asked: str, hint: str) -> None:
         ({"calibration": {"num_samples": 0}}, ["calibration.num_samples", "0"]),
         ({"calibration": {"num_samples": "20"}}, ["calibration.num_samples", "'20'"]),
         ({"calibration": None}, ["calibration"]),
+        ({"calibration": []}, ["calibration"]),
+        ({"calibration": [{"samples": 3}]}, ["calibration.0.samples", *CalibrationSource.model_fields]),
+        ({"calibration": [{}, {"num_samples": 0}]}, ["calibration.1.num_samples", "0"]),
+        ({"kv_cache": "fp8", "constant_input_scale": 0.1}, ["kv_cache: 'fp8' takes its scales from samples", "take fp8_cast"]),
+        ({"format": "int4", "kv_cache": "fp8"}, ["kv_cache: 'fp8' does not go with format int4; valid: auto"]),
         ({"chat_template": "ours"}, ["chat_template", "'ours'", "'source' or 'mtpress'"]),
         ({"generation_config": {"temprature": 1}}, ["did you mean temperature?", *GenerationConfig.model_fields]),
         ({"generation_config": {"eos_token_id": 3}}, ["unknown key 'generation_config.eos_token_id'", *GenerationConfig.model_fields]),

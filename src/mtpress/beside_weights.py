@@ -117,7 +117,7 @@ Declared = tuple[dict[str, Any], str, dict[str, Any]]  # config.json's quantizat
 def _modelopt(plan: Plan) -> Declared:
     from mtpress.formats import nvfp4
 
-    ignore, fp8 = list(plan.ignore), plan.recipe.kv_cache == "fp8_cast"
+    ignore, fp8 = list(plan.ignore), plan.recipe.kv_cache != "auto"
     return nvfp4.quantization_config(ignore, fp8), "hf_quant_config.json", nvfp4.hf_quant_config(ignore, fp8)
 
 

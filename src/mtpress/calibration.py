@@ -9,12 +9,14 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress.builtin import CALIBRATION_FILE
+from mtpress import hub_rows
+from mtpress.builtin import CALIBRATION_FILE, CALIBRATION_IMAGES_FILE
 from mtpress.errors import InputError
+from mtpress.messages import part_kind
 from mtpress.recipe import CalibrationSource
 
 if TYPE_CHECKING:
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
     from mtpress.input_hessian import InputHessian
 
 BUILTIN = "builtin"
-
+# The sets that ship with mtpress, by name; a set of several files has a row of each in turn.
+BUILTIN_SETS = {
+    BUILTIN: (CALIBRATION_FILE,),
+    "builtin-images": (CALIBRATION_IMAGES_FILE,),
+    "builtin-mixed": (CALIBRATION_FILE, CALIBRATION_IMAGES_FILE),
+}
 MAX_LINE_BYTES = 16_000_000  # parsed, a line takes up to twenty times as much memory
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -36,6 +43,7 @@ class CalibrationSet:
     source: str
     samples: "list[Sample]"
     num_truncated: int = 0
+    parts: tuple["CalibrationSet", ...] = ()  # of a set of several sources: each of them
 
     @property
     def num_tokens(self) -> int:
@@ -46,15 +54,17 @@ class CalibrationSet:
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(len(sample.input_ids).to_bytes(8, "little") + sample.input_ids.numpy().tobytes())
-            if sample.pixel_values is not None:
-                digest.update(sample.pixel_values.numpy().tobytes())
+            for pixels in (sample.pixel_values, sample.pixel_values_videos):
+                if pixels is not None:
+                    digest.update(pixels.numpy().tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        return {
+        record = {
             "source": self.source, "num_samples": len(self.samples), "num_tokens": self.num_tokens,
             "num_truncated": self.num_truncated, "sha256": self.identity,
         }  # fmt: skip
+        return record | ({"sources": [part.record() for part in self.parts]} if self.parts else {})
 
 
 def check_row(row: Any, where: str) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: message {i}: each content part must be an object")
         for part in content if isinstance(content, list) else ():
             if not _is_picture(part) and (part.get("type", "text") != "text" or not isinstance(part.get("text"), str)):
-                raise InputError(f"{where}: message {i}: a content part must be a text or an image, got {str(part)[:80]}")
+                raise InputError(f"{where}: message {i}: a content part must be a text, an image or a video, got {str(part)[:80]}")
         calls = message.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(_is_tool_call(call) for call in calls)):
             raise InputError(f"{where}: message {i}: tool_calls must be a list of objects with a function or a name")
@@ -89,7 +99,9 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
 
 
 def _is_picture(part: dict[str, Any]) -> bool:
-    return part.get("type", "image") in ("image", "image_url") and ("image" in part or "image_url" in part)
+    """An image or a video that says where it is."""
+    kind = part_kind(part)
+    return kind in ("image", "video") and any(part.get(key) is not None for key in (kind, f"{kind}_url"))
 
 
 def _is_tool_call(call: Any) -> bool:
@@ -120,8 +132,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
+def read_builtin_or_file(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every row of a file, or of a set that ships with mtpress."""
+    for together in zip_longest(*(read_jsonl(path) for path in BUILTIN_SETS.get(name, (Path(name),)))):
+        yield from (pair for pair in together if pair is not None)
+
+
 def read_hub(source: CalibrationSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of the first num_samples rows of a Hub data set; chat, text and article columns are understood."""
+    """(where, row) of the first num_samples rows of a Hub data set; hub_rows.py says which columns are understood."""
     where = "/".join(filter(None, (source.dataset, source.subset, source.split)))
     fallback = "pass --calibration FILE.jsonl, or --calibration builtin for the set that ships with mtpress"
     try:
@@ -132,35 +150,60 @@ def read_hub(source: CalibrationSource) -> Iterator[tuple[str, dict[str, Any]]]:
         # streamed: a large set is not fetched whole for its first rows
         streamed = datasets.load_dataset(source.dataset, name=source.subset, split=source.split, streaming=True)
         rows = list(islice(streamed, source.num_samples))
+        if rows and all(hub_rows.file_names(row) for row in rows):
+            files, archives = _archives(source)
+            rows = hub_rows.from_archives(streamed, files, archives, source.num_samples) if archives else rows
     except Exception as error:  # datasets raises errors of every library below it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(f"{where}: cannot be fetched ({reason}); {fallback}") from None
     for number, row in enumerate(rows, 1):
         at = f"{where} row {number}"
-        for key in ("messages", "conversations"):
-            if isinstance(row.get(key), list):
-                yield at, check_row({"messages": row[key]}, at)
-                break
-        else:
-            text = next((row[key] for key in ("text", "article", "content") if isinstance(row.get(key), str)), None)
-            yield at, check_row({"text": text}, at)
+        yield at, check_row(hub_rows.calibration_row(row), at)
+
+
+def _archives(source: CalibrationSource) -> tuple[Any, list[str]]:
+    """Where the pictures of a set lie whose rows only name them: a file system and the archives on it, in order."""
+    if Path(source.dataset).is_dir():
+        from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+
+        files, root = LocalFileSystem(), str(Path(source.dataset).absolute())
+    else:
+        from huggingface_hub import HfFileSystem
+
+        files, root = HfFileSystem(), f"datasets/{source.dataset}"
+    return files, sorted(files.glob("/".join(filter(None, (root, source.subset, "media/*.tar")))))
 
 
 def calibration_rows(source: CalibrationSource, files: Sequence[str]) -> tuple[str, Iterable[tuple[str, dict[str, Any]]]]:
-    """What is read, and its rows: --calibration files (or "builtin") if any, else what the recipe names."""
-    if not files and source.dataset != BUILTIN:
+    """What is read, and its rows: --calibration files (or names of BUILTIN_SETS) if any, else what the recipe names."""
+    if not files and source.dataset not in BUILTIN_SETS:
         return f"{source.dataset} {source.subset or ''} {source.split}[:{source.num_samples}]".replace("  ", " "), read_hub(source)
-    paths = [CALIBRATION_FILE if name == BUILTIN else Path(name) for name in files or (BUILTIN,)]
-    shown = ", ".join(BUILTIN if path == CALIBRATION_FILE else path.name for path in paths)
-    return shown, (pair for path in paths for pair in read_jsonl(path))
+    names = files or (source.dataset,)
+    shown = ", ".join(name if name in BUILTIN_SETS else Path(name).name for name in names)
+    return shown, (pair for name in names for pair in read_builtin_or_file(name))
 
 
-def load_calibration(directory: Path, source: CalibrationSource, files: Sequence[str], chat_template: str | None = None) -> CalibrationSet:
+def load_calibration(
+    directory: Path, sources: CalibrationSource | Sequence[CalibrationSource], files: Sequence[str], chat_template: str | None = None
+) -> CalibrationSet:
     """Reads, renders by the checkpoint's own chat template or the one given, and encodes at most num_samples samples of at most
-    max_seq_len tokens."""
+    max_seq_len tokens of each source, in order. files stand for all sources together: as many samples as those, as long as the longest.
+    """
     from mtpress.chat import ChatEncoder
 
     encoder = ChatEncoder(directory, chat_template)
+    several = (sources,) if isinstance(sources, CalibrationSource) else tuple(sources)
+    if files and len(several) > 1:
+        longest = max(source.max_seq_len for source in several)
+        several = (CalibrationSource(num_samples=sum(source.num_samples for source in several), max_seq_len=longest),)
+    parts = tuple(_load_source(encoder, source, files) for source in several)
+    if len(parts) == 1:
+        return parts[0]
+    samples = [sample for part in parts for sample in part.samples]
+    return CalibrationSet(" + ".join(part.source for part in parts), samples, sum(part.num_truncated for part in parts), parts)
+
+
+def _load_source(encoder: Any, source: CalibrationSource, files: Sequence[str]) -> CalibrationSet:
     shown, rows = calibration_rows(source, files)
     loaded = CalibrationSet(shown, [])
     for where, row in rows:
@@ -168,7 +211,7 @@ def load_calibration(directory: Path, source: CalibrationSource, files: Sequence
             break
         sample = encode_row(encoder, row, where)
         if len(sample.input_ids) > source.max_seq_len:
-            if sample.pixel_values is not None:
+            if sample.has_pictures:
                 raise InputError(f"{where}: {len(sample.input_ids)} tokens with pictures, over max_seq_len {source.max_seq_len}; raise it")
             sample.input_ids = sample.input_ids[: source.max_seq_len]
             loaded.num_truncated += 1

@@ -14,6 +14,7 @@ from mtpress.chat import Sample
 from mtpress.checkpoint import read_rows, read_tensor
 from mtpress.hidden_states import DiskStates
 from mtpress.input_hessian import InputHessian
+from mtpress.kv_cache import SeenCache
 from mtpress.models import family
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.plan import Plan, Step
@@ -24,7 +25,7 @@ def embed(plan: Plan, body: StreamedBody, samples: Sequence[Sample]) -> None:
     tensors, model = plan.source.tensors, family(plan.source.model_type)
     embeddings = tensors[f"{plan.prefix}embed_tokens.weight"]
     body.embed(samples, lambda ids: read_rows(embeddings, ids))
-    if any(sample.pixel_values is not None for sample in samples):
+    if any(sample.has_pictures for sample in samples):
         tower = {n.removeprefix(model.VISION_PREFIX): i for n, i in tensors.items() if n.startswith(model.VISION_PREFIX)}
         body.see({name: read_tensor(info) for name, info in tower.items()})
 
@@ -67,7 +68,8 @@ class CalibrationPass:
         if self.plan.recipe.rounding == "hessian":  # linears of one job read the same input
             first = [job.sources[0].name for job in step.jobs if job.kind == "quantize"]
             amax = InputAmax(hessian=InputHessian(), weighted={n.removeprefix(start).removesuffix(".weight") for n in first})
-        self.body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax)
+        cache = SeenCache(amax) if self.plan.recipe.kv_cache == "fp8" else None
+        self.body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax, cache)
         return amax
 
     def sync(self, step: Step) -> None:

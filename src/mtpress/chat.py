@@ -1,16 +1,18 @@
 """Messages in, token ids and pixels out: the chat template, the tokenizer and the image processor of one checkpoint.
 
 In: OpenAI-style messages (text, `image_url` parts whose URL is a local path or a data URI, `image` parts that hold a
-path or a PIL image) or plain text. Out: `Sample`. Leaves out: video decoding, padding, batching.
+path, a PIL image or a file's bytes, `video` parts) or plain text. Out: `Sample`. Leaves out: frames of videos (video.py), padding,
+batching.
 
 Templates, tokenizers and pictures come from strangers: each is held to limits of time, memory or size.
 """
 
 import base64
 import io
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from mtpress.templating import reason, refusals
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would hand others to programs of the system
 MAX_PICTURE_PIXELS = 50_000_000
 MAX_TEXT_CHARS = 4_000_000  # of one sample; the longest sequence of a recipe has a million tokens
-IMAGE_TOKEN = "<|image_pad|>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 
 
 @dataclass
@@ -34,27 +36,36 @@ class Sample:
     """One sequence as the model reads it.
 
     input_ids: int64 [T]. pixel_values: float32 [patches, 3·2·patch·patch] of all images in order, or None.
-    image_grid_thw: int64 [images, 3] in patches, or None.
+    image_grid_thw: int64 [images, 3] in patches, or None. pixel_values_videos, video_grid_thw: the same of all videos.
     """
 
     input_ids: torch.Tensor
     pixel_values: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
+    pixel_values_videos: torch.Tensor | None = None
+    video_grid_thw: torch.Tensor | None = None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the vision tower sees anything of it: images or videos."""
+        return self.pixel_values is not None or self.pixel_values_videos is not None
 
 
 def open_image(source: Any, where: str) -> Image.Image:
     """The RGB image of a path, data URI or PIL image; InputError names `where` it was asked for."""
     if isinstance(source, Image.Image):
         return source.convert("RGB")
-    if isinstance(source, Mapping):
-        source = source.get("url")
-    if not isinstance(source, str):
+    if isinstance(source, Mapping):  # data sets hold a file's bytes, messages its address
+        source = source.get("bytes") or source.get("url") or source.get("path")
+    if not isinstance(source, str | bytes):
         raise InputError(f"{where}: an image must be a path, a data URI or {{'url': ...}}, got {type(source).__name__}")
-    if source.startswith(("http://", "https://")):
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise InputError(f"{where}: {source[:80]} is a web address; download the image and name its path")
     try:
-        if source.startswith("data:"):
-            data: Any = io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
+        if isinstance(source, bytes):
+            data: Any = io.BytesIO(source)
+        elif source.startswith("data:"):
+            data = io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
         else:
             data = Path(source.removeprefix("file://"))
             if data.exists() and not data.is_file():
@@ -66,16 +77,17 @@ def open_image(source: Any, where: str) -> Image.Image:
                     raise ValueError(f"{image.width}×{image.height} pixels are over {MAX_PICTURE_PIXELS:,}; make it smaller")
                 return image.convert("RGB")
     except Exception as error:  # decoders of damaged pictures raise errors of every kind
-        raise InputError(f"{where}: image {source[:80]!r} does not open ({reason(error)[:120]})") from None
+        shown = f"of {len(source)} bytes" if isinstance(source, bytes) else repr(source[:80])
+        raise InputError(f"{where}: image {shown} does not open ({reason(error)[:120]})") from None
 
 
-def image_sources(messages: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-    """The sources of all images of a conversation in order."""
+def vision_parts(messages: Sequence[Mapping[str, Any]], kind: str) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """(source, part) of all images or videos of a conversation in order."""
     for message in messages:
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
-            if part_kind(part) == "image":
-                yield part["image"] if part.get("image") is not None else part.get("image_url")
+            if part_kind(part) == kind:
+                yield part[kind] if part.get(kind) is not None else part.get(f"{kind}_url"), part
 
 
 class ChatEncoder:
@@ -93,25 +105,36 @@ class ChatEncoder:
         own = (token.content for token in added if len(token.content) > 1 and (token.special or token.content.startswith("<|")))
         self.control_tokens = tuple(dict.fromkeys(token for token in (*CONTROL_TOKENS, *own) if token not in (*FORMAT_WORDS, *MODE_TAGS)))
         self._image_processor: Any = None
+        self._video_processor: Any = None
 
     @property
     def image_processor(self) -> Any:
         if self._image_processor is None:
-            if not (self.directory / "preprocessor_config.json").is_file():
-                raise InputError(f"{self.directory}: no preprocessor_config.json, so images cannot be read; copy it from the base")
             from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # only for pictures
 
-            try:
-                processor = Qwen2VLImageProcessorPil.from_pretrained(str(self.directory), local_files_only=True)
-            except Exception as error:  # transformers validates with exceptions of many kinds
-                raise InputError(
-                    f"{self.directory}: preprocessor_config.json does not load ({reason(error)}); copy it from the base"
-                ) from None
-            self._refuse_other_tower(processor)
-            self._image_processor = processor
+            self._image_processor = self._processor(Qwen2VLImageProcessorPil, "preprocessor_config.json", "images", IMAGE_TOKEN)
         return self._image_processor
 
-    def _refuse_other_tower(self, processor: Any) -> None:
+    @property
+    def video_processor(self) -> Any:
+        """transformers' own, for its settings and its choice of frames; without torchvision it makes no pixels, video.py does."""
+        if self._video_processor is None:
+            from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+            self._video_processor = self._processor(Qwen3VLVideoProcessor, "video_preprocessor_config.json", "videos", VIDEO_TOKEN)
+        return self._video_processor
+
+    def _processor(self, kind: Any, file: str, what: str, token: str) -> Any:
+        if not (self.directory / file).is_file():
+            raise InputError(f"{self.directory}: no {file}, so {what} cannot be read; copy it from the base")
+        try:
+            processor = kind.from_pretrained(str(self.directory), local_files_only=True)
+        except Exception as error:  # transformers validates with exceptions of many kinds
+            raise InputError(f"{self.directory}: {file} does not load ({reason(error)}); copy it from the base") from None
+        self._refuse_other_tower(processor, file, token)
+        return processor
+
+    def _refuse_other_tower(self, processor: Any, file: str, token: str) -> None:
         """The processor cuts the patches that config.json's tower takes, and both mean the same token."""
         config = read_json_object(self.directory / "config.json")
         vision = config.get("vision_config")
@@ -123,15 +146,14 @@ class ChatEncoder:
             calls_for, has = vision.get(key) if isinstance(vision, Mapping) else None, getattr(processor, mine, None)
             if type(has) is not int or has < 1 or has != calls_for:
                 raise InputError(
-                    f"{self.directory}: preprocessor_config.json has {mine} {str(has)[:40]!r}, config.json's vision_config {key} "
+                    f"{self.directory}: {file} has {mine} {str(has)[:40]!r}, config.json's vision_config {key} "
                     f"{str(calls_for)[:40]!r}; copy both from the base"
                 )
-        token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        said = config.get("image_token_id")
-        if type(said) is not int or said != token:
+        key = "image_token_id" if token == IMAGE_TOKEN else "video_token_id"
+        knows, said = self.tokenizer.convert_tokens_to_ids(token), config.get(key)
+        if type(said) is not int or said != knows:
             raise InputError(
-                f"{self.directory}: config.json has image_token_id {str(said)[:40]!r}, the tokenizer {token} for {IMAGE_TOKEN}; "
-                "copy both from the base"
+                f"{self.directory}: config.json has {key} {str(said)[:40]!r}, the tokenizer {knows} for {token}; copy both from the base"
             )
 
     def render(
@@ -155,24 +177,57 @@ class ChatEncoder:
     def encode(
         self, messages: Sequence[Mapping[str, Any]], *, where: str = "messages", add_generation_prompt: bool = False, **kwargs: Any
     ) -> Sample:
-        """One conversation as a `Sample`; each image placeholder becomes as many tokens as the image has merged patches.
+        """One conversation as a `Sample`; each placeholder becomes as many tokens as its image or video has merged patches.
 
         Control tokens that are typed in text are not tokens here (messages.py), and no placeholders: only parts are pictures.
         """
         text = self.render(messages, add_generation_prompt=add_generation_prompt, where=where, **kwargs)
-        images = [open_image(source, where) for source in image_sources(messages)]
-        if not images:
-            return self.encode_text(text, where=where)
-        if (found := text.count(IMAGE_TOKEN)) != len(images):
-            raise InputError(f"{where}: the template wrote {found} image placeholders for {len(images)} images")
+        images = [open_image(source, where) for source, _ in vision_parts(messages, "image")]
+        pixels: dict[str, torch.Tensor] = {}
+        if images:
+            text, pixels = self._with_images(text, images, where)
+        if videos := list(vision_parts(messages, "video")):
+            text, pixels_videos = self._with_videos(text, videos, where)
+            pixels |= pixels_videos
+        sample = self.encode_text(text, where=where)
+        return replace(sample, **pixels)
+
+    def _with_images(self, text: str, images: Sequence[Image.Image], where: str) -> tuple[str, dict[str, torch.Tensor]]:
+        """The text with the placeholders of all images, and what a Sample holds of them."""
+        places = _places(text, IMAGE_TOKEN, len(images), "image", where)
         processor = self.image_processor
         try:
-            pixels = processor(images=images, return_tensors="pt")
+            found = processor(images=images, return_tensors="pt")
         except Exception as error:  # it refuses pictures of odd sides by more than one library's errors
             raise InputError(f"{where}: the image processor refuses an image ({reason(error)}); take another") from None
-        first, *others = text.split(IMAGE_TOKEN)
-        for grid, rest in zip(pixels["image_grid_thw"].tolist(), others, strict=True):
-            first += IMAGE_TOKEN * (grid[0] * grid[1] * grid[2] // processor.merge_size**2) + rest
-        sample = self.encode_text(first, where=where)
-        sample.pixel_values, sample.image_grid_thw = pixels["pixel_values"], pixels["image_grid_thw"]
-        return sample
+        tokens = (IMAGE_TOKEN * (math.prod(grid) // processor.merge_size**2) for grid in found["image_grid_thw"].tolist())
+        return _filled(places, tokens), {key: found[key] for key in ("pixel_values", "image_grid_thw")}
+
+    def _with_videos(self, text: str, videos: Sequence[tuple[Any, Mapping[str, Any]]], where: str) -> tuple[str, dict[str, torch.Tensor]]:
+        """The same for videos, one after another: each is a good deal of memory."""
+        from mtpress import video
+
+        places = _places(text, VIDEO_TOKEN, len(videos), "video", where)
+        tokens, pixels, grids = [], [], []
+        for source, part in videos:
+            opened = video.open_video(source, self.video_processor, where, part.get("fps"))
+            try:
+                made, grid = video.patches(opened.frames, self.video_processor)
+            except Exception as error:
+                raise InputError(f"{where}: the video processor refuses a video ({reason(error)}); take another") from None
+            tokens.append(video.placeholders(opened.seconds, grid, self.video_processor))
+            pixels.append(made)
+            grids.append(grid)
+        return _filled(places, tokens), {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.cat(grids)}
+
+
+def _places(text: str, token: str, count: int, kind: str, where: str) -> list[str]:
+    """The text, cut at the placeholders of one kind."""
+    places = text.split(token)
+    if (found := len(places) - 1) != count:
+        raise InputError(f"{where}: the template wrote {found} {kind} placeholders for {count} {kind}s")
+    return places
+
+
+def _filled(places: Sequence[str], tokens: Iterable[str]) -> str:
+    return places[0] + "".join(piece for pair in zip(tokens, places[1:], strict=True) for piece in pair)

@@ -175,7 +175,7 @@ class _Run:
     def _prefill(self) -> tuple[Tensor, Tensor]:
         entry, owner = self.owner.entry, self.owner
         entry.embed([self.prompt], lambda ids: owner.embeddings[ids])
-        if self.prompt.pixel_values is not None:
+        if self.prompt.has_pictures:
             prefix = owner.model.VISION_PREFIX
             names = [n for n in owner.checkpoint.tensors if n.startswith(prefix)]
             if not names:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from mtpress import kv_cache
 from mtpress.checkpoint import Checkpoint, TensorInfo
 from mtpress.checkpoint_writer import split_into_shards
 from mtpress.errors import InputError
@@ -60,9 +61,10 @@ class Job:
     """What becomes of the tensors of one module group.
 
     keep: one tensor, copied bit for bit. quantize: the weights of the linears that share their scales. drop: left out.
+    measure: scales that only the samples tell, of no stored tensor.
     """
 
-    kind: Literal["keep", "quantize", "drop"]
+    kind: Literal["keep", "quantize", "drop", "measure"]
     sources: tuple[TensorInfo, ...]
     outputs: tuple[OutputTensor, ...]
     component: str
@@ -171,6 +173,11 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
                 misfits.append(model.module_of(name))
         done.update(source.name for source in job.sources)
         jobs.setdefault(_place(part, layer), []).append(job)
+    if recipe.kv_cache == "fp8":
+        for name in source.tensors:
+            if name.startswith(f"{prefix}layers.") and name.endswith(f".{kv_cache.K_PROJ}.weight"):
+                scales = kv_cache.outputs(name.removesuffix(f"{kv_cache.K_PROJ}.weight"))
+                jobs[_place("attention", model.layer_index(name))].append(Job("measure", (), scales, "attention"))
     steps = tuple(_step(place, jobs[place]) for place in sorted(jobs))
     if not any(job.kind == "quantize" for step in steps for job in step.jobs):
         layout = LAYOUTS[recipe.format]

@@ -8,10 +8,10 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from mtpress.errors import InputError
 
@@ -42,11 +42,25 @@ class Strict(BaseModel):
 class CalibrationSource(Strict):
     """Where calibration samples come from, unless --calibration names files: a Hub data set, or "builtin"."""
 
-    dataset: str = Field("builtin", description='a Hub data set id, or "builtin" for the set that ships with mtpress')
+    dataset: str = Field(
+        "builtin", description="a Hub data set id, or a set that ships with mtpress: builtin, builtin-images, builtin-mixed"
+    )
     subset: str | None = Field(None, description="the configuration of the Hub data set")
     split: str = Field("train", description="its split")
     num_samples: int = Field(20, ge=1, le=100_000, description="how many samples, from the first")
     max_seq_len: int = Field(8192, ge=1, le=1_000_000, description="tokens kept of each sample")
+
+
+def _number(value: Any) -> str:
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+# By the value's own form and not by trial, so that an error names the key that is wrong.
+ONE, SEVERAL = "one source", "several sources"
+Sources = Annotated[
+    Annotated[CalibrationSource, Tag(ONE)] | Annotated[tuple[CalibrationSource, ...], Tag(SEVERAL), Field(min_length=1)],
+    Discriminator(_number),
+]
 
 
 class SignRound(Strict):
@@ -111,7 +125,9 @@ class Choices:
 
 CHOICES = {
     "nvfp4": Choices(
-        rounding=("max", "four-over-six", "sweep", "hessian", "gptq"), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast")
+        rounding=("max", "four-over-six", "sweep", "hessian", "gptq"),
+        in_proj_ab=("bf16", "nvfp4"),
+        kv_cache=("auto", "fp8_cast", "fp8"),
     ),
     "int4": Choices(rounding=("signround", "search", "hessian", "gptq", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
 }
@@ -131,7 +147,9 @@ class Recipe(Strict):
     quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field(description="components whose linears are quantized")
     in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
     vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
-    kv_cache: Literal["auto", "fp8_cast"] = Field("auto", description="what the checkpoint declares for the KV cache")
+    kv_cache: Literal["auto", "fp8_cast", "fp8"] = Field(
+        "auto", description="what the checkpoint declares for the KV cache; fp8 with scales from the samples, fp8_cast without"
+    )
     rounding: Literal["max", "four-over-six", "sweep", "hessian", "gptq", "signround", "search", "rtn"] = Field(
         description="how scales and codes are chosen: max, four-over-six, sweep (NVFP4), signround, search, rtn (INT4), hessian, gptq"
     )
@@ -140,7 +158,7 @@ class Recipe(Strict):
     constant_input_scale: float | None = Field(
         None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
     )
-    calibration: CalibrationSource = Field(default_factory=CalibrationSource)
+    calibration: Sources = Field(default_factory=CalibrationSource, description="one source of samples, or a list of them")
     chat_template: Literal["source", "mtpress"] = Field(
         "source", description="the template of the output: the source's own, or the one that ships with mtpress"
     )
@@ -158,6 +176,8 @@ class Recipe(Strict):
             )
         if self.constant_input_scale and self.rounding == "hessian":
             raise ValueError("constant_input_scale does not go with rounding hessian, which needs samples; take rounding sweep")
+        if self.constant_input_scale and self.kv_cache == "fp8":
+            raise ValueError("kv_cache: 'fp8' takes its scales from samples, constant_input_scale does without; take fp8_cast")
         if self.rounding != "signround" and "signround" in self.model_fields_set:
             raise ValueError(f"signround has settings of rounding signround, not of {self.rounding}; leave it out")
         if self.gptq and self.rounding != "gptq":
@@ -167,6 +187,10 @@ class Recipe(Strict):
         if self.rounding == "gptq" and self.constant_input_scale:
             raise ValueError("constant_input_scale needs no samples, rounding gptq is by samples; leave one of them out")
         return self
+
+    @property
+    def calibration_sources(self) -> tuple[CalibrationSource, ...]:
+        return (self.calibration,) if isinstance(self.calibration, CalibrationSource) else self.calibration
 
     @property
     def needs_samples(self) -> bool:
@@ -229,8 +253,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     if not isinstance(content, dict):
         raise InputError(f"{where}: a recipe is a map of keys; `mtpress recipes nvfp4-mtp-vlm` shows one")
     # YAML reads lists, the schema holds tuples
-    if isinstance(content.get("quantize"), list):
-        content = {**content, "quantize": tuple(content["quantize"])}
+    content = content | {key: tuple(content[key]) for key in ("quantize", "calibration") if isinstance(content.get(key), list)}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
     if content.get("rounding") == "gptq" and choices is not None and isinstance(said := content.get("gptq", {}), dict):
@@ -249,11 +272,12 @@ SECTIONS: dict[str, type[Strict]] = {
 def _explain(error: ValidationError) -> str:
     """The first complaint as one sentence that lists what is valid."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    place = [part for part in first["loc"] if part not in (ONE, SEVERAL)]
+    key = ".".join(str(part) for part in place)
     if first["type"] == "extra_forbidden":
-        section = SECTIONS.get(str(first["loc"][0]), Recipe) if len(first["loc"]) > 1 else Recipe
+        section = SECTIONS.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
         valid = list(section.model_fields)
-        near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1)
+        near = difflib.get_close_matches(str(place[-1]), valid, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"unknown key {key[:80]!r}; {hint}Valid: {', '.join(valid)}"
     if first["type"] == "value_error":

@@ -19,6 +19,7 @@ from typing import Protocol, cast
 
 import torch
 
+from mtpress import kv_cache
 from mtpress.calibration import InputAmax
 from mtpress.checkpoint import TensorInfo
 from mtpress.errors import InputError
@@ -120,6 +121,10 @@ def run(
                         for name, tensor in rounded.items():
                             writer.write(name, tensor)
                         lap("write")
+                elif job.kind == "measure":
+                    assert isinstance(seen, InputAmax)
+                    for name, tensor in kv_cache.scales([output.name for output in job.outputs], seen).items():
+                        writer.write(name, tensor)
                 lap("write")
             guard.look({info.file for job in step.jobs for info in job.sources})
             settle = partial(_settle, forward, step, writer.journal) if forward is not None and step.layer is not None else None

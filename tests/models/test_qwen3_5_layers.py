@@ -12,6 +12,7 @@ from mtpress.builtin import BUILTIN_MODEL
 from mtpress.chat import ChatEncoder, Sample
 from mtpress.checkpoint import Checkpoint, read_rows
 from mtpress.errors import InputError
+from mtpress.kv_cache import K_SCALE, V_SCALE, SeenCache
 from mtpress.models import qwen3_5_layers
 from mtpress.models.gated_delta_rule import chunk_gated_delta_rule
 from mtpress.models.qwen3_5_layers import StreamedBody, model_config
@@ -22,14 +23,14 @@ def whole() -> Qwen3_5ForConditionalGeneration:
     return Qwen3_5ForConditionalGeneration.from_pretrained(BUILTIN_MODEL, dtype=torch.bfloat16).eval()
 
 
-def stream(checkpoint: Checkpoint, samples: list[Sample], seen=None, rule="transformers") -> list[torch.Tensor]:
+def stream(checkpoint: Checkpoint, samples: list[Sample], seen=None, rule="transformers", cache=None) -> list[torch.Tensor]:
     body = StreamedBody(checkpoint.config, torch.device("cpu"), delta_rule=rule)
     body.embed(samples, lambda ids: read_rows(checkpoint.tensors["model.language_model.embed_tokens.weight"], ids))
-    if any(s.pixel_values is not None for s in samples):
+    if any(s.has_pictures for s in samples):
         body.see({n.removeprefix("model.visual."): checkpoint.read(n) for n in checkpoint.tensors if n.startswith("model.visual.")})
     for i in range(body.text_config.num_hidden_layers):
         start = f"model.language_model.layers.{i}."
-        body.layer(i, {n.removeprefix(start): checkpoint.read(n) for n in checkpoint.tensors if n.startswith(start)}, seen)
+        body.layer(i, {n.removeprefix(start): checkpoint.read(n) for n in checkpoint.tensors if n.startswith(start)}, seen, cache)
     return body.final_norm(checkpoint.read("model.language_model.norm.weight"))
 
 
@@ -68,6 +69,49 @@ def test_picture_states_equal_the_whole_model(whole: Qwen3_5ForConditionalGenera
         ).last_hidden_state
     assert int(kinds.sum()) == 6 + 8
     assert torch.equal(states[0], expected)
+
+
+def in_whole_model(whole: Qwen3_5ForConditionalGeneration, sample: Sample, **options):
+    kinds = (sample.input_ids == whole.config.image_token_id).int() + 2 * (sample.input_ids == whole.config.video_token_id).int()
+    pixels = {
+        "pixel_values": sample.pixel_values, "image_grid_thw": sample.image_grid_thw,
+        "pixel_values_videos": sample.pixel_values_videos, "video_grid_thw": sample.video_grid_thw,
+    }  # fmt: skip
+    with torch.no_grad():
+        return whole.model(input_ids=sample.input_ids[None], mm_token_type_ids=kinds[None], **pixels, **options)
+
+
+def test_pictures_and_videos_of_several_turns_equal_the_whole_model(whole: Qwen3_5ForConditionalGeneration, tmp_path: Path) -> None:
+    """Pictures of different sizes, and videos as a list of pictures and as an animation, in one conversation; text and a lone picture
+    beside it."""
+    frames = [Image.new("RGB", (96, 64), (40 * number, 90, 60)) for number in range(5)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=300)
+    encoder = ChatEncoder(BUILTIN_MODEL)
+    said = [
+        {"role": "user", "content": [picture(tmp_path, "a.png", (96, 64), "red"), {"type": "text", "text": "What is in the image?"}]},
+        {"role": "assistant", "content": "A red circle."},
+        {"role": "user", "content": [{"type": "text", "text": "And these?"}, picture(tmp_path, "b.png", (64, 160), "blue"),
+                                     picture(tmp_path, "c.png", (130, 64), "green"), {"type": "video", "video": frames, "fps": 3}]},
+        {"role": "assistant", "content": "A blue circle and a green circle."},
+        {"role": "user", "content": [{"type": "video_url", "video_url": {"url": str(tmp_path / "a.gif")}}]},
+    ]  # fmt: skip
+    samples = [encoder.encode(said), encoder.encode([{"role": "user", "content": "Hello!"}]), encoder.encode(said[:1])]
+    assert samples[0].image_grid_thw is not None and len({tuple(grid) for grid in samples[0].image_grid_thw.tolist()}) == 3
+    assert samples[0].video_grid_thw is not None and samples[0].video_grid_thw.tolist() == [[3, 4, 6], [2, 4, 6]]
+    for sample, states in zip(samples, stream(Checkpoint.open(BUILTIN_MODEL), samples), strict=True):
+        assert torch.equal(states, in_whole_model(whole, sample, use_cache=False).last_hidden_state)
+
+
+def test_the_cache_is_seen_as_transformers_fills_it(whole: Qwen3_5ForConditionalGeneration, tmp_path: Path) -> None:
+    parts = [picture(tmp_path, "a.png", (96, 64), "red"), {"type": "text", "text": "What is in the image?"}]
+    sample = ChatEncoder(BUILTIN_MODEL).encode([{"role": "user", "content": parts}])
+    cache: dict[str, list[torch.Tensor]] = {}
+    states = stream(Checkpoint.open(BUILTIN_MODEL), [sample], cache=SeenCache(lambda name, x: cache.setdefault(name, []).append(x)))
+    expected = in_whole_model(whole, sample, use_cache=True)
+    assert torch.equal(states[0], expected.last_hidden_state)
+    filled = expected.past_key_values.layers[3]
+    assert cache.keys() == {K_SCALE, V_SCALE} and all(len(found) == 1 for found in cache.values())
+    assert torch.equal(cache[K_SCALE][0], filled.keys) and torch.equal(cache[V_SCALE][0], filled.values)
 
 
 def test_with_the_fast_delta_rule_states_agree_within_bf16_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

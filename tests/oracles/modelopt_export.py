@@ -2,10 +2,10 @@
 
     .envs/modelopt/bin/python tests/oracles/modelopt_export.py SRC OUT TOKENS.json [--in-proj-ab] [--algorithm max|mse|local_hessian|…]
 
-In: a BF16 qwen3_5 checkpoint and a JSON list of token-id lists. Out: what export_hf_checkpoint writes after calibration by one of
-modelopt's own presets, "max" unless another is named, one forward a list (batch 1, no padding). Leaves out: the draft head, which
-transformers does not load, and tokenizer, processor and template files, which modelopt does not write. Runs on the packages of locks/modelopt.txt and
-imports nothing of mtpress.
+In: a BF16 qwen3_5 checkpoint and a JSON list of token-id lists. Out: what export_hf_checkpoint writes after calibration by one
+of modelopt's own presets, "max" unless another is named, one forward a list (batch 1, no padding). Leaves out: the draft head,
+which transformers does not load, and tokenizer, processor and template files, which modelopt does not write. Runs on the
+packages of locks/modelopt.txt and imports nothing of mtpress.
 """
 
 import argparse

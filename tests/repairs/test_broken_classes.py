@@ -43,6 +43,8 @@ OTHERWISE = {
     "a_quantized_lm_head_that_is_ignored": "the breaker's own codes",
     "in_proj_ab_in_nvfp4": "the breaker's own codes",
     "global_scale_in_bf16": "the scale that is stored, cast",
+    "an_fp8_kv_cache_with_scales": "they are still there",
+    "kv_scales_of_a_gdn_layer": "those of the attention layer are still there",
     "own_global_scale_for_in_proj_qkv": "the weights that are stored, half as large, under one global scale",
     "mtp_fc_quantized": "the breaker's own codes, dequantized",
     "compressed-tensors-a_quantized_draft_layer": DEQUANTIZED,

@@ -28,7 +28,7 @@ Image paths are relative to the request file. The result:
               token id (a string) to log-probability; with prompt_logprobs, one number a prompt token (the first is null)
     metrics   per group: drafts, draft_tokens, accepted_tokens, accepted_per_position; null with mtp 0
     linears   target and draft: per linear, by the prefix that vLLM gives it, the class that computes it
-    kv_cache  requested; resolved by vLLM from the checkpoint; the dtypes of the tensors in use by layer
+    kv_cache  requested; resolved by vLLM from the checkpoint; by layer the dtypes of the tensors in use, and the scales of K and V
     engine    vllm's version, platform, load_seconds, generate_seconds
 
 Exit status 0 means that a result was written. Otherwise the reason is on stderr and there is no result file.
@@ -209,6 +209,12 @@ def worker_kv_dtypes(worker: Any) -> dict[str, str]:
     }
 
 
+def worker_kv_scales(worker: Any) -> dict[str, list[float]]:
+    """Runs in the worker: by what each attention layer divides K and V before they go into its cache."""
+    layers = worker.model_runner.compilation_config.static_forward_context
+    return {name: [layer._k_scale_float, layer._v_scale_float] for name, layer in layers.items() if hasattr(layer, "_k_scale_float")}
+
+
 def main() -> None:
     if len(sys.argv) != 4:
         raise SystemExit(__doc__)
@@ -239,6 +245,7 @@ def main() -> None:
             "requested": request["kv_cache_dtype"],
             "resolved": str(llm.llm_engine.vllm_config.cache_config.cache_dtype),
             "tensors": llm.collective_rpc(worker_kv_dtypes)[0],
+            "scales": llm.collective_rpc(worker_kv_scales)[0],
         },
         "engine": {
             "vllm": vllm.__version__,

@@ -127,37 +127,43 @@ class StreamedBody:
     def _positions(self, sample: Sample) -> Tensor:
         """int64 [3, 1, T]: M-RoPE positions, transformers' own rule."""
         ids = sample.input_ids.unsqueeze(0)
-        if sample.image_grid_thw is None:
+        if not sample.has_pictures:
             return torch.arange(ids.shape[1]).expand(3, 1, -1)
-        kinds = (ids == self.config.image_token_id).int()
+        kinds = (ids == self.config.image_token_id).int() + 2 * (ids == self.config.video_token_id).int()
         holder = Qwen3_5Model.__new__(Qwen3_5Model)
         nn.Module.__init__(holder)
         holder.config = self.config
-        positions, _ = Qwen3_5Model.get_rope_index(holder, ids, kinds, image_grid_thw=sample.image_grid_thw)
+        grids = {"image_grid_thw": sample.image_grid_thw, "video_grid_thw": sample.video_grid_thw}
+        positions, _ = Qwen3_5Model.get_rope_index(holder, ids, kinds, **grids)
         return positions  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def see(self, weights: Mapping[str, Tensor]) -> None:
-        """Puts each picture's merged patches, from the real vision tower, in the place of its placeholders."""
+        """Puts the merged patches of each picture and video, from the real vision tower, in the place of its placeholders."""
         with torch.device("meta"):
             tower = Qwen3_5VisionModel(self.config.vision_config)
         tower.rotary_pos_emb = type(tower.rotary_pos_emb)(self.config.vision_config)
         tower = with_weights(tower, weights, self.dtype).to(self.device)
         self.states.settle()
         for i, sample in enumerate(self.samples):
-            if sample.pixel_values is None:
+            if not sample.has_pictures:
                 continue
-            pixels = sample.pixel_values.to(self.device, self.dtype)
-            assert sample.image_grid_thw is not None
-            seen = tower(pixels, grid_thw=sample.image_grid_thw.to(self.device)).pooler_output
-            place = sample.input_ids == self.config.image_token_id
             states = self.states.get(i)
-            states[0, place] = seen.to(states.device, states.dtype)
+            for pixels, grid, token in (
+                (sample.pixel_values, sample.image_grid_thw, self.config.image_token_id),
+                (sample.pixel_values_videos, sample.video_grid_thw, self.config.video_token_id),
+            ):
+                if pixels is not None and grid is not None:
+                    seen = tower(pixels.to(self.device, self.dtype), grid_thw=grid.to(self.device)).pooler_output
+                    states[0, sample.input_ids == token] = seen.to(states.device, states.dtype)
             self.states.put(i, states)
 
     @torch.no_grad()
-    def layer(self, index: int, weights: Mapping[str, Tensor], input_seen: InputSeen | None = None) -> None:
-        """Moves every sample through one decoder layer; weights by their names within the layer."""
+    def layer(self, index: int, weights: Mapping[str, Tensor], input_seen: InputSeen | None = None, cache: Any = None) -> None:
+        """Moves every sample through one decoder layer; weights by their names within the layer.
+
+        cache: what a full-attention layer hands its keys and values to (update of kv_cache.SeenCache), and takes them from.
+        """
         module = self.decoder_layer(index, weights)
         if input_seen is not None:
             for name, linear in module.named_modules():
@@ -169,7 +175,7 @@ class StreamedBody:
         with self.delta_rule(module):
             for i, positions in enumerate(self.positions):
                 states = self.states.get(i).to(self.device, non_blocking=True)
-                self.states.put(i, self.through(module, states, positions))
+                self.states.put(i, self.through(module, states, positions, cache if hasattr(module, "self_attn") else None))
         self.states.advance()
 
     def decoder_layer(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -184,10 +190,10 @@ class StreamedBody:
             return nullcontext()
         return fast_delta_rule(module, differentiable_rule if gradients else None)
 
-    def through(self, module: nn.Module, states: Tensor, positions: Tensor) -> Tensor:
+    def through(self, module: nn.Module, states: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
         """States [B, T, hidden] behind a layer; positions int64 [3, B, T]."""
         rope = self.rotary(states, positions.to(states.device))
-        return module(states, position_embeddings=rope, attention_mask=None)  # type: ignore[no-any-return]
+        return module(states, position_embeddings=rope, attention_mask=None, past_key_values=cache)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def final_norm(self, weight: Tensor) -> list[Tensor]:

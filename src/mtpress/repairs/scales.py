@@ -112,11 +112,11 @@ def _new_scales(ctx: Context, names: tuple[str, ...], what: str) -> Iterator[Fix
     done, missing = bring_back(ctx, modules) if ctx.base is not None else ([], modules)
     if done:
         yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
-    if missing or kv:
-        takes = (
-            QUANTIZE_AGAIN if kv or ctx.base is not None else f"--base SRC, which puts the module in BF16 in its place; or {QUANTIZE_AGAIN}"
-        )
-        yield Left(f"a scale of {(*missing, *kv)[0]} {what}, and nothing stored has it", takes)
+    if kv:
+        yield from _no_kv_scales(ctx, f"{kv[0]} {what}")
+    if missing:
+        takes = QUANTIZE_AGAIN if ctx.base is not None else f"--base SRC, which puts the module in BF16 in its place; or {QUANTIZE_AGAIN}"
+        yield Left(f"a scale of {missing[0]} {what}, and nothing stored has it", takes)
 
 
 def scale_orphan(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -363,6 +363,27 @@ def zeros_asymmetric(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield Left(f"the codes of {count(len(missing), 'module')} were made for other zero points than the engine takes", takes)
 
 
+def kv_scale_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from _no_kv_scales(ctx, f"{finding.where[0]} is missing")
+
+
+def _no_kv_scales(ctx: Context, what: str) -> Iterator[Fix | Left]:
+    """All dropped, which makes every scale 1, as vLLM makes the missing ones; not where a stored one says that this is too small."""
+    held = [name for name in ctx.subject.tensors if name.endswith(tuple(f".{suffix}" for suffix in KV_SCALES))]
+    if any(ctx.subject.scalars.get(name, 1.0) > 1 for name in held):
+        yield Left(f"{what}, and nothing stored has it", QUANTIZE_AGAIN)
+        return
+    for name in held:
+        ctx.overlay.drop(name)
+    yield Fix(f"{count(len(held), 'scale')} of the KV cache dropped: all are 1 then, as with fp8_cast")
+
+
+def kv_scale_misplaced(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    for name in finding.where:
+        ctx.overlay.drop(name)
+    yield Fix(f"{count(len(finding.where), 'scale')} of a KV cache dropped, of modules that have none")
+
+
 def input_scales_unused(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     for name in finding.where:
         ctx.overlay.drop(name)
@@ -373,8 +394,8 @@ REPAIRS = (
     Repair("scale-missing", "input_scale from the shards of its fused linear; where no module has one, activations are declared to stay in "
            "16 bits; any other: the module in BF16 from the base (`--base`)", scale_missing),
     Repair("scale-orphan", "dropped", scale_orphan, Turn.DROPS),
-    Repair("scale-unsound", "input_scale from the shards of its fused linear; any other: the module in BF16 from the base (`--base`)",
-           scale_unsound),
+    Repair("scale-unsound", "input_scale from the shards of its fused linear; of the KV cache, all are dropped, which makes them 1; any "
+           "other: the module in BF16 from the base (`--base`)", scale_unsound),
     Repair("scale-implausible", "a reciprocal weight_scale_2 is turned back, and input_scale where all are reciprocals; else left",
            scale_implausible, Turn.CONFIG),
     Repair("fused-formats-differ", "all shards in BF16 from the base (`--base`)", fused_formats_differ),
@@ -385,5 +406,8 @@ REPAIRS = (
     Repair("zeros-convention", "the zero points are written in the convention of the declared layout", zeros_convention),
     Repair("zeros-asymmetric", "the module in BF16 from the base (`--base`), where they are few; else left", zeros_asymmetric),
     Repair("in-proj-ab-quantized", "nothing is wrong, it is a choice of the build"),
+    Repair("kv-scale-missing", "the others are dropped too, which makes all of them 1, where none of them is larger; else left",
+           kv_scale_missing, Turn.DROPS),
+    Repair("kv-scale-misplaced", "dropped", kv_scale_misplaced, Turn.DROPS),
     Repair("input-scales-unused", "dropped, as vLLM does", input_scales_unused),
 )  # fmt: skip

@@ -204,7 +204,7 @@ def _recipe_build(checkpoint: Checkpoint, name: str, stored_vision: bool) -> Bui
         plan = make_plan(checkpoint, recipe)
     except InputError as error:
         return Build(None, None, str(error).removeprefix(f"{checkpoint.path}: "))
-    kv_cache_dtype = "fp8" if recipe.kv_cache == "fp8_cast" else "auto"
+    kv_cache_dtype = "auto" if recipe.kv_cache == "auto" else "fp8"
     return _build(plan.output_bytes, checkpoint.config, kv_cache_dtype, stored_vision and recipe.vision == "keep")
 
 

@@ -87,7 +87,7 @@ def quantize(
     ray: str | None = None,
     silent: bool = False,
 ) -> QuantizeResult:
-    """Makes `out` from `source`. calibration: JSON-lines files, or "builtin"; empty means what the recipe names.
+    """Makes `out` from `source`. calibration: JSON-lines files, or names of sets that ship with mtpress; empty means what the recipe names.
 
     workers: processes to spread the samples (weight-only: the shards) over, on this machine or on the Ray cluster at `ray`;
     the bytes are the same for any number.
@@ -193,12 +193,13 @@ def without_samples(recipe: Recipe) -> dict[str, Any] | None:
 
 def dry_lengths(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str]) -> list[int]:
     """Tokens of each sample; of a Hub data set, which a dry run does not fetch, as many as the recipe allows."""
-    from mtpress.calibration import BUILTIN
+    from mtpress.calibration import BUILTIN_SETS
 
     if not recipe.needs_samples:
         return []
-    if not calibration and recipe.calibration.dataset != BUILTIN:
-        return [recipe.calibration.max_seq_len] * recipe.calibration.num_samples
+    sources = recipe.calibration_sources
+    if not calibration and any(source.dataset not in BUILTIN_SETS for source in sources):
+        return [source.max_seq_len for source in sources for _ in range(source.num_samples)]
     return [len(sample.input_ids) for sample in samples_of(checkpoint, recipe, calibration).samples]
 
 
@@ -291,7 +292,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="a shipped recipe (see `mtpress recipes`) or a YAML file")
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="FILE.jsonl",
-        help='samples to use in place of the data set of the recipe; "builtin" for the set that ships with mtpress; repeatable',
+        help="samples to use in place of the data sets of the recipe; builtin, builtin-images or builtin-mixed for those that ship with "
+        "mtpress; repeatable",
     )  # fmt: skip
     parser.add_argument("--weight-only", type=float, metavar="SCALE", help="no calibration: this input_scale for every linear")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the forward and the packing run")

@@ -1,0 +1,59 @@
+"""The scales of an FP8 KV cache: what a full-attention layer puts into its cache, and the two numbers that vLLM reads of it.
+
+In: keys and values as transformers hands them to a cache, keys behind their norm and RoPE, which is also what vLLM stores and what
+modelopt 0.47's k_bmm_quantizer sees. Out: `self_attn.k_proj.k_scale` and `self_attn.v_proj.v_scale` of each full-attention layer,
+float32, amax / 448, names and arithmetic of modelopt 0.47. Leaves out: declaring the cache (beside_weights.py), and the draft head,
+whose tensors stay as they are in the source: vLLM takes the scale 1 for it.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mtpress.errors import InputError
+from mtpress.shard_writer import OutputTensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from mtpress.calibration import InputAmax
+
+K_PROJ, V_PROJ = "self_attn.k_proj", "self_attn.v_proj"
+K_SCALE, V_SCALE = f"{K_PROJ}.k_scale", f"{V_PROJ}.v_scale"  # within a layer
+E4M3_MAX = 448.0
+
+
+def outputs(layer: str) -> tuple[OutputTensor, ...]:
+    """The scales of one full-attention layer, whose tensors begin with `layer`."""
+    return tuple(OutputTensor(f"{layer}{name}", "F32", ()) for name in (K_SCALE, V_SCALE))
+
+
+def scales(names: "list[str]", seen: "InputAmax") -> "dict[str, torch.Tensor]":
+    """Output name → float32 scalar, of the largest |k| and |v| that the samples put into a layer's cache."""
+    import torch
+
+    found = {}
+    for name in names:
+        amax = seen.of_group([name.split(".layers.", 1)[1].split(".", 1)[1]])
+        if not bool(torch.isfinite(amax)):
+            raise InputError(f"{name}: the cache of the calibration samples holds {float(amax)}; the source weights are damaged")
+        found[name] = torch.where(amax == 0, 1.0, amax / E4M3_MAX)  # vLLM stops at a scale of 0
+    return found
+
+
+def rounded(x: "torch.Tensor", scale: float) -> "torch.Tensor":
+    """x as an FP8 E4M3 cache gives it back: saturated, not infinite."""
+    import torch
+
+    return ((x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+class SeenCache:
+    """Stands where an attention layer expects its cache: what would be stored is seen, and given back as it is."""
+
+    def __init__(self, seen: "Callable[[str, torch.Tensor], None]") -> None:
+        self.seen = seen
+
+    def update(self, keys: "torch.Tensor", values: "torch.Tensor", *_: Any) -> "tuple[torch.Tensor, torch.Tensor]":
+        self.seen(K_SCALE, keys)
+        self.seen(V_SCALE, values)
+        return keys, values
