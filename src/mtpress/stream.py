@@ -23,7 +23,7 @@ from mtpress import kv_cache
 from mtpress.calibration import InputAmax
 from mtpress.checkpoint import TensorInfo
 from mtpress.errors import InputError
-from mtpress.formats import int4, nvfp4
+from mtpress.formats import fp8, int4, nvfp4
 from mtpress.hidden_states import NUM_SLOTS
 from mtpress.input_hessian import BLOCK
 from mtpress.journal import Journal
@@ -31,6 +31,7 @@ from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
 from mtpress.rounding import four_over_six, rtn, search, signround_kernel, sweep
+from mtpress.rounding import fp8 as rounding_fp8
 from mtpress.rounding.hessian import group_scales as group_scales_by_hessian
 from mtpress.rounding.max import round_group
 from mtpress.rounding.scale_search import GroupScales, nearest_codes
@@ -116,7 +117,7 @@ def run(
                 elif job.kind == "quantize":
                     tensors = whole or next(weights)
                     lap("read")
-                    for rounded in rounding(plan).round(plan, job, tensors, seen):
+                    for rounded in _rounded(plan, job, tensors, seen):
                         lap("round")
                         for name, tensor in rounded.items():
                             writer.write(name, tensor)
@@ -151,6 +152,14 @@ def _groups(step: Step, forward: Forward | None) -> Sequence[Sequence[TensorInfo
     return [job.sources for job in step.jobs if job.kind == "quantize"]
 
 
+def _rounded(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """What a job's linears become, one after another: the recipe's rounding, or that of FP8, which has one; and only what is planned,
+    for weight-only NVFP4 has no input_scale."""
+    planned = {tensor.name for tensor in job.outputs}
+    for made in (FP8 if job.format == "fp8" else rounding(plan)).round(plan, job, tensors, seen):
+        yield {name: tensor for name, tensor in made.items() if name in planned}
+
+
 RoundGroup = Callable[[Tensors, torch.Tensor | None], dict[str, dict[str, torch.Tensor]]]
 
 
@@ -175,8 +184,8 @@ def _round_nvfp4(round_group: RoundGroup, plan: Plan, job: Job, tensors: Tensors
     modules = _modules(job)
     weights = {module: tensors[f"{module}.weight"] for module in modules}
     if seen is None:
-        assert plan.recipe.constant_input_scale is not None
-        scale = torch.tensor(plan.recipe.constant_input_scale, dtype=torch.float32)
+        assert plan.recipe.constant_input_scale is not None or job.format == "nvfp4_w4a16"  # whose input_scale is not written
+        scale = torch.tensor(plan.recipe.constant_input_scale or 1.0, dtype=torch.float32)
     else:
         assert isinstance(seen, InputAmax)
         scale = input_scale(seen, list(map(_within_layer, modules)))
@@ -189,11 +198,28 @@ def _round_nvfp4(round_group: RoundGroup, plan: Plan, job: Job, tensors: Tensors
 
 def input_scale(seen: InputAmax, names: Sequence[str]) -> torch.Tensor:
     """float32 scalar for linears that read the same input; names within their layer."""
+    amax = _input_amax(seen, names)
+    # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
+    return nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
+
+
+def _input_amax(seen: InputAmax, names: Sequence[str]) -> torch.Tensor:
+    """The largest |x| that the linears of a group read; InputError where it is not finite."""
     amax = seen.of_group(names)
     if not bool(torch.isfinite(amax)):
         raise InputError(f"{names[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
-    # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
-    return nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
+    return amax
+
+
+def _round_fp8(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """The same for FP8, whose linears of one group share one scale too."""
+    assert isinstance(seen, InputAmax)
+    modules = _modules(job)
+    input_scale = fp8.scale(_input_amax(seen, list(map(_within_layer, modules))))
+    for module, parts in rounding_fp8.round_group({module: tensors[f"{module}.weight"] for module in modules}).items():
+        if not bool(torch.isfinite(parts[fp8.SCALE])):
+            raise _damaged(next(m for m in modules if not bool(torch.isfinite(tensors[f"{m}.weight"]).all())))
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, fp8.INPUT_SCALE: input_scale}.items()}
 
 
 RoundMatrix = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
@@ -286,8 +312,12 @@ ROUNDINGS = {
 }
 
 
+FP8 = Rounding(_round_fp8, nvfp4.kernel, lambda weight: rounding_fp8.round_group({"weight": weight}))
+
+
 def rounding(plan: Plan) -> Rounding:
-    return ROUNDINGS[plan.recipe.format][plan.recipe.rounding]
+    """Of the recipe; what it has in FP8 goes by FP8's own."""
+    return ROUNDINGS["int4" if plan.recipe.format == "int4" else "nvfp4"][plan.recipe.rounding]
 
 
 def kernel(plan: Plan, device: torch.device) -> str:
