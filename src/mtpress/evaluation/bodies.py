@@ -71,8 +71,7 @@ class Body:
     @cached_property
     def no_draft_head(self) -> str | None:
         """Why there is no draft head to draft with; None where it is whole."""
-        stored = [name for name in self.subject.stored_mtp]
-        if not stored:
+        if not self.subject.stored_mtp:
             return "no draft head is stored"
         wanted = self.model.mtp_shapes(self.checkpoint.config)
         wrong = next((problem for name, shape in wanted.items() if (problem := self.problem(name, shape))), None)
@@ -120,10 +119,10 @@ class Body:
     def layer(self, mover: StreamedBody, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """transformers' decoder layer with the weights of this checkpoint, `tensors` by their full names."""
         with torch.device("meta"):
-            module = Qwen3_5DecoderLayer(mover.text_config, index)
+            module: nn.Module = Qwen3_5DecoderLayer(mover.text_config, index)
         self._fill(module, f"{self.prefix}layers.{index}.", tensors)
         if self.layer_types[index] == "full_attention":
-            self._round_cache(module.self_attn, f"{self.prefix}layers.{index}.self_attn")
+            self._round_cache(module.get_submodule("self_attn"), f"{self.prefix}layers.{index}.self_attn")
         return module
 
     def draft_head(self, mover: StreamedBody) -> DraftHead:
@@ -132,7 +131,7 @@ class Body:
             head = DraftHead(mover.text_config)
         infos = self._below(self.model.MTP_PREFIX)
         self._fill(head, self.model.MTP_PREFIX, {info.name: read_tensor(info).to(mover.device) for info in infos})
-        self._round_cache(head.layers[0].self_attn, f"{self.model.MTP_PREFIX}layers.0.self_attn")
+        self._round_cache(head.get_submodule("layers.0.self_attn"), f"{self.model.MTP_PREFIX}layers.0.self_attn")
         return head
 
     def final_norm(self) -> Tensor:

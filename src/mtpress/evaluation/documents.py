@@ -61,6 +61,14 @@ class Documents:
             found[IMAGES] = [i for i, seen in enumerate(self.with_images) if seen]
         return found
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Set → how many documents and tokens."""
+        found = {name: {"num_documents": 0, "num_tokens": 0} for name in self.sets}
+        for name, length in zip(self.sets, self.lengths, strict=True):
+            found[name]["num_documents"] += 1
+            found[name]["num_tokens"] += length
+        return found
+
     def sha256(self) -> str:
         return hashlib.sha256("\n".join(self.keys).encode()).hexdigest()
 

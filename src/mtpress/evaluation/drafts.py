@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mtpress.evaluation.documents import Documents
 from mtpress.evaluation.layers import Stream
 from mtpress.evaluation.vocabulary import most_likely
 from mtpress.hidden_states import DiskStates
@@ -39,14 +38,13 @@ def draft(stream: Stream, top1: Tensor, head_states: DiskStates, depth: int = MA
     documents, device = stream.documents, stream.mover.device
     head = stream.body.draft_head(stream.mover)
     drafted: list[list[Tensor]] = []  # by depth, then by document
-    for k in range(depth):
+    for _ in range(depth):
         for i in range(len(documents.samples)):
             head_states.put(i, _chain(head, stream, i, [tokens[i] for tokens in drafted]))
         head_states.advance()
         drafted.append(most_likely(stream.body, head_states, documents, device))
-        assert len(drafted) == k + 1
     found = Drafts([[] for _ in range(depth)], [[] for _ in range(depth)])
-    for i, said in enumerate(top1.split(documents.lengths)):
+    for i, said in enumerate(torch.split(top1, documents.lengths)):
         following, allowed = documents.samples[i].input_ids[1:], documents.counted[i]
         counted = allowed.clone()  # the token that the first draft stands on is of the document
         held = torch.ones_like(counted)

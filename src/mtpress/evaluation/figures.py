@@ -33,7 +33,7 @@ class Counted:
         self.drawn = {name: draws(len(members), num_resamples, seed) for name, members in self.groups.items()}
 
     def of(self, values: Tensor) -> Numbers:
-        return values.numpy()[self.mask].astype(np.float64)
+        return np.asarray(values.numpy()[self.mask], dtype=np.float64)
 
     def sums(self, values: Numbers, group: str) -> Numbers:
         """The sum of each document of a group."""

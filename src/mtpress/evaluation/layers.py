@@ -11,7 +11,7 @@ What base and checkpoint differ by is measured as ‖theirs − ours‖ / ‖our
     accumulated     y of the checkpoint's own stream, over ‖y‖: what has come together down to here
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path

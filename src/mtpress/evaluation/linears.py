@@ -23,8 +23,19 @@ from torch import Tensor, nn
 from mtpress.checkpoint import TensorInfo
 from mtpress.formats import int4, nvfp4
 from mtpress.rules.stored import (
-    GLOBAL_SCALE, INPUT_GLOBAL_SCALE, INPUT_SCALE, NVFP4_GROUP_SIZE, QWEIGHT, QZEROS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED,
-    ZERO_POINT, Form,
+    GLOBAL_SCALE,
+    INPUT_GLOBAL_SCALE,
+    INPUT_SCALE,
+    NVFP4_GROUP_SIZE,
+    QWEIGHT,
+    QZEROS,
+    SCALE,
+    SCALE_2,
+    SCALES,
+    WEIGHT,
+    WEIGHT_PACKED,
+    ZERO_POINT,
+    Form,
 )  # fmt: skip
 
 Parts = Mapping[str, Tensor]  # the tensors of a module by the last part of their names

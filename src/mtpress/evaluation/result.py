@@ -13,6 +13,8 @@ from mtpress.evaluation.statistics import Figure
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.progress import human_bytes
 
+BASE = "BF16"
+
 
 @dataclass(frozen=True)
 class GroupFigures:
@@ -50,6 +52,17 @@ class PositionBin:
 
 
 @dataclass(frozen=True)
+class BaseFigures:
+    """acceptance: None with the reason in no_acceptance."""
+
+    path: str
+    num_bytes: int
+    perplexity: dict[str, Figure]
+    acceptance: list[Acceptance] | None
+    no_acceptance: str | None
+
+
+@dataclass(frozen=True)
 class CheckpointFigures:
     """forms: title of a quantized form → modules. acceptance: None with the reason in no_acceptance."""
 
@@ -63,15 +76,6 @@ class CheckpointFigures:
     acceptance: list[Acceptance] | None
     no_acceptance: str | None
     disjointness: Disjointness
-
-
-@dataclass(frozen=True)
-class BaseFigures:
-    path: str
-    num_bytes: int
-    perplexity: dict[str, Figure]
-    acceptance: list[Acceptance] | None
-    no_acceptance: str | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,11 @@ class EvalResult:
         return asdict(self)
 
     @property
+    def bodies(self) -> "dict[str, BaseFigures | CheckpointFigures]":
+        """BF16 and the checkpoints, by the names they are shown under."""
+        return {BASE: self.base, **self.checkpoints}
+
+    @property
     def num_shared(self) -> int:
         """Documents that a checkpoint may have been calibrated on."""
         return max(found.disjointness.shared for found in self.checkpoints.values())
@@ -129,7 +138,7 @@ HEADINGS = ["checkpoint", "bytes", "KL mean", "median", "p99", "p99.9", "max", "
 def group_rows(result: EvalResult, group: str) -> list[list[str]]:
     """BF16 first, then each checkpoint."""
     base = result.base
-    rows = [["BF16", human_bytes(base.num_bytes), *["0"] * 5, "100", shown(base.perplexity[group]), "1"]]
+    rows = [[BASE, human_bytes(base.num_bytes), *["0"] * 5, "100", shown(base.perplexity[group]), "1"]]
     for name, found in result.checkpoints.items():
         figures = found.groups[group]
         rows.append([
@@ -142,7 +151,7 @@ def group_rows(result: EvalResult, group: str) -> list[list[str]]:
 
 def acceptance_rows(result: EvalResult) -> list[list[str]]:
     rows = []
-    for name, found in {"BF16": result.base, **result.checkpoints}.items():
+    for name, found in result.bodies.items():
         if found.acceptance is None:
             rows.append([name, f"not measured: {found.no_acceptance}"])
             continue
@@ -176,7 +185,7 @@ def _lines(result: EvalResult) -> Iterator[str]:
         yield from (f"## {group}: {one.num_documents} documents, {one.num_tokens:,} predictions", "")
         yield from table(HEADINGS, group_rows(result, group))
     yield from ("## Drafts accepted, % of positions (teacher-forced; × to BF16 on shared positions)", "")
-    depth = max((len(found.acceptance or []) for found in (result.base, *result.checkpoints.values())), default=0)
+    depth = max((len(found.acceptance or []) for found in result.bodies.values()), default=0)
     yield from table(["checkpoint", *(f"position {k}" for k in range(1, max(depth, 1) + 1))], acceptance_rows(result))
     if result.pairs:
         yield from ("## Between checkpoints, on the same documents", "")

@@ -30,7 +30,8 @@ class Figure:
 def draws(num_documents: int, num_resamples: int, seed: int) -> Counts:
     """int64 [resamples, documents]: how often each document was drawn."""
     generator = np.random.default_rng(seed)
-    return generator.multinomial(num_documents, np.full(num_documents, 1 / num_documents), size=num_resamples)
+    drawn = generator.multinomial(num_documents, np.full(num_documents, 1 / num_documents), size=num_resamples)
+    return np.asarray(drawn, dtype=np.int64)
 
 
 def interval(value: float, resampled: Numbers) -> Figure:
@@ -50,7 +51,7 @@ def ratio_of_sums(over: Numbers, under: Numbers, drawn: Counts) -> tuple[float, 
 
 def per_document(values: Numbers, document: Counts, num_documents: int) -> Numbers:
     """The sum of each document's values."""
-    return np.bincount(document, weights=values, minlength=num_documents)
+    return np.asarray(np.bincount(document, weights=values, minlength=num_documents))
 
 
 def quantiles(values: Numbers, document: Counts, levels: Sequence[float], drawn: Counts) -> list[Figure]:
@@ -61,7 +62,7 @@ def quantiles(values: Numbers, document: Counts, levels: Sequence[float], drawn:
 
     def at(weights: Counts) -> Numbers:
         running = np.cumsum(weights)
-        return ordered[np.searchsorted(running, np.maximum(np.ceil(shares * running[-1]), 1))]  # type: ignore[no-any-return]
+        return np.asarray(ordered[np.searchsorted(running, np.maximum(np.ceil(shares * running[-1]), 1))])
 
     whole = at(np.ones(len(ordered), dtype=np.int64))
     resampled = np.array([at(times[of]) for times in drawn if times[of].any()])

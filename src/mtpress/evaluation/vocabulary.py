@@ -122,4 +122,4 @@ def most_likely(body: Body, states: DiskStates, documents: Documents, device: to
                 running.top1[at] = torch.where(best > running.largest[at], place + start, running.top1[at])
                 running.largest[at] = torch.maximum(running.largest[at], best)
             offset += length
-    return list(running.top1.cpu().split(documents.lengths))
+    return list(torch.split(running.top1.cpu(), documents.lengths))

@@ -116,10 +116,7 @@ def evaluate(
         ),
         checkpoints=found,
         pairs=figures.pairs(of_base, dict(zip(found, of_others, strict=True)), counted),
-        data={
-            name: {"num_documents": loaded.sets.count(name), "num_tokens": sum(n for n, s in zip(loaded.lengths, loaded.sets, strict=True) if s == name)}
-            for name in dict.fromkeys(loaded.sets)
-        },
+        data=loaded.sizes(),
         settings={
             "sha256": loaded.sha256(), "max_seq_len": max_seq_len, "num_truncated": loaded.num_truncated, "kv_cache": kv_cache,
             "resamples": resamples, "seed": seed, "device": str(chosen),
@@ -221,11 +218,10 @@ def show(result: "EvalResult") -> None:
         one = next(iter(result.checkpoints.values())).groups[group]
         table = Table(title=f"{group}: {one.num_documents} documents, {one.num_tokens:,} predictions", box=box.SIMPLE_HEAD)
         rows = tables.group_rows(result, group)
-        table.add_column("")
+        for number, heading in enumerate(tables.HEADINGS):
+            table.add_column(heading, justify="right" if number else "left", overflow="fold")
         for row in rows:
-            table.add_column(row[0], justify="right")
-        for number, heading in enumerate(tables.HEADINGS[1:], 1):
-            table.add_row(heading, *(row[number] for row in rows))
+            table.add_row(*row)
         console.print(table)
     for name, *cells in tables.acceptance_rows(result):
         console.print(f"drafts accepted, %: {name}: {'  '.join(cells)}", markup=False, soft_wrap=True)
