@@ -141,11 +141,15 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
-    """x [..., K] as a W4A4 kernel sees it: rounded to NVFP4 with dynamic block scales under the static input_scale, and back.
+    """x [..., K] as a W4A4 kernel sees it: rounded to NVFP4 with dynamic block scales under the static input_scale, and back."""
+    return round_under(x, 1.0 / input_scale.float())
+
+
+def round_under(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """round_activations by the reciprocal of input_scale, float32 scalar: what compressed-tensors stores as input_global_scale.
 
     Source: vLLM 0.32, quantization/utils/nvfp4_emulation_utils.py, ref_nvfp4_quant_dequant.
     """
-    global_scale = 1.0 / input_scale.float()
     blocks = x.float().reshape(*x.shape[:-1], -1, GROUP_SIZE)
     scale = (global_scale * (blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / E2M1_MAX))).clamp(max=E4M3_MAX)
     scale = scale.to(torch.float8_e4m3fn).float()

@@ -20,7 +20,8 @@ import psutil
 from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
-from mtpress.errors import InputError, ResourceError
+from mtpress.device import choose_device
+from mtpress.errors import InputError
 from mtpress.journal import difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import LAYOUTS, Plan, make_plan
@@ -65,15 +66,6 @@ class QuantizeResult:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def choose_device(name: str) -> Any:
-    """The torch device of --device: auto takes a CUDA GPU where there is one."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def quantize(
