@@ -13,9 +13,11 @@ import copy
 import json
 from pathlib import Path
 
+import modelopt.torch.kernels.quantization.gemm as gemm
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
+from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
 from transformers import Qwen3_5ForConditionalGeneration
 
 AB = ("*linear_attn.in_proj_a", "*linear_attn.in_proj_b")
@@ -36,6 +38,17 @@ def quantization_config(algorithm: str, in_proj_ab: bool) -> dict:
         config["quant_cfg"] = [e for e in config["quant_cfg"] if not e["quantizer_name"].startswith(AB)]
     config["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in ("*visual*", "*mtp*")]
     return config
+
+
+def fake_quantize(x, amax, global_amax, quantize_block_scales=True, fp8_max_for_normalization=448.0, out_dtype=None):
+    """What modelopt's Triton kernel of this name computes (kernels/quantization/gemm/fp4_kernel.py); it has none for CPUs."""
+    assert quantize_block_scales
+    scale = scaled_e4m3_impl(amax.float() / 6, global_amax.float() * (448 / fp8_max_for_normalization) / 6).reshape(-1, 1)
+    blocks = x.float().reshape(len(scale), -1)
+    size = blocks.abs() / torch.where(scale == 0, 1.0, scale)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = sum((size >= bound) if i % 2 else (size > bound) for i, bound in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)))
+    return (values[codes.long()] * scale).copysign(blocks).reshape(x.shape).to(out_dtype or x.dtype)
 
 
 def load(source: Path) -> torch.nn.Module:
@@ -65,6 +78,8 @@ def main() -> None:
             for ids in token_lists:
                 model(input_ids=torch.tensor([ids]))
 
+    if not gemm.IS_AVAILABLE:
+        gemm.IS_AVAILABLE, gemm.static_blockwise_fp4_fake_quant = True, fake_quantize
     mtq.quantize(model, quantization_config(options.algorithm, options.in_proj_ab), forward_loop)
     with torch.inference_mode():
         export_hf_checkpoint(model, export_dir=options.out)
