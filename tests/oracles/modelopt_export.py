@@ -3,9 +3,9 @@
     .envs/modelopt/bin/python tests/oracles/modelopt_export.py SRC OUT TOKENS.json [--in-proj-ab] [--algorithm max|mse|local_hessian|…]
 
 In: a BF16 qwen3_5 checkpoint and a JSON list of token-id lists. Out: what export_hf_checkpoint writes after calibration by one of
-modelopt's own presets, "max" unless another is named, one forward a list (batch 1, no padding). Leaves out: the draft head, which transformers does not load, and
-tokenizer, processor and template files, which modelopt does not write. Runs on the packages of locks/modelopt.txt and
-imports nothing of mtpress.
+modelopt's own presets, "max" unless another is named, one forward a list (batch 1, no padding). Leaves out: the draft head, which
+transformers does not load, and tokenizer, processor and template files, which modelopt does not write. Runs on the packages of
+locks/modelopt.txt and imports nothing of mtpress.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import modelopt.torch.kernels.quantization.gemm as gemm
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
+from modelopt.torch.quantization import tensor_quant
 from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
 from transformers import Qwen3_5ForConditionalGeneration
 
@@ -51,6 +52,11 @@ def fake_quantize(x, amax, global_amax, quantize_block_scales=True, fp8_max_for_
     return (values[codes.long()] * scale).copysign(blocks).reshape(x.shape).to(out_dtype or x.dtype)
 
 
+def fake_quantize_activations(x, block_size, amax, *formats):
+    """The same for its kernel of activations, whose block scales are dynamic."""
+    return fake_quantize(x, x.reshape(-1, block_size).abs().amax(-1), amax)
+
+
 def load(source: Path) -> torch.nn.Module:
     """The model in BF16; anything but the draft head that does not load would make the comparison worthless."""
     model, info = Qwen3_5ForConditionalGeneration.from_pretrained(
@@ -80,6 +86,7 @@ def main() -> None:
 
     if not gemm.IS_AVAILABLE:
         gemm.IS_AVAILABLE, gemm.static_blockwise_fp4_fake_quant = True, fake_quantize
+        tensor_quant.dynamic_block_quantize_op = fake_quantize_activations
     mtq.quantize(model, quantization_config(options.algorithm, options.in_proj_ab), forward_loop)
     with torch.inference_mode():
         export_hf_checkpoint(model, export_dir=options.out)

@@ -19,7 +19,7 @@ def laplace(count: int, seed: int = 0) -> Tensor:
 
 
 def blocks(shape: str, count: int, seed: int = 0) -> Tensor:
-    """BF16 [count, 16] of one of SHAPES; but for the first two, largest magnitudes from 1 down to 2⁻¹⁷, so that scales are subnormal too."""
+    """BF16 [count, 16] of one of SHAPES; from the third on, largest magnitudes from 1 to 2⁻¹⁷: scales are subnormal too."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*size: int) -> Tensor:
