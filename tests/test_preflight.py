@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,22 @@ def test_the_time_of_the_forward(plan: Plan) -> None:
         assert promise(plan, FAST, lengths, LOADED).seconds == pytest.approx(expected(lengths))
     seconds = [promise(plan, FAST, [length] * count, LOADED).seconds for length, count in ((64, 1), (64, 2), (128, 2), (256, 2))]
     assert seconds == sorted(set(seconds))
+
+
+def test_a_hessian_takes_time_by_what_is_read_and_memory_for_its_sums(plan: Plan) -> None:
+    weighted = make_plan(plan.source, plan.recipe.model_copy(update={"rounding": "hessian"}))
+    machine, lengths = replace(FAST, hessian=1e6), [100, 50]
+    d = family(plan.source.model_type).sizes(plan.source.config)
+    layers = family(plan.source.model_type).layer_types(plan.source.config)
+    out = {
+        "linear_attention": d["linear_num_value_heads"] * d["linear_value_head_dim"],
+        "full_attention": d["num_attention_heads"] * d["head_dim"],
+    }
+    widths = [2 * d["hidden_size"] + d["intermediate_size"] + out[kind] for kind in layers]
+    more = promise(weighted, machine, lengths, LOADED).seconds - promise(plan, FAST, lengths, LOADED).seconds
+    assert more == pytest.approx(150 * sum(widths) / 1e6)
+    memory = promise(weighted, machine, lengths, LOADED).memory_bytes - promise(plan, FAST, lengths, LOADED).memory_bytes
+    assert 2 * 16 * 8 * max(widths) < memory < 8 * 16 * 8 * max(widths)
 
 
 def test_only_what_is_not_done_takes_time(plan: Plan) -> None:

@@ -12,6 +12,8 @@ of this one).
              waits for the disk + the widest activations of the longest sample
     disk     the output + three boundaries of hidden states
 
+Rounding hessian adds to the forward the numbers that are read by what shares an input / rate of its sums, and to memory these sums.
+
 A run that tunes its layers by gradients (rounding signround) takes in place of that forward
     time     the forward twice, and for each iteration: 7 · parameters of the linears · tokens of the batch / matmul rate (a product
              forwards, two slower ones backwards), attention and delta rule with their backward, and 30 bytes a tuned weight / copy rate
@@ -30,6 +32,7 @@ import torch
 from mtpress.disk import NUM_STAGES, PIECE_BYTES
 from mtpress.errors import ResourceError
 from mtpress.hidden_states import NUM_SLOTS, NUM_WAITING
+from mtpress.input_hessian import BLOCK
 from mtpress.machine import Machine
 from mtpress.models import family
 from mtpress.plan import Plan, Step
@@ -127,8 +130,23 @@ def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], length
             seconds += (times * pairs + (1 + ATTENTION_BACKWARD) * tuned_pairs) * per_pair
         else:
             seconds += (times * tokens + (1 + RULE_BACKWARD) * tuned_tokens) * machine.delta_rule
+        if machine.hessian:
+            seconds += tokens * sum(_weighted_widths(step)) / machine.hessian
         seconds += iterations * TUNED_TRAFFIC * _tuned_weights(step) / machine.copy / max(1, torch.get_num_threads())
     return seconds
+
+
+def _weighted_widths(step: Step) -> list[int]:
+    """K of each input of a layer that rounding hessian sums up."""
+    return [job.sources[0].shape[1] for job in step.jobs if job.kind == "quantize"]
+
+
+def _hessian_bytes(plan: Plan) -> int:
+    """Two sums a width while samples pass, then a cost and its float32 form for one of them; what a sample adds, in parts."""
+    if plan.recipe.rounding != "hessian":
+        return 0
+    widths = [_weighted_widths(step) for step in plan.steps if step.layer is not None]
+    return BLOCK * 8 * max(2 * sum(layer) + 6 * max(layer, default=0) for layer in widths)
 
 
 def _tuned_weights(step: Step) -> int:
@@ -174,7 +192,7 @@ def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int,
         if job.kind == "quantize"
     ]
     forward = (2 if on_gpu else 1) * max(layers, default=0)
-    forward += _tuning_bytes(plan, lengths) if _tunes(plan) else _activation_bytes(plan, max(lengths))
+    forward += _tuning_bytes(plan, lengths) if _tunes(plan) else _activation_bytes(plan, max(lengths)) + _hessian_bytes(plan)
     if workers == 1:
         return loaded_bytes + forward + writing
     return loaded_bytes * (workers + 1) + workers * forward + 2 * max(groups, default=0) + writing
