@@ -90,7 +90,7 @@ def test_layers_come_closer_to_bf16_on_samples_that_gptq_has_not_seen(
     passing = begun(plan, samples, tmp_path)
     (tmp_path / "others").mkdir()
     others = CalibrationPass(plan, samples, CPU, tmp_path / "others")
-    for step in layers(plan):
+    for step in layers(plan)[:2]:
         found, seen = passing.layer(step, tensors_of(plan, step)), others.layer(step, tensors_of(plan, step))
         assert sorted(f"{name}.weight" for name in found) == sorted(step.quantized)
         losses, nearest = passing.losses[step.layer], nearest_of(plan, step)
@@ -137,8 +137,8 @@ def test_linears_are_fitted_to_what_rounded_ones_before_them_make(
 ) -> None:
     """H by the definition, from a whole forward of a layer whose linears were rounded group by group."""
     plan = plans[form]
-    passing = begun(plan, samples[:9], tmp_path)
-    assert passing.held_out == [7]
+    passing = begun(plan, samples[-4:], tmp_path)
+    assert passing.fitted == [0, 1, 2]
     caught: dict[tuple[str, ...], Tensor] = {}
     original = GptqPass._hessian
 
@@ -172,16 +172,16 @@ def test_linears_are_fitted_to_what_rounded_ones_before_them_make(
 
 @BOTH
 def test_a_stopped_run_goes_on_to_the_same_bytes(form: str, plans: dict[str, Plan], samples: list[Sample], tmp_path: Path) -> None:
-    plan, steps = plans[form], layers(plans[form])
-    whole = begun(plan, samples[:9], tmp_path / "whole")
+    plan, steps = plans[form], layers(plans[form])[:3]
+    whole = begun(plan, samples[-4:], tmp_path / "whole")
     made = [whole.layer(step, tensors_of(plan, step)) for step in steps]
     whole.close()
-    stopped = begun(plan, samples[:9], tmp_path / "stopped")
+    stopped = begun(plan, samples[-4:], tmp_path / "stopped")
     assert same(stopped.layer(steps[0], tensors_of(plan, steps[0])), made[0])
     stopped.sync(steps[0])
     stopped.layer(steps[1], tensors_of(plan, steps[1]))  # not journaled: done again
     stopped.close()
-    goes_on = begun(plan, samples[:9], tmp_path / "stopped", first_layer=1)
+    goes_on = begun(plan, samples[-4:], tmp_path / "stopped", first_layer=1)
     for step in steps[1:]:
         assert same(goes_on.layer(step, tensors_of(plan, step)), made[step.layer])
         assert goes_on.losses[step.layer] == whole.losses[step.layer]
