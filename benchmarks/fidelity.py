@@ -137,7 +137,9 @@ def rows(result: EvalResult, builds: dict[str, Build], reference: str) -> Iterat
         drafts = " ".join(number(at.ratio.value, 3) for at in found.acceptance or () if at.ratio is not None)
         whole = ALL if ALL in found.groups else groups[0]
         agreed = f"{found.groups[whole].top1_agreement.value:.2%}"
-        yield f"| {build.title} | {human_bytes(found.num_bytes)} | " + " | ".join(cells) + f" | {agreed} | {drafts or found.no_acceptance} |"
+        yield (
+            f"| {build.title} | {human_bytes(found.num_bytes)} | " + " | ".join(cells) + f" | {agreed} | {drafts or found.no_acceptance} |"
+        )
 
 
 def main() -> None:
