@@ -32,7 +32,7 @@ from real_exports import peer_python
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs/second-hand.md"
-OWN = ("nvfp4-mtp-vlm", "int4-mtp-vlm")
+OWN = ("nvfp4-mtp-vlm", "int4-mtp-vlm", "int4-autoround-mtp")
 NO_CPU_KERNEL = {"weight_only_needs_no_input_scale", "weight_only_with_input_scales"}  # W4A16 wants Marlin
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mtpress import __version__
-from mtpress.cli import PLANNED, STAGES, main
+from mtpress.cli import STAGES, main
 from mtpress.errors import FindingError
 from mtpress.recipe import shipped
 from mtpress.stages import recipes
@@ -126,9 +126,3 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
     assert done.stdout == "{0\n"
     assert done.stderr == ""
-
-
-@pytest.mark.parametrize("stage", PLANNED)
-def test_a_stage_that_remedies_name_but_is_not_there_yet_says_so(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([stage, "somewhere"]) == 2
-    assert "not in this version yet" in capsys.readouterr().err

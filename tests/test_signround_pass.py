@@ -5,13 +5,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mtpress import signround_pass, tuning_batches
+from mtpress import tuning_batches
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.calibration import load_calibration
 from mtpress.calibration_pass import CalibrationPass
 from mtpress.chat import ChatEncoder, Sample
 from mtpress.checkpoint import Checkpoint
 from mtpress.formats import int4
+from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.plan import Plan, Step, make_plan
 from mtpress.recipe import CalibrationSource, load_recipe
 from mtpress.rounding.rtn import round_matrix
@@ -50,7 +51,7 @@ def equal(one: Rounded, other: Rounded) -> bool:
 
 def block_error(plan: Plan, step: Step, rounded: Rounded, states: list[Tensor]) -> float:
     """Mean squared error of the layer's output on BF16 states."""
-    body = signround_pass.StreamedBody(plan.source.config, CPU)
+    body = StreamedBody(plan.source.config, CPU)
     start = f"{plan.prefix}layers.{step.layer}."
     outputs = []
     for changed in ({}, {f"{name}.weight": dequantized(*found) for name, found in rounded.items()}):

@@ -7,7 +7,7 @@ layers themselves (models/) and what is made of the statistics (rounding/, strea
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from mtpress.chat import Sample
+    from mtpress.input_hessian import InputHessian
 
 BUILTIN = "builtin"
 # The sets that ship with mtpress, by name; a set of several files has a row of each in turn.
@@ -231,14 +232,21 @@ def encode_row(encoder: Any, row: dict[str, Any], where: str) -> "Sample":
 
 @dataclass
 class InputAmax:
-    """The largest |x| that each linear of one layer has read: name within the layer → float32 scalar."""
+    """The largest |x| that each linear of one layer has read: name within the layer → float32 scalar.
+
+    hessian: where the rounding wants it, what the linears named in `weighted` have read.
+    """
 
     amax: "dict[str, torch.Tensor]" = field(default_factory=dict)
+    hessian: "InputHessian | None" = None
+    weighted: Collection[str] = ()
 
     def __call__(self, name: str, inputs: "torch.Tensor") -> None:
         low, high = inputs.aminmax()
         largest = high.float().maximum(-low.float())
         self.amax[name] = largest if name not in self.amax else self.amax[name].maximum(largest)
+        if self.hessian is not None and name in self.weighted:
+            self.hessian.add(name, inputs)
 
     def merge(self, amax: Mapping[str, float]) -> None:
         """Takes in what another worker's samples showed."""

@@ -13,6 +13,7 @@ from mtpress.calibration import InputAmax
 from mtpress.chat import Sample
 from mtpress.checkpoint import read_rows, read_tensor
 from mtpress.hidden_states import DiskStates
+from mtpress.input_hessian import InputHessian
 from mtpress.kv_cache import SeenCache
 from mtpress.models import family
 from mtpress.models.qwen3_5_layers import StreamedBody
@@ -64,6 +65,9 @@ class CalibrationPass:
         assert step.layer is not None
         amax = InputAmax()
         start = f"{self.plan.prefix}layers.{step.layer}."
+        if self.plan.recipe.rounding == "hessian":  # linears of one job read the same input
+            first = [job.sources[0].name for job in step.jobs if job.kind == "quantize" and job.format != "fp8"]
+            amax = InputAmax(hessian=InputHessian(), weighted={n.removeprefix(start).removesuffix(".weight") for n in first})
         cache = SeenCache(amax) if self.plan.recipe.kv_cache == "fp8" else None
         self.body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax, cache)
         return amax

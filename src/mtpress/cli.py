@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mtpress import __version__
-from mtpress.errors import InputError, MtpressError
+from mtpress.errors import MtpressError
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,12 @@ STAGES = (
     Stage("graft", "the draft head of the BF16 release, bit for bit, into a finished checkpoint that lost it or has it quantized"),
     Stage("repair", "a checkpoint with faults → one without those that can be mended without loss, and what it takes for the others"),
     Stage("convert", "NVFP4 in modelopt's layout ↔ in compressed-tensors', without quantizing again; or without its vision tower"),
+    Stage("eval", "how far checkpoints are from their BF16 base on the same tokens: KL, perplexity, drafts, error by layer"),
     Stage("serve", "a checkpoint → a running vLLM server: the right flags for this machine, with reasons, and a watch over it"),
     Stage("bench", "how fast checkpoints are served, and how well their draft heads guess, compared in one run"),
     Stage("recipes", "the shipped recipes, or one of them in full"),
     Stage("demo", "the whole line on the model that ships with mtpress"),
 )
-
-
-PLANNED = ("eval",)  # named in remedies already; not in this version
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,8 +67,6 @@ def build_parser(stage: str | None) -> Parser:
 def run_stage(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Runs one command line as main() does, but hands back (exit code, result) and lets errors through."""
     stage = next((a for a in arguments if not a.startswith("-")), None)
-    if stage in PLANNED:
-        raise InputError(f"not in this version yet; it has {', '.join(entry.name for entry in STAGES)}")
     options = build_parser(stage).parse_args(arguments)
     code, result = importlib.import_module(f"mtpress.stages.{options.stage}").run(options)
     return int(code), result

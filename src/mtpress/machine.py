@@ -20,7 +20,7 @@ from mtpress.disk import PIECE_BYTES, aligned_buffer, open_direct
 from mtpress.errors import ResourceError
 from mtpress.models import family
 from mtpress.plan import Plan
-from mtpress.stream import ROUNDINGS
+from mtpress.stream import rounding
 
 PROBE_SECONDS = 0.3  # for each of at most eight things; less where the run itself will be short
 BYTES_WORTH_A_SECOND = 4e10
@@ -74,7 +74,7 @@ def measure(plan: Plan, begun: Future[dict[str, float]], device: torch.device, l
     weight = torch.randn(1024, 5120).bfloat16().to(device)
 
     def packed() -> int:
-        ROUNDINGS[plan.recipe.rounding].matrix(weight)
+        rounding(plan).matrix(weight)
         _finish(device)
         return weight.nbytes
 
@@ -83,6 +83,8 @@ def measure(plan: Plan, begun: Future[dict[str, float]], device: torch.device, l
 
 
 def _seconds(plan: Plan) -> float:
+    if plan.recipe.rounding == "signround":  # goes over a layer hundreds of times
+        return PROBE_SECONDS
     return min(PROBE_SECONDS, plan.read_bytes / BYTES_WORTH_A_SECOND + 0.005)
 
 

@@ -6,7 +6,7 @@ An unknown key or value is an InputError that lists the valid ones.
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -70,6 +70,15 @@ class SignRound(Strict):
     batch_size: int = Field(8, ge=1, le=10_000, description="samples a step")
 
 
+class Gptq(Strict):
+    """Settings of rounding gptq."""
+
+    scales: Literal["hessian", "sweep", "four-over-six", "max", "search", "rtn"] = Field(
+        description="how its scales are chosen, the codes aside"
+    )
+    damping: float = Field(0.05, gt=0, le=1, description="added to the diagonal of the Hessian, as a share of its mean")
+
+
 class GenerationConfig(Strict):
     """What the output's generation_config.json says of sampling; what is not named here stays as the source has it.
 
@@ -115,9 +124,36 @@ class Choices:
 
 
 CHOICES = {
-    "nvfp4": Choices(rounding=("max",), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast", "fp8")),
-    "int4": Choices(rounding=("signround", "search", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
+    "nvfp4": Choices(
+        rounding=("max", "four-over-six", "sweep", "hessian", "gptq"),
+        in_proj_ab=("bf16", "nvfp4"),
+        kv_cache=("auto", "fp8_cast", "fp8"),
+    ),
+    "int4": Choices(rounding=("signround", "search", "hessian", "gptq", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
 }
+# Of rounding gptq, by format; the first is taken if the recipe names none. rounding/gptq.py has what they do.
+GPTQ_SCALES: dict[str, tuple[str, ...]] = {
+    "nvfp4": ("hessian", "sweep", "four-over-six", "max"),
+    "int4": ("hessian", "search", "rtn"),
+}
+CHOICES["mixed"] = replace(CHOICES["nvfp4"], rounding=("max", "four-over-six", "sweep", "hessian"))  # the same layout, with `formats`
+
+
+LinearFormat = Literal["nvfp4", "nvfp4_w4a16", "fp8", "bf16"]
+
+
+class Formats(Strict):
+    """The format of each component: NVFP4 with activations (W4A4) or without (W4A16), FP8 with a static scale, or BF16."""
+
+    mlp: LinearFormat = Field("bf16", description="gate_proj, up_proj, down_proj")
+    attention: LinearFormat = Field("bf16", description="q_proj, k_proj, v_proj, o_proj of full attention")
+    gdn: LinearFormat = Field("bf16", description="in_proj_qkv, in_proj_z, out_proj of Gated DeltaNet")
+    lm_head: Literal["nvfp4_w4a16", "bf16"] = Field("bf16", description="the output projection, which the draft head shares")
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """What `quantize` would name."""
+        return tuple(part for part in ("attention", "gdn", "mlp") if getattr(self, part) != "bf16")
 
 
 class Recipe(Strict):
@@ -125,17 +161,22 @@ class Recipe(Strict):
 
     name: str = Field(description="lower-case name of the build", pattern=r"^[a-z0-9][a-z0-9._-]*$")
     summary: str = Field(description="one line for `mtpress recipes`")
-    format: Literal["nvfp4", "int4"] = Field(description="the 4-bit format of the body")
+    format: Literal["nvfp4", "int4", "mixed"] = Field(description="the 4-bit format of the body; mixed where `formats` says it")
     quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field(description="components whose linears are quantized")
+    formats: Formats | None = Field(None, description="in place of `format` and `quantize`: a format for each component")
+    overrides: dict[str, LinearFormat] = Field(
+        default_factory=dict, description="module pattern or layer range → format, over that of the component; the later wins"
+    )
     in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
     vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
     kv_cache: Literal["auto", "fp8_cast", "fp8"] = Field(
         "auto", description="what the checkpoint declares for the KV cache; fp8 with scales from the samples, fp8_cast without"
     )
-    rounding: Literal["max", "signround", "search", "rtn"] = Field(
-        description="how scales and codes are chosen: max (NVFP4); signround (by samples), search or rtn (INT4)"
+    rounding: Literal["max", "four-over-six", "sweep", "hessian", "gptq", "signround", "search", "rtn"] = Field(
+        description="how scales and codes are chosen: max, four-over-six, sweep (NVFP4), signround, search, rtn (INT4), hessian, gptq"
     )
     signround: SignRound = Field(default_factory=SignRound, description="settings of rounding signround")
+    gptq: Gptq | None = Field(None, description="settings of rounding gptq")
     constant_input_scale: float | None = Field(
         None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
     )
@@ -150,15 +191,31 @@ class Recipe(Strict):
         for key, valid in vars(CHOICES[self.format]).items():
             if (said := getattr(self, key)) not in valid:
                 raise ValueError(f"{key}: {said!r} does not go with format {self.format}; valid: {', '.join(valid)}")
-        if self.constant_input_scale and self.format != "nvfp4":
+        named = self.formats.quantized if self.formats is not None else None
+        if (named is None) != (self.format != "mixed") or (named is not None and named != self.quantize):
+            raise ValueError("`formats` stands in place of `format` and `quantize`; leave these two out, or `formats`")
+        wanted = {*self.component_formats.values(), *self.overrides.values(), "bf16"}
+        if self.format != "mixed" and not wanted <= {self.format, "bf16"}:
+            raise ValueError(f"overrides: a recipe with format {self.format} has no other but bf16; name the components in `formats`")
+        if self.constant_input_scale and "fp8" in wanted:
+            raise ValueError("constant_input_scale is an amax divided by 2688, FP8 divides by 448; calibrate, or leave fp8 out")
+        if self.constant_input_scale and self.format == "int4":
             raise ValueError(
                 f"constant_input_scale does not go with format {self.format}, which rounds no activations; "
                 "rounding search or rtn needs no data"
             )
+        if self.constant_input_scale and self.rounding == "hessian":
+            raise ValueError("constant_input_scale does not go with rounding hessian, which needs samples; take rounding sweep")
         if self.constant_input_scale and self.kv_cache == "fp8":
             raise ValueError("kv_cache: 'fp8' takes its scales from samples, constant_input_scale does without; take fp8_cast")
         if self.rounding != "signround" and "signround" in self.model_fields_set:
             raise ValueError(f"signround has settings of rounding signround, not of {self.rounding}; leave it out")
+        if self.gptq and self.rounding != "gptq":
+            raise ValueError(f"gptq has settings of rounding gptq, not of {self.rounding}; leave it out")
+        if self.gptq and self.gptq.scales not in (valid := GPTQ_SCALES[self.format]):
+            raise ValueError(f"gptq.scales: {self.gptq.scales!r} does not go with format {self.format}; valid: {', '.join(valid)}")
+        if self.rounding == "gptq" and self.constant_input_scale:
+            raise ValueError("constant_input_scale needs no samples, rounding gptq is by samples; leave one of them out")
         return self
 
     @property
@@ -168,12 +225,28 @@ class Recipe(Strict):
     @property
     def needs_samples(self) -> bool:
         """Whether activations of calibration samples decide anything in the output."""
-        return self.rounding == "signround" or (self.format == "nvfp4" and not self.constant_input_scale)
+        return self.rounding in ("signround", "hessian", "gptq") or (self.rounds_activations and not self.constant_input_scale)
+
+    @property
+    def component_formats(self) -> dict[str, str]:
+        """Component → format, "bf16" among them; lm_head is one here."""
+        if self.formats is not None:
+            return self.formats.model_dump()
+        return dict.fromkeys(self.quantize, self.format)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether some linear's input is rounded by the engine, so that it needs an input_scale."""
+        formats = {*self.component_formats.values(), *self.overrides.values(), self.in_proj_ab}
+        return bool(formats & {"nvfp4", "fp8"})
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as plain data, for the record and for comparing two runs. Keys that change nothing in it are left out, so that runs
         begun before a key was known are still the same."""
-        idle = {"signround": self.rounding != "signround", "chat_template": self.chat_template == "source", "generation_config": True}
+        idle = {
+            "signround": self.rounding != "signround", "gptq": self.gptq is None, "chat_template": self.chat_template == "source",
+            "generation_config": True, "formats": self.formats is None, "overrides": not self.overrides,
+        }  # fmt: skip
         content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
         return content | ({"generation_config": self.generation_config.said()} if self.generation_config else {})
 
@@ -224,8 +297,13 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         raise InputError(f"{where}: a recipe is a map of keys; `mtpress recipes nvfp4-mtp-vlm` shows one")
     # YAML reads lists, the schema holds tuples
     content = content | {key: tuple(content[key]) for key in ("quantize", "calibration") if isinstance(content.get(key), list)}
+    if isinstance(formats := content.get("formats"), dict):
+        parts = tuple(part for part in ("attention", "gdn", "mlp") if formats.get(part, "bf16") != "bf16")
+        content = {"format": "mixed", "quantize": parts, **content}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
+    if content.get("rounding") == "gptq" and choices is not None and isinstance(said := content.get("gptq", {}), dict):
+        content = {**content, "gptq": {"scales": GPTQ_SCALES[content["format"]][0], **said}}
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -233,7 +311,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 
 SECTIONS: dict[str, type[Strict]] = {
-    "calibration": CalibrationSource, "signround": SignRound, "generation_config": GenerationConfig,
+    "calibration": CalibrationSource, "signround": SignRound, "gptq": Gptq, "generation_config": GenerationConfig,
+    "formats": Formats,
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -23,28 +23,33 @@ from mtpress import kv_cache
 from mtpress.calibration import InputAmax
 from mtpress.checkpoint import TensorInfo
 from mtpress.errors import InputError
-from mtpress.formats import int4, nvfp4
+from mtpress.formats import fp8, int4, nvfp4
 from mtpress.hidden_states import NUM_SLOTS
+from mtpress.input_hessian import BLOCK
 from mtpress.journal import Journal
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
-from mtpress.rounding import rtn, search, signround_kernel
+from mtpress.rounding import four_over_six, rtn, search, signround_kernel, sweep
+from mtpress.rounding import fp8 as rounding_fp8
+from mtpress.rounding.hessian import group_scales as group_scales_by_hessian
 from mtpress.rounding.max import round_group
+from mtpress.rounding.scale_search import GroupScales, nearest_codes
 from mtpress.shard_writer import ShardWriter
 from mtpress.source_guard import SourceGuard
 
 Tensors = Mapping[str, torch.Tensor]
 Codes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # module → (codes uint8 [N, K], scales fp16 [N, K/128])
-Seen = InputAmax | Codes | None  # what a forward has learned of a layer
+Stored = Mapping[str, Mapping[str, torch.Tensor]]  # module → its tensors by suffix
+Seen = InputAmax | Codes | Stored | None  # what a forward has learned of a layer
 
 
 class Forward(Protocol):
-    """What moves the samples through the body: CalibrationPass or SignRoundPass here, WorkerPool in other processes."""
+    """What moves the samples through the body: CalibrationPass, SignRoundPass or GptqPass here, WorkerPool in other processes."""
 
     whole_layers: bool
 
-    def layer(self, step: Step, tensors: Tensors) -> InputAmax | Codes: ...
+    def layer(self, step: Step, tensors: Tensors) -> InputAmax | Codes | Stored: ...
 
     def sync(self, step: Step) -> None: ...
 
@@ -112,7 +117,7 @@ def run(
                 elif job.kind == "quantize":
                     tensors = whole or next(weights)
                     lap("read")
-                    for rounded in ROUNDINGS[plan.recipe.rounding].round(plan, job, tensors, seen):
+                    for rounded in _rounded(plan, job, tensors, seen):
                         lap("round")
                         for name, tensor in rounded.items():
                             writer.write(name, tensor)
@@ -147,48 +152,110 @@ def _groups(step: Step, forward: Forward | None) -> Sequence[Sequence[TensorInfo
     return [job.sources for job in step.jobs if job.kind == "quantize"]
 
 
-def _round_nvfp4(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+def _rounded(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """What a job's linears become, one after another: the recipe's rounding, or that of FP8, which has one; and only what is planned,
+    for weight-only NVFP4 has no input_scale."""
+    planned = {tensor.name for tensor in job.outputs}
+    for made in (FP8 if job.format == "fp8" else rounding(plan)).round(plan, job, tensors, seen):
+        yield {name: tensor for name, tensor in made.items() if name in planned}
+
+
+RoundGroup = Callable[[Tensors, torch.Tensor | None], dict[str, dict[str, torch.Tensor]]]
+
+
+def _by_scales(group_scales: Callable[[Tensors], GroupScales]) -> RoundGroup:
+    return lambda weights, hessian: nearest_codes(weights, group_scales(weights))
+
+
+def _by_hessian(weights: Tensors, hessian: torch.Tensor | None) -> dict[str, dict[str, torch.Tensor]]:
+    assert hessian is not None
+    return nearest_codes(weights, group_scales_by_hessian(weights, hessian))
+
+
+def _hessian(job: Job, seen: Seen) -> torch.Tensor | None:
+    """Of what the linears of a job have read, float64 [K/16, 16, 16]; None where the rounding wants none."""
+    if not isinstance(seen, InputAmax) or seen.hessian is None:
+        return None
+    return seen.hessian.total(_within_layer(_modules(job)[0]))
+
+
+def _round_nvfp4(round_group: RoundGroup, plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
     """Output name → tensor for the linears of one group that share their global scales, in planned order."""
     modules = _modules(job)
     weights = {module: tensors[f"{module}.weight"] for module in modules}
     if seen is None:
-        assert plan.recipe.constant_input_scale is not None
-        input_scale = torch.tensor(plan.recipe.constant_input_scale, dtype=torch.float32)
+        assert plan.recipe.constant_input_scale is not None or job.format == "nvfp4_w4a16"  # whose input_scale is not written
+        scale = torch.tensor(plan.recipe.constant_input_scale or 1.0, dtype=torch.float32)
     else:
         assert isinstance(seen, InputAmax)
-        amax = seen.of_group(module.split(".layers.", 1)[1].split(".", 1)[1] for module in modules)
-        if not bool(torch.isfinite(amax)):
-            raise InputError(f"{modules[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
-        # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
-        input_scale = nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
-    for module, parts in round_group(weights).items():
+        scale = input_scale(seen, list(map(_within_layer, modules)))
+    for module, parts in round_group(weights, _hessian(job, seen)).items():
         if not bool(torch.isfinite(parts[nvfp4.SCALE_2])):
             damaged = next(name for name, weight in weights.items() if not bool(torch.isfinite(weight).all()))
             raise _damaged(damaged)
-        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items()}
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: scale}.items()}
 
 
-RoundMatrix = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+def input_scale(seen: InputAmax, names: Sequence[str]) -> torch.Tensor:
+    """float32 scalar for linears that read the same input; names within their layer."""
+    amax = _input_amax(seen, names)
+    # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
+    return nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
+
+
+def _input_amax(seen: InputAmax, names: Sequence[str]) -> torch.Tensor:
+    """The largest |x| that the linears of a group read; InputError where it is not finite."""
+    amax = seen.of_group(names)
+    if not bool(torch.isfinite(amax)):
+        raise InputError(f"{names[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
+    return amax
+
+
+def _round_fp8(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """The same for FP8, whose linears of one group share one scale too."""
+    assert isinstance(seen, InputAmax)
+    modules = _modules(job)
+    input_scale = fp8.scale(_input_amax(seen, list(map(_within_layer, modules))))
+    for module, parts in rounding_fp8.round_group({module: tensors[f"{module}.weight"] for module in modules}).items():
+        if not bool(torch.isfinite(parts[fp8.SCALE])):
+            raise _damaged(next(m for m in modules if not bool(torch.isfinite(tensors[f"{m}.weight"]).all())))
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, fp8.INPUT_SCALE: input_scale}.items()}
+
+
+RoundMatrix = Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _round_int4(round_matrix: RoundMatrix | None, plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
     """The same for INT4, one linear at a time: no scale is shared. round_matrix: None where the forward has rounded already."""
     for module in _modules(job):
-        yield _int4_tensors(module, tensors[f"{module}.weight"], round_matrix, seen)
+        yield _int4_tensors(module, tensors[f"{module}.weight"], round_matrix, seen, _hessian(job, seen))
 
 
-def _int4_tensors(module: str, weight: torch.Tensor, round_matrix: RoundMatrix | None, seen: Seen) -> dict[str, torch.Tensor]:
+def _int4_tensors(
+    module: str, weight: torch.Tensor, round_matrix: RoundMatrix | None, seen: Seen, hessian: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     """A function of its own, so that no codes stay in memory while what is made of them is written."""
     if round_matrix is not None:
-        codes, scales = round_matrix(weight)
+        codes, scales = round_matrix(weight, hessian)
     else:
         assert isinstance(seen, Mapping)
-        codes, scales = seen[module]
+        codes, scales = cast(Codes, seen)[module]
     if not bool(torch.isfinite(scales).all()):
         if not bool(torch.isfinite(weight).all()):
             raise _damaged(module)
         raise InputError(f"{module}.weight holds numbers up to {float(weight.abs().max()):.3g}; FP16 has no scale for so large ones")
     return {f"{module}.{suffix}": tensor for suffix, tensor in int4.tensors(codes, scales).items()}
+
+
+def _within_layer(module: str) -> str:
+    return module.split(".layers.", 1)[1].split(".", 1)[1]
+
+
+def _stored(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """What the forward has made of each linear, in planned order."""
+    assert isinstance(seen, Mapping)
+    for module in _modules(job):
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in cast(Stored, seen)[module].items()}
 
 
 def _modules(job: Job) -> list[str]:
@@ -208,16 +275,51 @@ class Rounding:
     matrix: Callable[[torch.Tensor], object]
 
 
+def _nvfp4(round_group: RoundGroup) -> Rounding:
+    return Rounding(
+        partial(_round_nvfp4, round_group), nvfp4.kernel, lambda weight: round_group({"weight": weight}, _probe_hessian(weight))
+    )
+
+
+def _int4(round_matrix: RoundMatrix) -> Rounding:
+    return Rounding(
+        partial(_round_int4, round_matrix), int4.kernel, lambda weight: int4.tensors(*round_matrix(weight, _probe_hessian(weight)))
+    )
+
+
+def _probe_hessian(weight: torch.Tensor) -> torch.Tensor:
+    return torch.eye(BLOCK).expand(weight.shape[1] // BLOCK, BLOCK, BLOCK)
+
+
 ROUNDINGS = {
-    "max": Rounding(_round_nvfp4, nvfp4.kernel, lambda weight: round_group({"weight": weight})),
-    "rtn": Rounding(partial(_round_int4, rtn.round_matrix), int4.kernel, lambda w: int4.tensors(*rtn.round_matrix(w))),
-    "search": Rounding(partial(_round_int4, search.round_matrix), int4.kernel, lambda w: int4.tensors(*search.round_matrix(w))),
-    "signround": Rounding(  # by the forward, which is measured on its own; what is left is packing
-        partial(_round_int4, None), lambda: (*signround_kernel.KERNELS, nvfp4.EAGER)[0], lambda w: int4.tensors(*rtn.round_matrix(w))
-    ),
+    "nvfp4": {
+        "max": _nvfp4(lambda weights, hessian: round_group(weights)),
+        "four-over-six": _nvfp4(_by_scales(four_over_six.group_scales)),
+        "sweep": _nvfp4(_by_scales(sweep.group_scales)),
+        "hessian": _nvfp4(_by_hessian),
+        # by the forward, which is measured on its own; what is left is packing
+        "gptq": Rounding(_stored, lambda: nvfp4.EAGER, lambda weight: round_group({"weight": weight})),
+    },
+    "int4": {
+        "rtn": _int4(lambda weight, hessian: rtn.round_matrix(weight)),
+        "search": _int4(lambda weight, hessian: search.round_matrix(weight)),
+        "hessian": _int4(lambda weight, hessian: search.round_matrix(weight, hessian=hessian)),
+        "gptq": Rounding(_stored, lambda: nvfp4.EAGER, lambda weight: int4.tensors(*rtn.round_matrix(weight))),
+        "signround": Rounding(  # by the forward too
+            partial(_round_int4, None), lambda: (*signround_kernel.KERNELS, nvfp4.EAGER)[0], lambda w: int4.tensors(*rtn.round_matrix(w))
+        ),
+    },
 }
+
+
+FP8 = Rounding(_round_fp8, nvfp4.kernel, lambda weight: rounding_fp8.round_group({"weight": weight}))
+
+
+def rounding(plan: Plan) -> Rounding:
+    """Of the recipe; what it has in FP8 goes by FP8's own."""
+    return ROUNDINGS["int4" if plan.recipe.format == "int4" else "nvfp4"][plan.recipe.rounding]
 
 
 def kernel(plan: Plan, device: torch.device) -> str:
     """What chooses scales and codes: a kernel's name, "eager" for PyTorch."""
-    return ROUNDINGS[plan.recipe.rounding].kernel() if device.type == "cpu" else nvfp4.EAGER
+    return rounding(plan).kernel() if device.type == "cpu" else nvfp4.EAGER

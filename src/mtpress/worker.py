@@ -26,6 +26,7 @@ from mtpress.record import peak_memory_bytes
 
 if TYPE_CHECKING:
     from mtpress.chat import Sample
+    from mtpress.input_hessian import Parts
 
 PR_SET_PDEATHSIG = 1
 
@@ -58,11 +59,11 @@ class Worker:
         groups = [[info for job in step.jobs for info in job.sources] for step in layers]
         self.weights = Prefetch(groups, self.device, ahead=self.device.type == "cuda").load()
 
-    def layer(self, layer: int) -> dict[str, float]:
-        """Moves its samples through the next layer; the largest |x| that each of its linears has read."""
+    def layer(self, layer: int) -> "tuple[dict[str, float], dict[str, Parts]]":
+        """Moves its samples through the next layer; the largest |x| that each of its linears has read, and the sums of a Hessian."""
         step = next(step for step in self.plan.steps if step.layer == layer)
         amax = self.forward.layer(step, next(self.weights))
-        return {name: float(value) for name, value in amax.amax.items()}
+        return {name: float(value) for name, value in amax.amax.items()}, amax.hessian.parts if amax.hessian else {}
 
     def sync(self, layer: int) -> None:
         """Waits until the states behind a layer are on the disk."""

@@ -25,6 +25,7 @@ from mtpress.calibration import CalibrationSet, InputAmax
 from mtpress.checkpoint_writer import CheckpointWriter
 from mtpress.errors import InputError, MtpressError, ResourceError
 from mtpress.hidden_states import sync_states
+from mtpress.input_hessian import InputHessian
 from mtpress.plan import Plan, Step
 from mtpress.progress import Progress
 from mtpress.source_guard import SourceGuard
@@ -167,9 +168,11 @@ class WorkerPool:
         """What the linears of a layer read of all samples."""
         for handle in self.handles:
             handle.call("layer", step.layer)
-        merged = InputAmax()
-        for amax in self._results():
+        merged = InputAmax(hessian=InputHessian() if self.plan.recipe.rounding == "hessian" else None)
+        for amax, parts in self._results():
             merged.merge(amax)
+            if merged.hessian is not None:
+                merged.hessian.merge(parts)
         if self.on_ray:  # the files may be written on other machines
             for handle in self.handles:
                 handle.call("sync", step.layer)
@@ -309,6 +312,12 @@ def _pass(plan: Plan, calibrated: CalibrationSet, device: torch.device, director
         said = plan.recipe.signround
         settings = Settings(iterations=said.iterations, batch_size=said.batch_size)
         return SignRoundPass(plan, calibrated.samples, device, directory, settings, first_layer=first_layer)
+    if plan.recipe.rounding == "gptq":
+        from mtpress import gptq_pass
+
+        assert plan.recipe.gptq is not None
+        chosen = gptq_pass.Settings(plan.recipe.gptq.scales, plan.recipe.gptq.damping)
+        return gptq_pass.GptqPass(plan, calibrated.samples, device, directory, chosen, first_layer=first_layer)
     from mtpress.calibration_pass import CalibrationPass
 
     return CalibrationPass(plan, calibrated.samples, device, directory, first_layer=first_layer)

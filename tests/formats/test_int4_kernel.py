@@ -109,7 +109,10 @@ def test_kernels_refuse_what_does_not_fit() -> None:
 
     for sizes in ((512, 128, 2, 192), (256, 128, 4, 192), (256, 128, 2, 191)):
         with pytest.raises(ValueError, match="256 bytes of weight"):
-            _int4.round("generic", *map(zeros, sizes))
+            _int4.round("generic", *map(zeros, (*sizes, 0)), 0)
+    for factors, importance in ((192, 500), (0, 512)):
+        with pytest.raises(ValueError, match="importance has 128 numbers"):
+            _int4.round("generic", *map(zeros, (256, 128, 2, factors, importance)), 0)
     for codes, words, *rows in (
         (64, 32, 7, 0, 1),
         (64, 31, 8, 0, 8),

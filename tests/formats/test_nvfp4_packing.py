@@ -108,6 +108,21 @@ def test_any_number_of_blocks(kernel: str, rows: int, columns: int) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rows", [1, 64, 67])
+def test_given_scales_are_taken_as_they_are(kernel: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(rows, 80, generator=generator).to(torch.bfloat16)
+    scales = torch.randint(1, 127, (rows, 5), generator=generator, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for scale_2 in (0.01, 1e-40, 3.0):
+        expected, _ = nvfp4.quantize(weight, torch.tensor(scale_2), nvfp4.EAGER, scales)
+        packed, same = nvfp4.quantize(weight, torch.tensor(scale_2), kernel, scales)
+        assert torch.equal(packed, expected) and same is scales
+    step = scales.float().repeat_interleave(16, 1) * 3.0
+    assert torch.equal(nvfp4.unpack(packed), nvfp4.encode(weight / step))
+
+
+@compiled
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("piece", [1, 3, 64, 100])
 def test_pieces_and_threads_give_the_same_bits(threads: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +241,12 @@ def test_buffers_of_other_sizes_are_refused() -> None:
     extension = importlib.import_module(EXTENSION)
     for sizes in ((31, 8, 1), (32, 7, 1), (32, 8, 2)):
         with pytest.raises(ValueError, match="a block is 32 bytes"):
-            extension.pack("generic", 1.0, *(bytearray(size) for size in sizes))
+            extension.pack("generic", 1.0, False, *(bytearray(size) for size in sizes))
     with pytest.raises((TypeError, BufferError)):
-        extension.pack("generic", 1.0, bytes(32), bytes(8), bytearray(1))
+        extension.pack("generic", 1.0, False, bytes(32), bytes(8), bytearray(1))
+    for blocks, sizes in ((0, (32, 0, 1)), (2, (96, 0, 3)), (1, (31, 0, 1)), (1, (32, 1020, 1)), (2, (64, 1024, 2))):
+        with pytest.raises(ValueError, match="a block is 32 bytes"):
+            extension.search("generic", 1.0, 3, 7, blocks, *(bytearray(size) for size in sizes))
 
 
 def test_without_the_extension_the_same_bits_come_from_pytorch() -> None:
@@ -257,7 +275,8 @@ def test_an_install_without_a_compiler_succeeds(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tmp_path)
     formats = tmp_path / "src" / "mtpress" / "formats"
     formats.mkdir(parents=True)
-    shutil.copy(ROOT / "src" / "mtpress" / "formats" / "_nvfp4.c", formats)
+    for name in ("_nvfp4.c", "_nvfp4_search.h"):
+        shutil.copy(ROOT / "src" / "mtpress" / "formats" / name, formats)
     for compiler, expected in (("false", 0), (None, 1 if KERNELS else 0)):
         out = tmp_path / f"with-{compiler}"
         command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(out), "--build-temp", str(out / "temp")]

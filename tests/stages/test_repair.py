@@ -98,6 +98,23 @@ def test_where_nothing_can_be_mended_nothing_is_written(edit: Edit, out: Path, c
     assert not out.exists()
 
 
+def test_a_template_can_be_kept(edit: Edit, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = edit.path / "chat_template.jinja"
+    theirs = template.read_text() + "{{- 'and more' }}"
+    template.write_text(theirs)
+    edit.change("tokenizer_config.json", backend="tokenizers")
+    edit.save()
+    _, result = run(capsys, edit.path, out, "--keep-template")
+    assert (out / "chat_template.jinja").read_text() == theirs
+    assert [entry["finding"]["id"] for entry in result["fixed"]] == ["tokenizer-backend"]
+    told = {entry["finding"]["id"]: entry["left"][0]["why"] for entry in result["left"]}
+    assert told["template-behaviour"] == "--keep-template"
+    shutil.rmtree(out)
+    _, result = run(capsys, edit.path, out)
+    assert (result["sound"], result["left"]) == (True, [])
+    assert (out / "chat_template.jinja").read_text() != theirs
+
+
 class Reads:
     """Bytes of tensors read by either of the package's readers."""
 

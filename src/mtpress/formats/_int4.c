@@ -90,8 +90,9 @@ INLINE float nearest(float scaled)
     return as_float((uint32_t)bits) - shift;
 }
 
-/* For each candidate, by its reciprocal: products[c] = sum of w q, squares[c] = sum of q q. */
-INLINE void sums(const float *restrict w, const float *restrict inverse, float *restrict products, float *restrict squares, int count)
+/* For each candidate, by its reciprocal: products[c] = sum of w q, squares[c] = sum of q q; by importance, sums of (h w) q and h (q q). */
+INLINE void sums(const float *restrict w, const float *restrict hw, const float *restrict h, const float *restrict inverse,
+                 float *restrict products, float *restrict squares, int count)
 {
     memset(products, 0, sizeof *products * (size_t)count);
     memset(squares, 0, sizeof *squares * (size_t)count);
@@ -101,8 +102,8 @@ INLINE void sums(const float *restrict w, const float *restrict inverse, float *
 #pragma GCC unroll 8
             for (int j = 0; j < AT_ONCE; j++) {
                 float q = nearest(w[i + j] * inverse[c]);
-                product += w[i + j] * q;
-                square += q * q;
+                product += (h ? hw : w)[i + j] * q;
+                square += h ? h[i + j] * (q * q) : q * q;
             }
             products[c] = product;
             squares[c] = square;
@@ -147,17 +148,21 @@ INLINE void round_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale)
         codes[i] = (uint8_t)((int32_t)nearest(w[i] / step) + 8);
 }
 
-INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, const float *factors)
+/* h: how much errors of the group's columns count, or NULL. */
+INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, const float *factors, const float *h)
 {
-    float w[GROUP], inverse[COARSE], products[COARSE], squares[COARSE], candidates[FINE];
+    float w[GROUP], hw[GROUP], inverse[COARSE], products[COARSE], squares[COARSE], candidates[FINE];
     int32_t largest = load_group(weight, w, codes, scale);
     if (largest >= INFINITE)
         return;
+    if (h)
+        for (int i = 0; i < GROUP; i++)
+            hw[i] = h[i] * w[i];
     float amax = as_float((uint32_t)largest << 16);
     float unit = 1.0f / (amax < LEAST_AMAX ? LEAST_AMAX : amax);
     for (int c = 0; c < COARSE; c++)
         inverse[c] = factors[c] * unit;
-    sums(w, inverse, products, squares, COARSE);
+    sums(w, hw, h, inverse, products, squares, COARSE);
     float best = 0.0f, middle = LEAST_SCALE;
     for (int c = 0; c < COARSE; c++) {
         float gain = products[c] * products[c] / squares[c]; /* a NaN where all codes are those of zero */
@@ -171,7 +176,7 @@ INLINE void search_group(const uint8_t *weight, uint8_t *codes, uint8_t *scale, 
         candidates[c] = fabsf(candidate) < LEAST_SCALE ? least : candidate;
         inverse[c] = 1.0f / candidates[c];
     }
-    sums(w, inverse, products, squares, FINE);
+    sums(w, hw, h, inverse, products, squares, FINE);
     int chosen = 0;
     float least = INFINITY;
     for (int c = 0; c < FINE; c++) {
@@ -210,18 +215,27 @@ INLINE void pack(const uint8_t *codes, uint8_t *words, size_t rows, size_t k, si
         pack_rows(codes + r * k, words + sizeof(uint32_t) * r, rows - r, k, stride);
 }
 
-/* factors: of search.py, or NULL for plain rounding. */
-typedef void round_function(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *factors);
+/* factors: of search.py, or NULL for plain rounding. importance: of the columns of `across` groups, or NULL; first: the number of the
+ * first group. */
+typedef struct {
+    const float *factors, *importance;
+    size_t first, across;
+} how;
+typedef void round_function(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, how by);
 typedef void pack_function(const uint8_t *codes, uint8_t *words, size_t rows, size_t k, size_t stride);
 
 #define LEVEL(name, target)                                                                                                 \
-    target static void round_##name(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, const float *f) \
+    target static void round_##name(const uint8_t *weight, uint8_t *codes, uint8_t *scales, size_t groups, how by)         \
     {                                                                                                                       \
         for (size_t g = 0; g < groups; g++) {                                                                               \
-            if (f != NULL)                                                                                                  \
-                search_group(weight + g * 2 * GROUP, codes + g * GROUP, scales + g * 2, f);                                 \
+            const uint8_t *from = weight + g * 2 * GROUP;                                                                   \
+            uint8_t *into = codes + g * GROUP, *scale = scales + g * 2;                                                     \
+            if (by.importance != NULL)                                                                                      \
+                search_group(from, into, scale, by.factors, by.importance + (by.first + g) % by.across * GROUP);            \
+            else if (by.factors != NULL)                                                                                    \
+                search_group(from, into, scale, by.factors, NULL);                                                          \
             else                                                                                                            \
-                round_group(weight + g * 2 * GROUP, codes + g * GROUP, scales + g * 2);                                     \
+                round_group(from, into, scale);                                                                             \
         }                                                                                                                   \
     }                                                                                                                       \
     target static void pack_##name(const uint8_t *codes, uint8_t *words, size_t rows, size_t k, size_t stride)             \
@@ -275,9 +289,10 @@ static int find_level(const char *name)
 static PyObject *py_round(PyObject *module, PyObject *args)
 {
     const char *name;
-    Py_buffer weight, codes, scales, factors;
+    Py_ssize_t first;
+    Py_buffer weight, codes, scales, factors, importance;
     (void)module;
-    if (!PyArg_ParseTuple(args, "sy*w*w*y*", &name, &weight, &codes, &scales, &factors))
+    if (!PyArg_ParseTuple(args, "sy*w*w*y*y*n", &name, &weight, &codes, &scales, &factors, &importance, &first))
         return NULL;
     PyObject *result = NULL;
     int level = find_level(name);
@@ -288,8 +303,16 @@ static PyObject *py_round(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "a group is 256 bytes of weight, 128 of codes and 2 of scales; of factors there are 48 or none");
         goto done;
     }
+    if (first < 0 || importance.len % (GROUP * (Py_ssize_t)sizeof(float)) || (importance.len && !factors.len)) {
+        PyErr_SetString(PyExc_ValueError, "importance has 128 numbers for each group of a row, or none, and goes with factors");
+        goto done;
+    }
+    const how by = {
+        factors.len ? factors.buf : NULL, importance.len ? importance.buf : NULL, (size_t)first,
+        (size_t)importance.len / (GROUP * sizeof(float)),
+    };
     Py_BEGIN_ALLOW_THREADS
-    levels[level].round(weight.buf, codes.buf, scales.buf, (size_t)scales.len / 2, factors.len ? factors.buf : NULL);
+    levels[level].round(weight.buf, codes.buf, scales.buf, (size_t)scales.len / 2, by);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 done:
@@ -297,6 +320,7 @@ done:
     PyBuffer_Release(&codes);
     PyBuffer_Release(&scales);
     PyBuffer_Release(&factors);
+    PyBuffer_Release(&importance);
     return result;
 }
 
@@ -328,7 +352,7 @@ done:
 }
 
 static PyMethodDef methods[] = {
-    {"round", py_round, METH_VARARGS, "round(level, weight, codes, scales, factors): fills codes and scales, buffers of bytes."},
+    {"round", py_round, METH_VARARGS, "round(level, weight, codes, scales, factors, importance, first): fills codes and scales, buffers of bytes."},
     {"pack", py_pack, METH_VARARGS, "pack(level, codes, words, k, first, last): fills the words of these rows; all are buffers of bytes."},
     {NULL, NULL, 0, NULL},
 };

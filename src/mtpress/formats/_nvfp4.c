@@ -1,4 +1,4 @@
-/* The arithmetic of nvfp4.py (block_scales, encode, pack) and the largest magnitude of a matrix, compiled.
+/* The arithmetic of nvfp4.py (block_scales, encode, pack), the largest magnitude of a matrix, and the search for scales, compiled.
  *
  * In: buffers of BF16 numbers, and which level of vector instructions to use. Out: the same bits as the eager PyTorch
  * definition, for every input; tests/formats/test_nvfp4_packing.py holds the two together. Leaves out: tensors and threads
@@ -24,6 +24,10 @@
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "two BF16 numbers are read as one little-endian word"
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-trapping-math") /* nobody reads the exception flags, and with them GCC leaves choices between numbers scalar */
 #endif
 
 #if defined(__GNUC__)
@@ -82,6 +86,14 @@ INLINE uint32_t encode(float scaled)
     return code + (scaled < 0.0f ? 8u : 0u);
 }
 
+/* What E4M3 can hold of a scale; 1 for zero, a NaN stays. */
+INLINE float clamped(float scale)
+{
+    scale = scale == 0.0f ? 1.0f : scale;
+    scale = scale < 0x1p-9f ? 0x1p-9f : scale;
+    return scale > 448.0f ? 448.0f : scale;
+}
+
 /* E4M3 code of a scale between 2^-9 and 448 or NaN, to nearest, ties to even; *value is the scale that the code stands for. */
 INLINE uint32_t encode_scale(float scale, float *value)
 {
@@ -95,11 +107,12 @@ INLINE uint32_t encode_scale(float scale, float *value)
     return scale != scale ? 0x7fu | (bits >> 24 & 0x80u) : code;
 }
 
-INLINE void pack_tile(const uint8_t *restrict weight, uint8_t *restrict packed, uint8_t *restrict scales, float scale_2)
+#include "_nvfp4_search.h"
+
+INLINE void scale_tile(const uint8_t *restrict weight, uint8_t *restrict scales, float *restrict step, float scale_2)
 {
-    float step[TILE], divisor = 6.0f * scale_2;
+    float divisor = 6.0f * scale_2;
     int32_t amax[TILE];
-    uint32_t codes[TILE * WORDS];
     for (int b = 0; b < TILE; b++) {
         int32_t largest = 0;
         for (int i = 0; i < WORDS; i++) {
@@ -109,13 +122,22 @@ INLINE void pack_tile(const uint8_t *restrict weight, uint8_t *restrict packed, 
         amax[b] = largest;
     }
     for (int b = 0; b < TILE; b++) {
-        float value, scale = as_float((uint32_t)amax[b] << 16) / divisor;
-        scale = scale == 0.0f ? 1.0f : scale;
-        scale = scale < 0x1p-9f ? 0x1p-9f : scale;
-        scale = scale > 448.0f ? 448.0f : scale;
-        scales[b] = (uint8_t)encode_scale(scale, &value);
+        float value;
+        scales[b] = (uint8_t)encode_scale(clamped(as_float((uint32_t)amax[b] << 16) / divisor), &value);
         step[b] = value * scale_2;
     }
+}
+
+/* given: whether scales are read, and not made of the largest magnitudes. */
+INLINE void pack_tile(const uint8_t *restrict weight, uint8_t *restrict packed, uint8_t *restrict scales, float scale_2, int given)
+{
+    float step[TILE];
+    uint32_t codes[TILE * WORDS];
+    if (given)
+        for (int b = 0; b < TILE; b++)
+            step[b] = scale_value(scales[b]) * scale_2;
+    else
+        scale_tile(weight, scales, step, scale_2);
     for (int b = 0; b < TILE; b++) {
         for (int i = 0; i < WORDS; i++) {
             uint32_t word = load(weight, b * WORDS + i);
@@ -127,15 +149,16 @@ INLINE void pack_tile(const uint8_t *restrict weight, uint8_t *restrict packed, 
         packed[i] = (uint8_t)codes[i];
 }
 
-INLINE void pack_blocks(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float scale_2)
+INLINE void pack_blocks(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float scale_2, int given)
 {
     size_t b = 0;
     for (; b + TILE <= blocks; b += TILE)
-        pack_tile(weight + b * BLOCK_BYTES, packed + b * WORDS, scales + b, scale_2);
+        pack_tile(weight + b * BLOCK_BYTES, packed + b * WORDS, scales + b, scale_2, given);
     if (b < blocks) {
-        uint8_t last[TILE * BLOCK_BYTES] = {0}, last_packed[TILE * WORDS], last_scales[TILE];
+        uint8_t last[TILE * BLOCK_BYTES] = {0}, last_packed[TILE * WORDS], last_scales[TILE] = {0};
         memcpy(last, weight + b * BLOCK_BYTES, (blocks - b) * BLOCK_BYTES);
-        pack_tile(last, last_packed, last_scales, scale_2);
+        memcpy(last_scales, scales + b, blocks - b);
+        pack_tile(last, last_packed, last_scales, scale_2, given);
         memcpy(packed + b * WORDS, last_packed, (blocks - b) * WORDS);
         memcpy(scales + b, last_scales, blocks - b);
     }
@@ -164,17 +187,27 @@ INLINE uint32_t largest_bits(const uint8_t *weight, size_t numbers)
     return result;
 }
 
-typedef void pack_function(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float scale_2);
+typedef void pack_function(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float scale_2, int given);
 typedef uint32_t amax_function(const uint8_t *weight, size_t numbers);
+typedef void search_function(
+    const uint8_t *weight, const float *forms, uint8_t *scales, size_t rows, size_t blocks, float scale_2, int below, int above);
 
-#define LEVEL(name, target)                                                                                        \
-    target static void pack_##name(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float s) \
-    {                                                                                                              \
-        pack_blocks(weight, packed, scales, blocks, s);                                                            \
-    }                                                                                                              \
-    target static uint32_t amax_##name(const uint8_t *weight, size_t numbers)                                      \
-    {                                                                                                              \
-        return largest_bits(weight, numbers);                                                                      \
+#define LEVEL(name, target)                                                                                                   \
+    target static void pack_##name(const uint8_t *weight, uint8_t *packed, uint8_t *scales, size_t blocks, float s, int given) \
+    {                                                                                                                         \
+        if (given)                                                                                                            \
+            pack_blocks(weight, packed, scales, blocks, s, 1);                                                                \
+        else                                                                                                                  \
+            pack_blocks(weight, packed, scales, blocks, s, 0);                                                                \
+    }                                                                                                                         \
+    target static uint32_t amax_##name(const uint8_t *weight, size_t numbers)                                                 \
+    {                                                                                                                         \
+        return largest_bits(weight, numbers);                                                                                 \
+    }                                                                                                                         \
+    target static void search_##name(                                                                                         \
+        const uint8_t *weight, const float *forms, uint8_t *scales, size_t rows, size_t blocks, float s, int below, int above) \
+    {                                                                                                                         \
+        search_rows(weight, forms, scales, rows, blocks, s, below, above);                                                    \
     }
 
 LEVEL(generic, )
@@ -188,12 +221,13 @@ static const struct {
     const char *name;
     pack_function *pack;
     amax_function *amax;
+    search_function *search;
 } levels[] = {
 #ifdef X86
-    {"avx512", pack_avx512, amax_avx512},
-    {"avx2", pack_avx2, amax_avx2},
+    {"avx512", pack_avx512, amax_avx512, search_avx512},
+    {"avx2", pack_avx2, amax_avx2, search_avx2},
 #endif
-    {"generic", pack_generic, amax_generic},
+    {"generic", pack_generic, amax_generic, search_generic},
 };
 enum { LEVELS = sizeof levels / sizeof *levels };
 
@@ -224,9 +258,10 @@ static PyObject *py_pack(PyObject *module, PyObject *args)
 {
     const char *name;
     double scale_2;
+    int given;
     Py_buffer weight, packed, scales;
     (void)module;
-    if (!PyArg_ParseTuple(args, "sdy*w*w*", &name, &scale_2, &weight, &packed, &scales))
+    if (!PyArg_ParseTuple(args, "sdpy*w*w*", &name, &scale_2, &given, &weight, &packed, &scales))
         return NULL;
     PyObject *result = NULL;
     int level = find_level(name);
@@ -237,7 +272,7 @@ static PyObject *py_pack(PyObject *module, PyObject *args)
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
-    levels[level].pack(weight.buf, packed.buf, scales.buf, (size_t)scales.len, (float)scale_2);
+    levels[level].pack(weight.buf, packed.buf, scales.buf, (size_t)scales.len, (float)scale_2, given);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 done:
@@ -267,8 +302,42 @@ static PyObject *py_amax(PyObject *module, PyObject *args)
     return result;
 }
 
+static PyObject *py_search(PyObject *module, PyObject *args)
+{
+    const char *name;
+    double scale_2;
+    int below, above;
+    Py_ssize_t blocks;
+    Py_buffer weight, forms, scales;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "sdiiny*y*w*", &name, &scale_2, &below, &above, &blocks, &weight, &forms, &scales))
+        return NULL;
+    PyObject *result = NULL;
+    int level = find_level(name);
+    if (level < 0)
+        goto done;
+    if (blocks <= 0 || scales.len % blocks || weight.len != scales.len * BLOCK_BYTES ||
+        (forms.len && forms.len != blocks * FORM * (Py_ssize_t)sizeof(float))) {
+        PyErr_SetString(PyExc_ValueError, "a block is 32 bytes of weight, 1 of scales and 256 numbers of a form or none; rows are whole");
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    levels[level].search(weight.buf, forms.len ? forms.buf : NULL, scales.buf, (size_t)(scales.len / blocks), (size_t)blocks,
+                         (float)scale_2, below, above);
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    PyBuffer_Release(&weight);
+    PyBuffer_Release(&forms);
+    PyBuffer_Release(&scales);
+    return result;
+}
+
 static PyMethodDef methods[] = {
-    {"pack", py_pack, METH_VARARGS, "pack(level, scale_2, weight, packed, scales): fills packed and scales, buffers of bytes."},
+    {"pack", py_pack, METH_VARARGS,
+     "pack(level, scale_2, given, weight, packed, scales): fills packed and, unless they are given, scales; buffers of bytes."},
+    {"search", py_search, METH_VARARGS,
+     "search(level, scale_2, below, above, blocks of a row, weight, forms, scales): fills scales; buffers of bytes and of float32."},
     {"amax", py_amax, METH_VARARGS, "amax(level, weight): BF16 bits of the largest magnitude; from 0x7f80 on infinite or NaN."},
     {NULL, NULL, 0, NULL},
 };

@@ -32,21 +32,23 @@ def takes(weight: torch.Tensor) -> bool:
     return readable and bool(KERNELS)
 
 
-def round_matrix(weight: torch.Tensor, factors: torch.Tensor | None, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+def round_matrix(
+    weight: torch.Tensor, factors: torch.Tensor | None, kernel: str, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scales) of a matrix that the kernel takes; ValueError where KERNELS has no such kernel.
 
-    factors: of the search; None for plain rounding.
+    factors: of the search; None for plain rounding. importance: float32 [K] on the CPU, for the search.
     """
     n, k = weight.shape
     assert k % GROUP_SIZE == 0
     codes = torch.empty(n, k, dtype=torch.uint8)
     scales = torch.empty(n, k // GROUP_SIZE, dtype=torch.float16)
     weight_bytes, code_bytes, scale_bytes = (_as_bytes(tensor) for tensor in (weight, codes, scales))
-    factor_bytes = _as_bytes(torch.empty(0) if factors is None else factors)
+    factor_bytes, importance_bytes = (_as_bytes(torch.empty(0) if x is None else x) for x in (factors, importance))
 
     def some(start: int, end: int) -> None:
         into = code_bytes[start * GROUP_SIZE : end * GROUP_SIZE], scale_bytes[2 * start : 2 * end]
-        _int4.round(kernel, weight_bytes[2 * start * GROUP_SIZE : 2 * end * GROUP_SIZE], *into, factor_bytes)
+        _int4.round(kernel, weight_bytes[2 * start * GROUP_SIZE : 2 * end * GROUP_SIZE], *into, factor_bytes, importance_bytes, start)
 
     _on_threads(some, scales.numel(), PIECE_GROUPS)
     return codes, scales

@@ -98,24 +98,27 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([packed & 0x0F, packed >> 4], dim=-1).flatten(-2)
 
 
-def quantize(weight: torch.Tensor, scale_2: torch.Tensor, by: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    weight: torch.Tensor, scale_2: torch.Tensor, by: str | None = None, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(packed codes uint8 [N, K/2], block scales float8_e4m3fn [N, K/16]) of a matrix [N, K] under a float32 global scale.
 
     by: a kernel's name; without it the fastest that takes the matrix. The bits are the same.
+    scales: block scales that somebody chose (rounding/); without them the largest magnitude of each block becomes ±6.
     """
     by = by or (kernel() if nvfp4_packing.takes(weight) else EAGER)
-    return _quantize_eagerly(weight, scale_2) if by == EAGER else nvfp4_packing.quantize(weight, scale_2, by)
+    return _quantize_eagerly(weight, scale_2, scales) if by == EAGER else nvfp4_packing.quantize(weight, scale_2, by, scales)
 
 
-def _quantize_eagerly(weight: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_eagerly(weight: torch.Tensor, scale_2: torch.Tensor, given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """quantize in PyTorch, in pieces of rows."""
     n, k = weight.shape
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(n, k // GROUP_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty(n, k // GROUP_SIZE, dtype=torch.float8_e4m3fn, device=weight.device) if given is None else given
     rows = max(1, ROWS_BYTES // (4 * k))
     for start in range(0, n, rows):
         piece = weight[start : start + rows]
-        scale = block_scales(piece, scale_2)
+        scale = block_scales(piece, scale_2) if given is None else given[start : start + rows]
         step = (scale.float() * scale_2).unsqueeze(-1)
         scaled = piece.view(-1, k // GROUP_SIZE, GROUP_SIZE) / step
         packed[start : start + rows] = pack(encode(scaled.view(-1, k)))
@@ -138,11 +141,15 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
-    """x [..., K] as a W4A4 kernel sees it: rounded to NVFP4 with dynamic block scales under the static input_scale, and back.
+    """x [..., K] as a W4A4 kernel sees it: rounded to NVFP4 with dynamic block scales under the static input_scale, and back."""
+    return round_under(x, 1.0 / input_scale.float())
+
+
+def round_under(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """round_activations by the reciprocal of input_scale, float32 scalar: what compressed-tensors stores as input_global_scale.
 
     Source: vLLM 0.32, quantization/utils/nvfp4_emulation_utils.py, ref_nvfp4_quant_dequant.
     """
-    global_scale = 1.0 / input_scale.float()
     blocks = x.float().reshape(*x.shape[:-1], -1, GROUP_SIZE)
     scale = (global_scale * (blocks.abs().amax(dim=-1, keepdim=True) * (1.0 / E2M1_MAX))).clamp(max=E4M3_MAX)
     scale = scale.to(torch.float8_e4m3fn).float()

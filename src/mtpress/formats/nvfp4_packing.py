@@ -25,6 +25,7 @@ else:
 
 BLOCK = 16
 PIECE_BLOCKS = 1 << 16  # 2 MiB of BF16: threads that are held up elsewhere leave their pieces to the others
+SEARCH_ROWS = 64  # that the kernel searches side by side
 HUGE_FROM = 4 << 20  # bytes; a huge page is 2 MiB
 
 Result = TypeVar("Result")
@@ -36,21 +37,48 @@ def takes(weight: torch.Tensor) -> bool:
     return readable and bool(KERNELS)
 
 
-def quantize(weight: torch.Tensor, scale_2: torch.Tensor, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(packed codes, block scales) of a matrix that the kernel takes; ValueError where KERNELS has no such kernel."""
+def quantize(
+    weight: torch.Tensor, scale_2: torch.Tensor, kernel: str, scales: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(packed codes, block scales) of a matrix that the kernel takes; ValueError where KERNELS has no such kernel.
+
+    scales: contiguous block scales that are taken as they are.
+    """
     n, k = weight.shape
     assert k % BLOCK == 0 and scale_2.dtype == torch.float32
     packed = _empty(n, k // 2)
-    scales = _empty(n, k // BLOCK).view(torch.float8_e4m3fn)
+    given = scales is not None
+    scales = _empty(n, k // BLOCK).view(torch.float8_e4m3fn) if scales is None else scales
     weight_bytes, packed_bytes, scale_bytes = (_as_bytes(tensor) for tensor in (weight, packed, scales))
     global_scale = float(scale_2)
 
     def pack(start: int, end: int) -> None:
         into = packed_bytes[start * BLOCK // 2 : end * BLOCK // 2], scale_bytes[start:end]
-        _nvfp4.pack(kernel, global_scale, weight_bytes[start * 2 * BLOCK : end * 2 * BLOCK], *into)
+        _nvfp4.pack(kernel, global_scale, given, weight_bytes[start * 2 * BLOCK : end * 2 * BLOCK], *into)
 
     _on_threads(pack, scales.numel())
     return packed, scales
+
+
+def search(weight: torch.Tensor, scale_2: torch.Tensor, forms: torch.Tensor | None, below: int, above: int, kernel: str) -> torch.Tensor:
+    """float8_e4m3fn [N, K/16]: block scales that are searched as rounding/scale_search.py documents.
+
+    forms: contiguous float32 [K/16, 16, 16] on the CPU, or None for the plain squared error. below, above: 0 and 0 for four over six.
+    """
+    n, k = weight.shape
+    assert k % BLOCK == 0 and scale_2.dtype == torch.float32
+    blocks = k // BLOCK
+    scales = _empty(n, blocks).view(torch.float8_e4m3fn)
+    weight_bytes, scale_bytes = _as_bytes(weight), _as_bytes(scales)
+    form_bytes = _as_bytes(torch.empty(0) if forms is None else forms)
+    global_scale = float(scale_2)
+
+    def some(start: int, end: int) -> None:
+        part = weight_bytes[start * 2 * k : end * 2 * k], form_bytes, scale_bytes[start * blocks : end * blocks]
+        _nvfp4.search(kernel, global_scale, below, above, blocks, *part)
+
+    _on_threads(some, n, max(1, PIECE_BLOCKS // blocks // SEARCH_ROWS) * SEARCH_ROWS)
+    return scales
 
 
 def amax(weight: torch.Tensor, kernel: str) -> torch.Tensor:
@@ -83,10 +111,10 @@ def _as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     return array
 
 
-def _on_threads(work: Callable[[int, int], Result], blocks: int) -> list[Result]:
-    """work(start, end) for pieces of the blocks, on as many threads as torch uses; the kernel runs without the interpreter lock."""
-    starts = range(0, blocks, PIECE_BLOCKS)
-    ends = [min(start + PIECE_BLOCKS, blocks) for start in starts]
+def _on_threads(work: Callable[[int, int], Result], count: int, piece: int | None = None) -> list[Result]:
+    """work(start, end) for pieces of what there is, on as many threads as torch uses; the kernel runs without the interpreter lock."""
+    starts = range(0, count, piece or PIECE_BLOCKS)
+    ends = [min(start + starts.step, count) for start in starts]
     threads = min(torch.get_num_threads(), len(starts))
     if threads <= 1:
         return [work(start, end) for start, end in zip(starts, ends, strict=True)]

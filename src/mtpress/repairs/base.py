@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor, bring_back
 from mtpress.repairs.draft_head import head_from_base
 from mtpress.repairs.files import copy_files
-from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn
+from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules.base import LARGEST_ERROR
-from mtpress.rules.rule import Finding, count
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 
 
 def mtp_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -44,14 +44,15 @@ def far_matrices(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     """Matrices that cannot be what was quantized, back in BF16, where they are few."""
     if len(finding.where) > LARGEST_SHARE * len(ctx.subject.quantized):
         yield Left(
-            f"{len(finding.where)} of {len(ctx.subject.quantized)} quantized matrices are so: it is not its source, or made wrongly", AGAIN
+            f"{len(finding.where)} of {len(ctx.subject.quantized)} quantized matrices are so: it is not its source, or made wrongly",
+            QUANTIZE_AGAIN,
         )
         return
     done, missing = bring_back(ctx, finding.where)
     if done:
         yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
     if missing:
-        yield Left(f"the base has no {missing[0]} of that shape", AGAIN)
+        yield Left(f"the base has no {missing[0]} of that shape", QUANTIZE_AGAIN)
 
 
 def config_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

@@ -14,11 +14,12 @@ from mtpress.errors import InputError
 from mtpress.kept_modules import spare
 from mtpress.matching.modelopt import GROUP_SIZE
 from mtpress.repairs.base_files import LARGEST_SHARE, bring_back
-from mtpress.repairs.repair import AGAIN, Context, Fix, Left, Repair, Turn
+from mtpress.repairs.mixed_precision import declare_mixed, stored_formats
+from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn
 from mtpress.rules import ignore_lists, stored
 from mtpress.rules.declaration import NVFP4_ALGOS, Declaration
 from mtpress.rules.quantization import BACKENDS, PACKING_FORMATS
-from mtpress.rules.rule import Finding, count
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES, QWEIGHT, WEIGHT_PACKED, ZERO_POINT, Form
 from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
 
@@ -37,9 +38,13 @@ def declare(ctx: Context) -> Iterator[Fix | Left]:
     if not forms:
         yield from _undeclare(ctx)
         return
+    if (formats := stored_formats(subject)) is not None:
+        fp8_kv = subject.declared is not None and _kv_cache(subject, subject.declared) == "fp8"
+        yield declare_mixed(ctx, subject.model.kept_modules(subject.tensors, _prefix(subject)), formats, fp8_kv)
+        return
     if len(forms) > 1 or not forms <= DECLARED_AS.keys():
         titles = ", ".join(sorted(stored.TITLES[form] for form in forms))
-        yield Left(f"modules are stored as {titles}, which no one config can declare", AGAIN)
+        yield Left(f"modules are stored as {titles}, which no one config can declare", QUANTIZE_AGAIN)
         return
     form = forms.pop()
     kept = subject.model.kept_modules(subject.tensors, _prefix(subject))
@@ -300,7 +305,7 @@ def group_size(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if done:
         yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit: their groups are not those of the others")
     if missing:
-        takes = f"--base SRC, which puts it in BF16; or {AGAIN}" if ctx.base is None else AGAIN
+        takes = f"--base SRC, which puts it in BF16; or {QUANTIZE_AGAIN}" if ctx.base is None else QUANTIZE_AGAIN
         yield Left(f"the scales of {missing[0]} are for groups of another size than those of the others", takes)
 
 
@@ -308,7 +313,7 @@ def no_kernel(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     before = ctx.overlay.config
     steps = list(declare(ctx))
     if ctx.overlay.config == before:
-        yield Left("vLLM has no kernel for what is stored, and nothing lossless changes that", AGAIN)
+        yield Left("vLLM has no kernel for what is stored, and nothing lossless changes that", QUANTIZE_AGAIN)
     else:
         yield from steps
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from mtpress.comparison import Comparison, compare
 from mtpress.repairs.registry import REPAIRS
-from mtpress.repairs.repair import AGAIN, Context, Fix, Left
+from mtpress.repairs.repair import Context, Fix, Left
 from mtpress.rules.base import config_differs, tokenizer_differs
 from mtpress.rules.registry import BASE_RULES, STATIC_RULES
-from mtpress.rules.rule import Finding, apply
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, apply
 from mtpress.rules.subject import Subject
 
 FILE_RULES = tuple(rule for rule in BASE_RULES if rule.find in (config_differs, tokenizer_differs))
@@ -123,5 +123,5 @@ def _mend(ctx: Context, finding: Finding) -> tuple[Outcome, bool]:
     fixed = tuple(step for step in steps if isinstance(step, Fix)) if changed else ()
     left = tuple(step for step in steps if isinstance(step, Left))
     if not changed and not left:
-        left = (Left("its repair changes nothing here", AGAIN),)
+        left = (Left("its repair changes nothing here", QUANTIZE_AGAIN),)
     return Outcome(finding, fixed, left), changed

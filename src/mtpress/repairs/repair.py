@@ -46,7 +46,8 @@ class Turn(IntEnum):
 class Context:
     """What a repair may use. may_read: whether weights may be read (a dry run reads none and says what would be done).
 
-    comparison: with the base, where one was made. left_out: safetensors files that are not taken over → why.
+    comparison: with the base, where one was made. left_out: safetensors files that are not taken over → why. keep_template: a template
+    that fails stays.
     """
 
     overlay: "Overlay"
@@ -54,6 +55,7 @@ class Context:
     may_read: bool = True
     comparison: Comparison | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    keep_template: bool = False
 
     @property
     def subject(self) -> Subject:
@@ -74,7 +76,6 @@ class Repair:
     turn: Turn = Turn.TENSORS
 
 
-AGAIN = "quantize again: mtpress quantize SRC OUT --recipe NAME"
 OTHER_BASE = "name the checkpoint that this one was made from as --base"
 
 

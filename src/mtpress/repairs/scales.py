@@ -15,9 +15,9 @@ from mtpress.checkpoint import TensorInfo, read_tensor
 from mtpress.models.qwen3_5_engine import EngineLinear
 from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor, bring_back, group_of
 from mtpress.repairs.declaration import declare
-from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn
+from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules.declaration import Declaration
-from mtpress.rules.rule import Finding, count
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.scales import PLAUSIBLE
 from mtpress.rules.stored import INPUT_SCALE, KV_SCALES, QZEROS, SCALARS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
 from mtpress.rules.subject import Subject
@@ -115,7 +115,7 @@ def _new_scales(ctx: Context, names: tuple[str, ...], what: str) -> Iterator[Fix
     if kv:
         yield from _no_kv_scales(ctx, f"{kv[0]} {what}")
     if missing:
-        takes = AGAIN if ctx.base is not None else f"--base SRC, which puts the module in BF16 in its place; or {AGAIN}"
+        takes = QUANTIZE_AGAIN if ctx.base is not None else f"--base SRC, which puts the module in BF16 in its place; or {QUANTIZE_AGAIN}"
         yield Left(f"a scale of {missing[0]} {what}, and nothing stored has it", takes)
 
 
@@ -185,7 +185,9 @@ def fused_formats_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]
     """All shards in BF16 from the base: one in BF16 cannot be quantized without loss."""
     modules = [module for module in finding.where if ctx.subject.form(module) != "plain"]
     if ctx.base is None:
-        yield Left("shards of one linear are stored in different formats", f"--base SRC, which puts all of them in BF16; or {AGAIN}")
+        yield Left(
+            "shards of one linear are stored in different formats", f"--base SRC, which puts all of them in BF16; or {QUANTIZE_AGAIN}"
+        )
         return
     done, missing = bring_back(ctx, modules)
     if done:
@@ -209,7 +211,7 @@ def fused_input_scales_differ(ctx: Context, finding: Finding) -> Iterator[Fix | 
     if done:
         yield Fix(f"{count(done, 'scale')} of activations set to the one of its fused linear that the engine takes")
     else:
-        yield Left("some of the scales are no sound numbers", AGAIN)
+        yield Left("some of the scales are no sound numbers", QUANTIZE_AGAIN)
 
 
 def fused(subject: Subject) -> Iterator[EngineLinear]:
@@ -250,7 +252,7 @@ def fused_scales_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield Left(
             f"{count(len(costs), 'fused linear')} cannot share a global scale exactly; to round the block scales would change {worst} by "
             f"{costs[worst]:.3g} (‖ŵ′ − ŵ‖/‖ŵ‖)",
-            AGAIN,
+            QUANTIZE_AGAIN,
         )
 
 
@@ -341,7 +343,7 @@ def zeros_convention(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     said = declared.content if declared is not None else {}
     as_is = stored_as_is(declared)
     if said.get("bits") != 4:
-        yield Left("only zero points of 4 bits are rewritten", AGAIN)
+        yield Left("only zero points of 4 bits are rewritten", QUANTIZE_AGAIN)
         return
     for name in finding.where:
         info = subject.tensors[name]
@@ -357,7 +359,7 @@ def zeros_asymmetric(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if done:
         yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
     if missing:
-        takes = f"--base SRC, which puts them in BF16; or {AGAIN}" if few and ctx.base is None else AGAIN
+        takes = f"--base SRC, which puts them in BF16; or {QUANTIZE_AGAIN}" if few and ctx.base is None else QUANTIZE_AGAIN
         yield Left(f"the codes of {count(len(missing), 'module')} were made for other zero points than the engine takes", takes)
 
 
@@ -369,7 +371,7 @@ def _no_kv_scales(ctx: Context, what: str) -> Iterator[Fix | Left]:
     """All dropped, which makes every scale 1, as vLLM makes the missing ones; not where a stored one says that this is too small."""
     held = [name for name in ctx.subject.tensors if name.endswith(tuple(f".{suffix}" for suffix in KV_SCALES))]
     if any(ctx.subject.scalars.get(name, 1.0) > 1 for name in held):
-        yield Left(f"{what}, and nothing stored has it", AGAIN)
+        yield Left(f"{what}, and nothing stored has it", QUANTIZE_AGAIN)
         return
     for name in held:
         ctx.overlay.drop(name)

@@ -17,6 +17,9 @@ INSTALLED = "mtpress's template installed: it thinks only when a request or a sy
 
 
 def install(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    if ctx.keep_template:
+        yield Left("--keep-template", "run it again without, or serve with vLLM's --chat-template FILE")
+        return
     write_only(ctx, template())
     yield Fix(INSTALLED)
 
@@ -46,8 +49,8 @@ def write_only(ctx: Context, text: str) -> None:
 
 
 REPAIRS = (
-    Repair("template-loses", "mtpress's template is installed", install),
-    Repair("template-behaviour", "mtpress's template is installed", install),
+    Repair("template-loses", "mtpress's template is installed, unless `--keep-template`", install),
+    Repair("template-behaviour", "mtpress's template is installed, unless `--keep-template`", install),
     Repair("template-choices", "a choice of the build, not a fault"),
     Repair("template-twice", "the one that transformers and vLLM read is kept", keep_first),
 )

@@ -10,8 +10,8 @@ from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
 from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE
 from mtpress.repairs.base_files import base_tensor, bring_back
 from mtpress.repairs.declaration import declare, stored_bits
-from mtpress.repairs.repair import AGAIN, OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
-from mtpress.rules.rule import Finding, count
+from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
 from mtpress.rules.tensors import DTYPES
 
@@ -72,7 +72,7 @@ def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | L
     modules = list(dict.fromkeys(modules))
     if len(quantized := [module for module in modules if subject.form(module) not in ("plain", "none")]) > len(subject.quantized) / 2:
         share = f"{len(quantized)} of {len(subject.quantized)} quantized matrices"
-        yield Left(f"{share} are so: config.json or the declaration is wrong, not they", AGAIN)
+        yield Left(f"{share} are so: config.json or the declaration is wrong, not they", QUANTIZE_AGAIN)
         modules = [module for module in modules if module not in quantized]
     brought, not_there = bring_back(ctx, modules)
     done, missing = done + brought, missing + not_there

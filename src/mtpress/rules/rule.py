@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+QUANTIZE_AGAIN = "quantize again: mtpress quantize SRC OUT --recipe NAME"  # the remedy where there is no better
 Severity = Literal["error", "warning", "note"]
 S = TypeVar("S")
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mtpress.checkpoint import Checkpoint, resolve
-from mtpress.cli import PLANNED
 from mtpress.comparison import Comparison, compare
-from mtpress.engine.trial import ACCEPTANCE_FLOOR, Run, Trial
+from mtpress.engine.trial import ACCEPTANCE_FLOOR, NUM_DRAFTS, Run, Trial
 from mtpress.errors import InputError
 from mtpress.progress import Progress, human_bytes
 from mtpress.record import RECORD_NAME, add_to_record
@@ -29,7 +28,6 @@ from mtpress.rules.vision import TEXT_ONLY_FLAG, stripped
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_NAMES = 3
-NUM_DRAFTS = 3  # what the seeds serve with, and as many positions as their cards report
 
 
 @dataclass(frozen=True)
@@ -226,9 +224,6 @@ def show(result: CheckResult) -> None:
             label = f"[{color}]{finding.severity}[/{color}]\n{escape(finding.id)}"
             table.add_row(label, escape(with_names(finding)), escape(finding.remedy))
         console.print(table)
-        named = [stage for stage in PLANNED if any(f"mtpress {stage}" in finding.remedy for finding in result.findings)]
-        if named:
-            console.print(f"not in this version yet: mtpress {', mtpress '.join(named)}", highlight=False)
     if result.comparison is not None:
         console.print(summary(result.comparison), highlight=False, soft_wrap=True)
     if result.num_files_hashed is not None:

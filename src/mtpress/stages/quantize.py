@@ -20,10 +20,11 @@ import psutil
 from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
-from mtpress.errors import InputError, ResourceError
+from mtpress.device import choose_device
+from mtpress.errors import InputError
 from mtpress.journal import difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
-from mtpress.plan import Plan, make_plan
+from mtpress.plan import LAYOUTS, Plan, make_plan
 from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mtpress import preflight
     from mtpress.calibration import CalibrationSet
     from mtpress.workers import Spread
+FORMAT_TITLES = {"bf16": "BF16"} | {name: layout.title for name, layout in LAYOUTS.items()}
 TEMPLATE_TITLES = {"mtpress": "mtpress's own", "source": "the source's", "none": "none, as in the source"}
 MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the record that the result repeats
 
@@ -48,6 +50,7 @@ class QuantizeResult:
     source_bytes: int
     output_bytes: int
     bytes_by_component: dict[str, int]
+    bytes_by_format: dict[str, dict[str, int]]
     shards: dict[str, int]
     num_quantized: int
     num_kept: int
@@ -63,15 +66,6 @@ class QuantizeResult:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def choose_device(name: str) -> Any:
-    """The torch device of --device: auto takes a CUDA GPU where there is one."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def quantize(
@@ -103,10 +97,11 @@ def quantize(
     target = Path(out)
     if target.exists() and not resume:
         raise InputError(f"{target}: exists already; name a directory that does not")
-    if chosen.rounding == "signround" and (workers > 1 or ray):
+    if chosen.rounding in ("signround", "gptq") and (workers > 1 or ray):
+        other = "max" if chosen.format == "nvfp4" else "search or rtn"
         raise InputError(
-            f"recipe {chosen.name}: rounding signround goes through the samples of a step together, in one process; "
-            "leave --workers and --ray out, or take rounding search or rtn"
+            f"recipe {chosen.name}: rounding {chosen.rounding} goes through all samples in one process; "
+            f"leave --workers and --ray out, or take rounding {other}"
         )
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, chosen)
@@ -275,6 +270,7 @@ def describe(plan: Plan, target: Path, dry_run: bool = False, measured: Mapping[
         source_bytes=plan.source.num_bytes,
         output_bytes=plan.output_bytes,
         bytes_by_component=plan.bytes_by_component,
+        bytes_by_format=plan.bytes_by_format,
         shards={name: sum(t.num_bytes for t in tensors) for name, tensors in plan.shards.items()},
         num_quantized=kinds.count("quantize"),
         num_kept=kinds.count("keep"),
@@ -333,10 +329,12 @@ def show(result: QuantizeResult) -> None:
     console = Console()
     verb = "would write" if result.dry_run else "wrote"
     table = Table(title=f"{result.recipe}: {verb} {result.out}")
-    for heading, side in (("component", "left"), ("bytes", "right")):
+    for heading, side in (("component", "left"), ("bytes", "right"), ("of it", "left")):
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for part, size in result.bytes_by_component.items():
-        table.add_row(COMPONENT_TITLES.get(part, part), human_bytes(size))
+        formats = sorted(result.bytes_by_format[part].items(), key=lambda item: -item[1])
+        shares = [f"{human_bytes(held)} {FORMAT_TITLES[name]}" for name, held in formats]
+        table.add_row(COMPONENT_TITLES.get(part, part), human_bytes(size), ", ".join(shares))
     table.add_row(
         "all",
         f"{human_bytes(result.output_bytes)} ({result.output_bytes / result.source_bytes:.2f}× of {human_bytes(result.source_bytes)})",

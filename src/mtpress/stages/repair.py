@@ -98,14 +98,16 @@ def repair(
     base: str | Path | None = None,
     *,
     comparing: bool = True,
+    keep_template: bool = False,
     dry_run: bool = False,
     silent: bool = False,
 ) -> RepairResult:
     """Makes `out` from `checkpoint` with every finding mended that has a lossless repair; nothing to mend: nothing is written.
 
     base: the BF16 source, for what only it has; with `comparing` every weight is compared with it too, which reads both whole.
-    dry_run: says what would be done, reads no weight and writes nothing. InputError where nothing can be opened, or `out` exists;
-    ResourceError where the disk is full. Errors that are left are no exception: RepairResult.sound says.
+    keep_template: a chat template that fails stays, and is told as left. dry_run: says what would be done, reads no weight and writes
+    nothing. InputError where nothing can be opened, or `out` exists; ResourceError where the disk is full. Errors that are left are no
+    exception: RepairResult.sound says.
     """
     started = time.perf_counter()
     target = Path(out)
@@ -116,7 +118,7 @@ def repair(
     source = open_base(base, str(checkpoint)) if base is not None else None
     opened = open_broken(checkpoint, source)
     with Overlay(opened.stored, config_is_new=opened.config_is_new) as overlay:
-        ctx = Context(overlay, source, may_read=not dry_run, left_out=opened.left_out)
+        ctx = Context(overlay, source, may_read=not dry_run, left_out=opened.left_out, keep_template=keep_template)
         outcomes: list[Outcome] = [*mend_reindexed(ctx, opened.findings), *mend_all(ctx)]
         look = comparing and source is not None and not dry_run
         by_weight: list[Finding] = []
@@ -187,6 +189,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-compare", action="store_true", help="with --base: take what is missing from it, without comparing every weight with it"
     )
+    parser.add_argument("--keep-template", action="store_true", help="leave a chat template that fails as it is")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; read no weights, write nothing")
 
 
@@ -195,7 +198,13 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if options.no_compare and options.base is None:
         raise InputError("--no-compare: goes with --base SRC, without which nothing is compared")
     result = repair(
-        options.checkpoint, options.out, options.base, comparing=not options.no_compare, dry_run=options.dry_run, silent=options.json
+        options.checkpoint,
+        options.out,
+        options.base,
+        comparing=not options.no_compare,
+        keep_template=options.keep_template,
+        dry_run=options.dry_run,
+        silent=options.json,
     )
     if not options.json:
         show(result)

@@ -1,0 +1,199 @@
+"""The linears of a stored checkpoint as vLLM computes them, in plain PyTorch: one small entry a format.
+
+In: the stored tensors of a module and of those that vLLM fuses it with. Out: an `EmulatedLinear`: the weight that the kernel
+multiplies with, and what it does to its input. Leaves out: which module is stored how (bodies.py), and speed.
+
+    NVFP4 W4A4    weight: codes · (block scale · weight_scale_2) in float32, then the dtype of the activations. Input rounded to
+                  NVFP4 under input_scale (formats/nvfp4.py). vLLM 0.32, utils/nvfp4_emulation_utils.py
+    NVFP4 W4A16   the same weight, inputs as they are
+    INT4 W4A16    weight: (code − zero point) · scale, scale and product in the dtype of the activations, as vLLM keeps them
+    FP8           inputs and weights in E4M3, their product times both scales. Input scale static, or per token where none is stored
+
+Fused linears (q, k and v; gate and up; …) have one scale for all in vLLM: the largest stored weight_scale_2 and input_scale, or
+of compressed-tensors' reciprocals the largest too (modelopt.py, compressed_tensors_w4a4_nvfp4.py). So do they here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtpress.checkpoint import TensorInfo
+from mtpress.formats import int4, nvfp4
+from mtpress.rules.stored import (
+    GLOBAL_SCALE,
+    INPUT_GLOBAL_SCALE,
+    INPUT_SCALE,
+    NVFP4_GROUP_SIZE,
+    QWEIGHT,
+    QZEROS,
+    SCALE,
+    SCALE_2,
+    SCALES,
+    WEIGHT,
+    WEIGHT_PACKED,
+    ZERO_POINT,
+    Form,
+)  # fmt: skip
+
+Parts = Mapping[str, Tensor]  # the tensors of a module by the last part of their names
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # an input → what the kernel multiplies with, and what it scales by after
+PIECE_BYTES = 32 << 20  # float32 working set of rounding
+INT4_BITS = 4
+E4M3 = torch.float8_e4m3fn
+
+
+class EmulatedLinear(nn.Module):
+    """A linear without bias. weight [N, K]; rounding: of the input, None where the kernel takes it as it is."""
+
+    def __init__(self, weight: Tensor, rounding: Rounding | None = None, output_scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.matrix, self.rounding, self.output_scale = weight, rounding, output_scale  # no parameter: none is loaded into it
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rounding is None:
+            return F.linear(x, self.matrix)
+        rounded, scale = self.rounding(x)
+        out = F.linear(rounded, self.matrix)
+        if scale is None or self.output_scale is None:
+            return out
+        return (out.float() * (scale * self.output_scale)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """make(its tensors, those of all that it is fused with, whether activations are quantized, dtype) → the linear.
+
+    parts: what must be stored; problem(infos, [N, K]) → why these tensors cannot be emulated, None where they can.
+    """
+
+    parts: tuple[str, ...]
+    make: Callable[[Parts, Sequence[Parts], bool, torch.dtype], EmulatedLinear]
+    problem: Callable[[Mapping[str, TensorInfo], tuple[int, int]], str | None]
+
+
+def _largest(group: Sequence[Parts], suffix: str) -> Tensor:
+    """float32 scalar: the largest of what the fused linears store."""
+    return torch.stack([parts[suffix].float().max() for parts in group if suffix in parts]).max()
+
+
+def in_rows(function: Callable[..., Tensor], *matrices: Tensor, columns: int) -> Tensor:
+    """function of matrices [N, …], a few rows at a time, so that its float32 copies stay small. columns: of the result."""
+    rows = max(1, PIECE_BYTES // (4 * columns))
+    if len(matrices[0]) <= rows:
+        return function(*matrices)
+    return torch.cat([function(*(m[start : start + rows] for m in matrices)) for start in range(0, len(matrices[0]), rows)])
+
+
+def _nvfp4_weight(codes: Tensor, scales: Tensor, scale_2: Tensor, dtype: torch.dtype) -> Tensor:
+    return in_rows(lambda c, s: nvfp4.dequantize(c, s, scale_2).to(dtype), codes, scales, columns=2 * codes.shape[1])
+
+
+def _rounded(x: Tensor, global_scale: Tensor) -> tuple[Tensor, None]:
+    flat = x.reshape(-1, x.shape[-1])
+    return in_rows(lambda rows: nvfp4.round_under(rows, global_scale), flat, columns=x.shape[-1]).view(x.shape), None
+
+
+def _modelopt_nvfp4(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
+    weight = _nvfp4_weight(parts[WEIGHT], parts[SCALE], _largest(group, SCALE_2), dtype)
+    if not activations:
+        return EmulatedLinear(weight)
+    global_scale = 1.0 / _largest(group, INPUT_SCALE)
+    return EmulatedLinear(weight, lambda x: _rounded(x, global_scale))
+
+
+def _compressed_nvfp4(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
+    weight = _nvfp4_weight(parts[WEIGHT_PACKED], parts[SCALE], 1.0 / _largest(group, GLOBAL_SCALE), dtype)
+    if not activations:
+        return EmulatedLinear(weight)
+    global_scale = _largest(group, INPUT_GLOBAL_SCALE)
+    return EmulatedLinear(weight, lambda x: _rounded(x, global_scale))
+
+
+def _int4_weight(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K] of codes uint8 [N, K], zero points uint8 [N, groups] and scales [N, groups]."""
+
+    def product(code: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
+        grouped = code.view(*scale.shape, -1).to(dtype) - zero.to(dtype).unsqueeze(-1)  # small integers: exact
+        return (grouped * scale.to(dtype).unsqueeze(-1)).view(code.shape)
+
+    return in_rows(product, codes, zeros, scales, columns=codes.shape[1])
+
+
+def _gptq(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
+    zeros = int4.zero_points(parts[QZEROS]).t()
+    return EmulatedLinear(_int4_weight(int4.unpack(parts[QWEIGHT]), zeros, parts[SCALES].t(), dtype))
+
+
+def _compressed_int4(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
+    scales = parts[SCALE]
+    codes = int4.unpack(parts[WEIGHT_PACKED].t().contiguous())
+    stored = parts.get(ZERO_POINT)
+    zeros = int4.unpack(stored.contiguous()).t() if stored is not None else torch.full_like(scales, int4.ZERO, dtype=torch.uint8)
+    return EmulatedLinear(_int4_weight(codes, zeros, scales, dtype))
+
+
+def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
+    """x / scale in E4M3; what is beyond ±448 saturates. The input is float32 inside."""
+    return (x.float() / scale).clamp(-nvfp4.E4M3_MAX, nvfp4.E4M3_MAX).to(E4M3)
+
+
+def _fp8(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
+    weight, scale = parts[WEIGHT], parts[SCALE].float()
+    if scale.numel() == 1 and len(group) > 1:  # vLLM rounds fused matrices again, under the largest of their scales
+        shared = _largest(group, SCALE)
+        if any(bool(member[SCALE].float().max() != shared) for member in group):
+            weight = in_rows(lambda w: to_e4m3(w.float() * scale.reshape(()), shared), weight, columns=weight.shape[1])
+        scale = shared
+    output_scale = scale.reshape(-1) if scale.numel() > 1 else scale.reshape(())
+    static = _largest(group, INPUT_SCALE) if INPUT_SCALE in parts else None
+
+    def rounding(x: Tensor) -> tuple[Tensor, Tensor]:
+        step = static if static is not None else (x.float().abs().amax(-1, keepdim=True) / nvfp4.E4M3_MAX).clamp(min=1e-12)
+        return to_e4m3(x, step).to(dtype), step  # E4M3 has no more bits than dtype
+
+    return EmulatedLinear(weight.to(dtype), rounding, output_scale)
+
+
+def _no_nvfp4(codes: str, shared: str) -> Callable[[Mapping[str, TensorInfo], tuple[int, int]], str | None]:
+    def problem(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
+        n, k = shape
+        if infos[codes].shape != (n, k // 2) or infos[SCALE].shape != (n, k // NVFP4_GROUP_SIZE) or infos[SCALE].dtype != "F8_E4M3":
+            return f"its codes {list(infos[codes].shape)} and block scales {list(infos[SCALE].shape)} are not of a matrix {[n, k]}"
+        return None if infos[shared].dtype == "F32" else f"its {shared} is {infos[shared].dtype}, must be F32"
+
+    return problem
+
+
+def _no_gptq(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
+    n, k = shape
+    groups = infos[SCALES].shape[0] if infos[SCALES].shape else 0
+    if infos[QWEIGHT].shape != (k * INT4_BITS // 32, n) or infos[SCALES].shape[1:] != (n,) or not groups or k % groups:
+        return f"its qweight {list(infos[QWEIGHT].shape)} is not of a 4-bit matrix {[n, k]} in GPTQ's layout"
+    return None
+
+
+def _no_compressed_int4(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
+    n, k = shape
+    groups = infos[SCALE].shape[-1] if infos[SCALE].shape else 0
+    if infos[WEIGHT_PACKED].shape != (n, k * INT4_BITS // 32) or infos[SCALE].shape != (n, groups) or not groups or k % groups:
+        return f"its weight_packed {list(infos[WEIGHT_PACKED].shape)} is not of a 4-bit matrix {[n, k]}"
+    return None
+
+
+def _no_fp8(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
+    if infos[WEIGHT].shape != shape or infos[WEIGHT].dtype != "F8_E4M3":
+        return f"its weight is {infos[WEIGHT].dtype} {list(infos[WEIGHT].shape)}, must be F8_E4M3 {list(shape)}"
+    return None if infos[SCALE].num_params in (1, shape[0]) else "FP8 with a scale a block is not emulated, only one a tensor or a row"
+
+
+EMULATIONS: dict[Form, Emulation] = {
+    "nvfp4": Emulation((WEIGHT, SCALE, SCALE_2), _modelopt_nvfp4, _no_nvfp4(WEIGHT, SCALE_2)),
+    "nvfp4-pack-quantized": Emulation((WEIGHT_PACKED, SCALE, GLOBAL_SCALE), _compressed_nvfp4, _no_nvfp4(WEIGHT_PACKED, GLOBAL_SCALE)),
+    "gptq": Emulation((QWEIGHT, QZEROS, SCALES), _gptq, _no_gptq),
+    "pack-quantized": Emulation((WEIGHT_PACKED, SCALE), _compressed_int4, _no_compressed_int4),
+    "fp8": Emulation((WEIGHT, SCALE), _fp8, _no_fp8),
+}
+INPUT_SCALES: dict[Form, str] = {"nvfp4": INPUT_SCALE, "nvfp4-pack-quantized": INPUT_GLOBAL_SCALE}
