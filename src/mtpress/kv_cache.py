@@ -40,13 +40,6 @@ def scales(names: "list[str]", seen: "InputAmax") -> "dict[str, torch.Tensor]":
     return found
 
 
-def rounded(x: "torch.Tensor", scale: float) -> "torch.Tensor":
-    """x as an FP8 E4M3 cache gives it back: saturated, not infinite."""
-    import torch
-
-    return ((x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
-
-
 class SeenCache:
     """Stands where an attention layer expects its cache: what would be stored is seen, and given back as it is."""
 

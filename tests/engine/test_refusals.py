@@ -67,6 +67,7 @@ SILENT = {
     "modelopt-mixed-a_scale_of_fp8_in_bf16",
 }  # fmt: skip
 IN_THE_DRAFT = {
+    "a_draft_head_with_half_of_its_kv_scales",
     "mtp_fc_quantized", "draft_head_not_ignored", "draft_head_ignored_under_another_prefix", "lm_head_ignored_for_the_target_only",
     "compressed-tensors-draft_head_not_ignored", "compressed-tensors-only_mtp_fc_not_ignored",
     "compressed-tensors-a_quantized_draft_layer_that_is_ignored", "auto-round-a_bf16_draft_layer_in_the_block_names",

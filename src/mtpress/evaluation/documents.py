@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtpress import builtin
-from mtpress.calibration import BUILTIN, encode_row, load_calibration, read_jsonl
+from mtpress.calibration import BUILTIN, BUILTIN_SETS, encode_row, load_calibration, read_jsonl
 from mtpress.chat import ChatEncoder, Sample, open_image
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.errors import InputError
@@ -188,8 +188,8 @@ def _builtin_calibration() -> Iterator[Path]:
 
 
 def _candidates(calibration: Sequence[str]) -> list[tuple[str, ...]]:
-    """The lists of --calibration that may have made a checkpoint: the built-in set, each file alone, and all as given."""
-    return list(dict.fromkeys([(BUILTIN,), *((name,) for name in calibration), *([tuple(calibration)] if calibration else [])]))
+    """The lists of --calibration that may have made a checkpoint: each built-in set, each file alone, and all as given."""
+    return list(dict.fromkeys([*((name,) for name in (*BUILTIN_SETS, *calibration)), *([tuple(calibration)] if calibration else [])]))
 
 
 def _identity(checkpoint: Checkpoint, record: Mapping[str, Any], files: tuple[str, ...]) -> str | None:

@@ -75,7 +75,7 @@ class Stream:
         """Puts every document in front of the first layer."""
         samples: Sequence[Sample] = self.documents.samples
         self.mover.embed(samples, self.body.embedding_rows)
-        if any(sample.pixel_values is not None for sample in samples) or any(self.documents.with_images):
+        if any(sample.has_pictures for sample in samples) or any(self.documents.with_images):
             self.mover.see(self.body.vision_tower())
         self.states.advance()
         if self.embeddings is not None:
