@@ -62,7 +62,7 @@ def test_the_command_line(small_bf16: Path, pair: list[Path], data: Path, tmp_pa
     assert main([*arguments, "--markdown", str(tmp_path / "out.md"), "--scratch", str(scratch)]) == 0
     shown = capsys.readouterr()
     assert all(path.name in shown.out for path in pair) and "drafts accepted" in shown.out and "error by layer" in shown.out
-    assert "tokens·layers/s" in shown.err and "RAM" in shown.err
+    assert "tokens·layers/s" in shown.err and "RAM" in shown.err and "100%" in shown.err
     assert list(scratch.iterdir()) == []
     written = (tmp_path / "out.md").read_text()
     assert written.count("| compressed-tensors |") == 2 and "KL in nats" in written

@@ -168,8 +168,10 @@ def acceptance_rows(result: EvalResult) -> list[list[str]]:
     return rows
 
 
-def pair_rows(result: EvalResult) -> list[list[str]]:
-    return [[p.group, f"{p.second} ÷ {p.first}", shown(p.kl_ratio), shown(p.top1_difference, scale=100)] for p in result.pairs]
+def pair_rows(result: EvalResult, group: str | None = None) -> list[list[str]]:
+    """Of one group of documents, or of all of them."""
+    chosen = [pair for pair in result.pairs if group is None or pair.group == group]
+    return [[p.group, f"{p.second} ÷ {p.first}", shown(p.kl_ratio), shown(p.top1_difference, scale=100)] for p in chosen]
 
 
 def layer_rows(found: CheckpointFigures) -> list[list[str]]:
