@@ -202,6 +202,6 @@ def _lines(result: EvalResult) -> Iterator[str]:
         yield from (f"## Error by layer, %: {name}", "")
         yield from table(["layer", "mixer", "mixer error", "MLP error", "layer error", "accumulated"], layer_rows(found))
     for name, found in result.checkpoints.items():
-        yield f"- {name}: {', '.join(f'{n} {form}' for form, n in found.forms.items()) or 'BF16'}; KV cache {found.kv_cache}; "
-        yield f"  {found.disjointness.said}."
-    yield from ("", f"KL in nats. Intervals: 95%, {settings['resamples']} draws of whole documents, seed {settings['seed']}. ")
+        forms = ", ".join(f"{n} {form}" for form, n in found.forms.items()) or "BF16"
+        yield f"- {name}: {forms}; KV cache {found.kv_cache}; {found.disjointness.said}."
+    yield from ("", f"KL in nats. Intervals: 95%, {settings['resamples']} draws of whole documents, seed {settings['seed']}.", "")
