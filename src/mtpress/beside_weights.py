@@ -121,6 +121,13 @@ def _modelopt(plan: Plan) -> Declared:
     return nvfp4.quantization_config(ignore, fp8), "hf_quant_config.json", nvfp4.hf_quant_config(ignore, fp8)
 
 
+def _mixed(plan: Plan) -> Declared:
+    from mtpress.formats import mixed_precision
+
+    content, file, beside = _modelopt(plan)
+    return mixed_precision.quantization_config(content, plan.formats), file, mixed_precision.hf_quant_config(beside, plan.formats)
+
+
 def _autoround(plan: Plan) -> Declared:
     """auto-round 0.16.1 leaves out what is its default: 200 iterations, batches of 8."""
     from mtpress.formats import int4
@@ -134,4 +141,4 @@ def _autoround(plan: Plan) -> Declared:
     return content, "quantization_config.json", content
 
 
-DECLARATIONS: dict[str, Callable[[Plan], Declared]] = {"nvfp4": _modelopt, "int4": _autoround}
+DECLARATIONS: dict[str, Callable[[Plan], Declared]] = {"nvfp4": _modelopt, "int4": _autoround, "mixed": _mixed}

@@ -15,6 +15,7 @@ from typing import Literal
 
 from mtpress.checkpoint import Checkpoint, TensorInfo
 from mtpress.checkpoint_writer import split_into_shards
+from mtpress.component_formats import formats_of
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.recipe import Recipe
@@ -45,6 +46,16 @@ LAYOUTS = {
             ("weight_scale_2", "F32", ()), ("input_scale", "F32", ()),
         ),
     ),
+    "nvfp4_w4a16": Layout(
+        "NVFP4 W4A16", n_multiple=1, k_multiple=NVFP4_GROUP_SIZE, keeps_misfits=False,
+        tensors=lambda n, k: (
+            ("weight", "U8", (n, k // 2)), ("weight_scale", "F8_E4M3", (n, k // NVFP4_GROUP_SIZE)), ("weight_scale_2", "F32", ()),
+        ),
+    ),
+    "fp8": Layout(
+        "FP8", n_multiple=1, k_multiple=1, keeps_misfits=False,
+        tensors=lambda n, k: (("weight", "F8_E4M3", (n, k)), ("weight_scale", "F32", ()), ("input_scale", "F32", ())),
+    ),
     "int4": Layout(
         "INT4", n_multiple=32, k_multiple=INT4_GROUP_SIZE, keeps_misfits=True,
         tensors=lambda n, k: (
@@ -66,6 +77,7 @@ class Job:
     sources: tuple[TensorInfo, ...]
     outputs: tuple[OutputTensor, ...]
     component: str
+    format: str = "bf16"  # a key of LAYOUTS for what is quantized
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,14 @@ class Plan:
             sizes[job.component] += sum(tensor.num_bytes for tensor in job.outputs)
         return dict(sizes)
 
+    @cached_property
+    def bytes_by_format(self) -> dict[str, dict[str, int]]:
+        """The same by format within each component; what is kept counts as bf16."""
+        sizes: dict[str, Counter[str]] = {part: Counter() for part in self.bytes_by_component}
+        for job in self.jobs:
+            sizes[job.component][job.format] += sum(tensor.num_bytes for tensor in job.outputs)
+        return {part: {name: size for name, size in found.items() if size} for part, found in sizes.items()}
+
     @property
     def output_bytes(self) -> int:
         return sum(self.bytes_by_component.values())
@@ -132,6 +152,12 @@ class Plan:
     def quantized_modules(self) -> list[str]:
         model = family(self.source.model_type)
         return [model.module_of(info.name) for job in self.jobs if job.kind == "quantize" for info in job.sources]
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Quantized module → its format, in the order of the plan."""
+        model = family(self.source.model_type)
+        return {model.module_of(info.name): job.format for job in self.jobs if job.kind == "quantize" for info in job.sources}
 
     @property
     def kept_linears(self) -> list[str]:
@@ -147,9 +173,7 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     _refuse_unusable(source, recipe)
     prefix = model.body_prefix(source.tensors)
     _refuse_misshapen(source, prefix)
-    wanted = {linear for part in recipe.quantize for linear in model.QUANTIZABLE[part]}
-    if recipe.in_proj_ab == "nvfp4":
-        wanted |= set(model.AB_LINEARS)
+    formats = formats_of(sorted(source.tensors, key=model.natural), recipe, prefix, source.model_type)
 
     jobs: dict[tuple[int, int], list[Job]] = {}
     done: set[str] = set()
@@ -158,21 +182,25 @@ def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
         if name in done:
             continue
         info, part, layer = source.tensors[name], model.component(name), model.layer_index(name)
-        linear = model.module_of(name.split(f"layers.{layer}.", 1)[1]) if layer is not None else ""
+        module = model.module_of(name)
         job = Job("keep", (info,), (OutputTensor(name, info.dtype, info.shape),), part)
         if part == "vision" and recipe.vision == "drop":
             job = Job("drop", (info,), (), part)
-        elif linear in wanted and name.endswith(".weight"):
-            members = [member for member in model.SAME_INPUT.get(linear, (linear,)) if member in wanted]
-            infos = [source.tensors[f"{prefix}layers.{layer}.{member}.weight"] for member in members]
-            if _fits(infos, LAYOUTS[recipe.format], part):
-                job = _quantize_job(infos, LAYOUTS[recipe.format], part)
+        elif module in formats and name.endswith(".weight"):
+            start = f"{prefix}layers.{layer}."
+            linear = module.removeprefix(start)
+            members = [f"{start}{member}" for member in model.SAME_INPUT[linear]] if linear in model.SAME_INPUT else [module]
+            infos = [source.tensors[f"{member}.weight"] for member in members if formats.get(member) == formats[module]]
+            if _fits(infos, LAYOUTS[formats[module]], part):
+                job = _quantize_job(infos, formats[module], part)
             else:
-                misfits.append(model.module_of(name))
+                misfits.append(module)
         done.update(source.name for source in job.sources)
         jobs.setdefault(_place(part, layer), []).append(job)
     steps = tuple(_step(place, jobs[place]) for place in sorted(jobs))
     if not any(job.kind == "quantize" for step in steps for job in step.jobs):
+        if not misfits:
+            raise InputError(f"recipe {recipe.name}: `overrides` leaves nothing quantized")
         layout = LAYOUTS[recipe.format]
         raise InputError(
             f"{source.path}: none of its {len(misfits)} linears has N by {layout.n_multiple} and K by {layout.k_multiple}, as "
@@ -212,13 +240,13 @@ def _fits(infos: Iterable[TensorInfo], layout: Layout, part: str) -> bool:
     return fit
 
 
-def _quantize_job(infos: Iterable[TensorInfo], layout: Layout, part: str) -> Job:
+def _quantize_job(infos: Iterable[TensorInfo], name: str, part: str) -> Job:
     outputs = [
         OutputTensor(f"{info.name.removesuffix('.weight')}.{suffix}", dtype, shape)
         for info in infos
-        for suffix, dtype, shape in layout.tensors(*info.shape)
+        for suffix, dtype, shape in LAYOUTS[name].tensors(*info.shape)
     ]
-    return Job("quantize", tuple(infos), tuple(outputs), part)
+    return Job("quantize", tuple(infos), tuple(outputs), part, name)
 
 
 def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
@@ -251,8 +279,9 @@ def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
         raise InputError(
             f"{where}: holds a draft head, but config.json has no mtp_num_hidden_layers, so engines would not use it; set it to 1"
         )
-    if not recipe.quantize:
-        raise InputError(f"recipe {recipe.name}: `quantize` names no component")
+    if set(recipe.component_formats.values()) <= {"bf16"}:
+        key = "quantize" if recipe.formats is None else "formats"
+        raise InputError(f"recipe {recipe.name}: `{key}` names no component")
 
 
 def _refuse_misshapen(source: Checkpoint, prefix: str) -> None:

@@ -166,6 +166,13 @@ def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int,
     if not lengths:
         return loaded_bytes * (1 if workers == 1 else workers + 1) + workers * (2 * max(groups, default=0) + writing)
     layers = [step.read_bytes for step in plan.steps if step.layer is not None]
+    layers += [
+        sum(info.num_bytes for info in job.sources)
+        for step in plan.steps
+        if step.layer is None
+        for job in step.jobs
+        if job.kind == "quantize"
+    ]
     forward = (2 if on_gpu else 1) * max(layers, default=0)
     forward += _tuning_bytes(plan, lengths) if _tunes(plan) else _activation_bytes(plan, max(lengths))
     if workers == 1:

@@ -104,6 +104,19 @@ CHOICES = {
     "nvfp4": Choices(rounding=("max",), in_proj_ab=("bf16", "nvfp4"), kv_cache=("auto", "fp8_cast")),
     "int4": Choices(rounding=("signround", "search", "rtn"), in_proj_ab=("bf16",), kv_cache=("auto",)),
 }
+CHOICES["mixed"] = CHOICES["nvfp4"]  # the same layout, with `formats`
+
+
+LinearFormat = Literal["nvfp4", "nvfp4_w4a16", "fp8", "bf16"]
+
+
+class Formats(Strict):
+    """The format of each component: NVFP4 with activations (W4A4) or without (W4A16), FP8 with a static scale, or BF16."""
+
+    mlp: LinearFormat = Field("bf16", description="gate_proj, up_proj, down_proj")
+    attention: LinearFormat = Field("bf16", description="q_proj, k_proj, v_proj, o_proj of full attention")
+    gdn: LinearFormat = Field("bf16", description="in_proj_qkv, in_proj_z, out_proj of Gated DeltaNet")
+    lm_head: Literal["nvfp4_w4a16", "bf16"] = Field("bf16", description="the output projection, which the draft head shares")
 
 
 class Recipe(Strict):
@@ -111,8 +124,12 @@ class Recipe(Strict):
 
     name: str = Field(description="lower-case name of the build", pattern=r"^[a-z0-9][a-z0-9._-]*$")
     summary: str = Field(description="one line for `mtpress recipes`")
-    format: Literal["nvfp4", "int4"] = Field(description="the 4-bit format of the body")
-    quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field(description="components whose linears are quantized")
+    format: Literal["nvfp4", "int4", "mixed"] = Field(description="the 4-bit format of the body; mixed where `formats` says it")
+    quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field((), description="components whose linears are quantized")
+    formats: Formats | None = Field(None, description="in place of `format` and `quantize`: a format for each component")
+    overrides: dict[str, LinearFormat] = Field(
+        default_factory=dict, description="module pattern or layer range → format, over that of the component; the later wins"
+    )
     in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
     vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
     kv_cache: Literal["auto", "fp8_cast"] = Field("auto", description="what the checkpoint declares for the KV cache")
@@ -134,7 +151,14 @@ class Recipe(Strict):
         for key, valid in vars(CHOICES[self.format]).items():
             if (said := getattr(self, key)) not in valid:
                 raise ValueError(f"{key}: {said!r} does not go with format {self.format}; valid: {', '.join(valid)}")
-        if self.constant_input_scale and self.format != "nvfp4":
+        if (self.formats is not None) != (self.format == "mixed") or (self.formats is not None and self.quantize):
+            raise ValueError("`formats` stands in place of `format` and `quantize`; leave these two out, or `formats`")
+        wanted = {*self.component_formats.values(), *self.overrides.values(), "bf16"}
+        if self.format != "mixed" and not wanted <= {self.format, "bf16"}:
+            raise ValueError(f"overrides: a recipe with format {self.format} has no other but bf16; name the components in `formats`")
+        if self.constant_input_scale and "fp8" in wanted:
+            raise ValueError("constant_input_scale is an amax divided by 2688, FP8 divides by 448; calibrate, or leave fp8 out")
+        if self.constant_input_scale and self.format == "int4":
             raise ValueError(
                 f"constant_input_scale does not go with format {self.format}, which rounds no activations; "
                 "rounding search or rtn needs no data"
@@ -146,12 +170,26 @@ class Recipe(Strict):
     @property
     def needs_samples(self) -> bool:
         """Whether activations of calibration samples decide anything in the output."""
-        return self.rounding == "signround" or (self.format == "nvfp4" and not self.constant_input_scale)
+        return self.rounding == "signround" or (self.rounds_activations and not self.constant_input_scale)
+
+    @property
+    def component_formats(self) -> dict[str, str]:
+        """Component → format, "bf16" among them; lm_head is one here."""
+        if self.formats is not None:
+            return self.formats.model_dump()
+        return dict.fromkeys(self.quantize, self.format)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether some linear's input is rounded by the engine, so that it needs an input_scale."""
+        formats = {*self.component_formats.values(), *self.overrides.values(), self.in_proj_ab}
+        return bool(formats & {"nvfp4", "fp8"})
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as plain data, for the record and for comparing two runs. Keys that change nothing in it are left out, so that runs
         begun before a key was known are still the same."""
-        idle = {"signround": self.rounding != "signround", "chat_template": self.chat_template == "source", "generation_config": True}
+        idle = {"signround": self.rounding != "signround", "chat_template": self.chat_template == "source", "generation_config": True,
+                "formats": self.formats is None, "overrides": not self.overrides}  # fmt: skip
         content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
         return content | ({"generation_config": self.generation_config.said()} if self.generation_config else {})
 
@@ -203,6 +241,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     # YAML reads lists, the schema holds tuples
     if isinstance(content.get("quantize"), list):
         content = {**content, "quantize": tuple(content["quantize"])}
+    if "formats" in content and "format" not in content:
+        content = {**content, "format": "mixed"}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
     try:
@@ -213,6 +253,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 SECTIONS: dict[str, type[Strict]] = {
     "calibration": CalibrationSource, "signround": SignRound, "generation_config": GenerationConfig,
+    "formats": Formats,
 }  # fmt: skip
 
 

@@ -22,12 +22,13 @@ import torch
 from mtpress.calibration import InputAmax
 from mtpress.checkpoint import TensorInfo
 from mtpress.errors import InputError
-from mtpress.formats import int4, nvfp4
+from mtpress.formats import fp8, int4, nvfp4
 from mtpress.hidden_states import NUM_SLOTS
 from mtpress.journal import Journal
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
+from mtpress.rounding import fp8 as rounding_fp8
 from mtpress.rounding import rtn, search, signround_kernel
 from mtpress.rounding.max import round_group
 from mtpress.shard_writer import ShardWriter
@@ -111,7 +112,7 @@ def run(
                 elif job.kind == "quantize":
                     tensors = whole or next(weights)
                     lap("read")
-                    for rounded in ROUNDINGS[plan.recipe.rounding].round(plan, job, tensors, seen):
+                    for rounded in _rounded(plan, job, tensors, seen):
                         lap("round")
                         for name, tensor in rounded.items():
                             writer.write(name, tensor)
@@ -142,18 +143,33 @@ def _groups(step: Step, forward: Forward | None) -> Sequence[Sequence[TensorInfo
     return [job.sources for job in step.jobs if job.kind == "quantize"]
 
 
+def _rounded(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """What a job's linears become, one after another: the recipe's rounding, or that of FP8, which has one; and only what is planned,
+    for weight-only NVFP4 has no input_scale."""
+    planned = {tensor.name for tensor in job.outputs}
+    rounding = ROUNDINGS["fp8" if job.format == "fp8" else plan.recipe.rounding]
+    for made in rounding.round(plan, job, tensors, seen):
+        yield {name: tensor for name, tensor in made.items() if name in planned}
+
+
+def _input_amax(seen: InputAmax, modules: Sequence[str]) -> torch.Tensor:
+    """The largest |x| that the linears of a group read; InputError where it is not finite."""
+    amax = seen.of_group(module.split(".layers.", 1)[1].split(".", 1)[1] for module in modules)
+    if not bool(torch.isfinite(amax)):
+        raise InputError(f"{modules[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
+    return amax
+
+
 def _round_nvfp4(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
     """Output name → tensor for the linears of one group that share their global scales, in planned order."""
     modules = _modules(job)
     weights = {module: tensors[f"{module}.weight"] for module in modules}
     if seen is None:
-        assert plan.recipe.constant_input_scale is not None
-        input_scale = torch.tensor(plan.recipe.constant_input_scale, dtype=torch.float32)
+        assert plan.recipe.constant_input_scale is not None or job.format == "nvfp4_w4a16"  # whose input_scale is not written
+        input_scale = torch.tensor(plan.recipe.constant_input_scale or 1.0, dtype=torch.float32)
     else:
         assert isinstance(seen, InputAmax)
-        amax = seen.of_group(module.split(".layers.", 1)[1].split(".", 1)[1] for module in modules)
-        if not bool(torch.isfinite(amax)):
-            raise InputError(f"{modules[0]}: the calibration activations are {float(amax)}; the source weights are damaged")
+        amax = _input_amax(seen, modules)
         # a dead linear reads only zeros: modelopt 0.47 takes the amax 6 for it
         input_scale = nvfp4.global_scale(torch.where(amax == 0, nvfp4.E2M1_MAX, amax))
     for module, parts in round_group(weights).items():
@@ -161,6 +177,17 @@ def _round_nvfp4(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator
             damaged = next(name for name, weight in weights.items() if not bool(torch.isfinite(weight).all()))
             raise _damaged(damaged)
         yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: input_scale}.items()}
+
+
+def _round_fp8(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+    """The same for FP8, whose linears of one group share one scale too."""
+    assert isinstance(seen, InputAmax)
+    modules = _modules(job)
+    input_scale = fp8.scale(_input_amax(seen, modules))
+    for module, parts in rounding_fp8.round_group({module: tensors[f"{module}.weight"] for module in modules}).items():
+        if not bool(torch.isfinite(parts[fp8.SCALE])):
+            raise _damaged(next(m for m in modules if not bool(torch.isfinite(tensors[f"{m}.weight"]).all())))
+        yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, fp8.INPUT_SCALE: input_scale}.items()}
 
 
 RoundMatrix = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -205,6 +232,7 @@ class Rounding:
 
 ROUNDINGS = {
     "max": Rounding(_round_nvfp4, nvfp4.kernel, lambda weight: round_group({"weight": weight})),
+    "fp8": Rounding(_round_fp8, nvfp4.kernel, lambda weight: rounding_fp8.round_group({"weight": weight})),
     "rtn": Rounding(partial(_round_int4, rtn.round_matrix), int4.kernel, lambda w: int4.tensors(*rtn.round_matrix(w))),
     "search": Rounding(partial(_round_int4, search.round_matrix), int4.kernel, lambda w: int4.tensors(*search.round_matrix(w))),
     "signround": Rounding(  # by the forward, which is measured on its own; what is left is packing
