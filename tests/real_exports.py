@@ -40,11 +40,14 @@ class Export:
     copied: tuple[str, ...] = ()
 
 
+W4A16_FP8 = "huggingface/qwen3_5/ptq/w4a16_nvfp4-fp8_attn-kv_fp8_cast"  # NVIDIA's own for this family
 EXPORTS = {
     "autoround": Export("autoround", "autoround_export.py"),
     "llmcompressor": Export("llmcompressor", "llmcompressor_export.py"),
     "llmcompressor-gdn": Export("llmcompressor", "llmcompressor_export.py", ("--gdn",)),
     "modelopt": Export("modelopt", "modelopt_export.py", copied=COPIED),
+    "modelopt-fp8": Export("modelopt", "modelopt_export.py", ("--fp8",), COPIED),
+    "modelopt-w4a16-fp8": Export("modelopt", "modelopt_export.py", ("--recipe", W4A16_FP8), COPIED),
 }
 
 

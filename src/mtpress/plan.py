@@ -155,9 +155,10 @@ class Plan:
 
     @property
     def formats(self) -> dict[str, str]:
-        """Quantized module → its format, in the order of the plan."""
+        """Quantized module → its format, layers first, in the order of the plan."""
         model = family(self.source.model_type)
-        return {model.module_of(info.name): job.format for job in self.jobs if job.kind == "quantize" for info in job.sources}
+        jobs = [job for step in sorted(self.steps, key=lambda step: step.layer is None) for job in step.jobs]
+        return {model.module_of(info.name): job.format for job in jobs if job.kind == "quantize" for info in job.sources}
 
     @property
     def kept_linears(self) -> list[str]:

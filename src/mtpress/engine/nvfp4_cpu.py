@@ -1,9 +1,10 @@
-"""A vLLM plugin: NVFP4 W4A4 checkpoints on vLLM's CPU platform, for acceptance tests without a GPU.
+"""A vLLM plugin: NVFP4 checkpoints of modelopt on vLLM's CPU platform, for acceptance tests without a GPU.
 
 In: vLLM's table of NVFP4 kernels, which has no entry for the CPU. Out: the table with vLLM's own emulation in it (weights
 dequantized, activations rounded to FP4 and back), so the numerics are those of W4A4 and only the speed is not. The emulation
-dequantizes every weight at every step; where memory allows, what it makes of one is kept (the same numbers, several times as fast). Leaves
-out: weight-only NVFP4 (W4A16), which vLLM forces to Marlin before it reads the table. Read in vLLM 0.32.
+dequantizes every weight at every step; where memory allows, what it makes of one is kept (the same numbers, several times as fast).
+Weight-only NVFP4 (W4A16) vLLM forces to Marlin before it reads the table; there modelopt's linears are handed the same emulation, which
+rounds no activations where a linear has no input scale. Leaves out: FP8, for which vLLM has CPU kernels. Read in vLLM 0.32.
 
 vLLM calls `register` in each process it starts (entry point group vllm.general_plugins), possibly more than once.
 """
@@ -26,6 +27,7 @@ def register() -> None:
         if current_platform._enum != PlatformEnum.CPU:
             return
         from vllm.model_executor.kernels import linear
+        from vllm.model_executor.layers.quantization import modelopt
 
         table = linear._POSSIBLE_NVFP4_KERNELS
         kernel = holding(linear.EmulationNvFp4LinearKernel)
@@ -34,7 +36,17 @@ def register() -> None:
         return
     if not table.get(PlatformEnum.CPU):
         table[PlatformEnum.CPU] = [kernel]
+        modelopt.init_nvfp4_linear_kernel = weight_only(kernel, modelopt.init_nvfp4_linear_kernel, linear.NvFp4LinearLayerConfig)
         logger.debug("registered %s for the CPU", kernel.__name__)
+
+
+def weight_only(kernel: Any, choose: Any, config: Any) -> Any:
+    """vLLM's choice of a kernel, but for W4A16, which it would force to Marlin."""
+
+    def chosen(use_a16: bool = False) -> Any:
+        return kernel(config()) if use_a16 else choose()
+
+    return chosen
 
 
 def holding(emulation: Any) -> Any:
@@ -48,19 +60,18 @@ def holding(emulation: Any) -> Any:
         return emulation
 
     class HoldingEmulation(emulation):  # type: ignore[misc]
-        """run_nvfp4_emulations of vLLM, with the weight's half done once."""
+        """run_nvfp4_emulations of vLLM, with the weight's half done once; without the activations' half for W4A16."""
 
         def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
             held = getattr(layer, HELD, None)
             if held is None or held.dtype != x.dtype:
-                needed = layer.weight.numel() * 2 * x.element_size()
-                if needed * MEMORY_SHARE > psutil.virtual_memory().available:
-                    return super().apply_weights(layer, x, bias)
                 packed = layer.weight.data.view(torch.uint8)
                 scales = layer.weight_scale.data
                 held = dequantize_to_dtype(packed, scales, layer.weight_global_scale, x.dtype, GROUP_SIZE, swizzle=False)
-                object.__setattr__(layer, HELD, held)  # not a buffer of the module: it is no part of the checkpoint
-            rounded = ref_nvfp4_quant_dequant(x, layer.input_global_scale_inv, block_size=GROUP_SIZE)
+                if held.nbytes * MEMORY_SHARE <= psutil.virtual_memory().available:
+                    object.__setattr__(layer, HELD, held)  # not a buffer of the module: it is no part of the checkpoint
+            scale = getattr(layer, "input_global_scale_inv", None)
+            rounded = x if scale is None else ref_nvfp4_quant_dequant(x, scale, block_size=GROUP_SIZE)
             out = torch.matmul(rounded, held.t())
             return out if bias is None else out + bias
 
