@@ -30,6 +30,7 @@ PARTS: dict[Form, tuple[str, ...]] = {
     "nvfp4-pack-quantized": (WEIGHT_PACKED, SCALE, GLOBAL_SCALE),
     "gptq": (QWEIGHT, SCALES, QZEROS),
     "pack-quantized": (WEIGHT_PACKED, SCALE, ZERO_POINT),
+    "fp8": (WEIGHT, SCALE),
 }
 PER_WORD = 8
 Job = tuple[str | None, Form, tuple[TensorInfo, ...]]
@@ -39,8 +40,8 @@ Job = tuple[str | None, Form, tuple[TensorInfo, ...]]
 class Comparison:
     """What was measured.
 
-    error: module → ‖w − ŵ‖ / ‖w‖. int4: those of these modules that are INT4. broken_blocks: module → how many block scales are NaN,
-    negative (of NVFP4; INT4's may be), or zero over weights.
+    error: module → ‖w − ŵ‖ / ‖w‖. int4, fp8: those of these modules that are INT4, and FP8. broken_blocks: module → how many block
+    scales are NaN, negative (of NVFP4; INT4's may be), or zero over weights.
     """
 
     num_equal: int = 0
@@ -48,6 +49,7 @@ class Comparison:
     absent: list[str] = field(default_factory=list)
     error: dict[str, float] = field(default_factory=dict)
     int4: set[str] = field(default_factory=set)
+    fp8: set[str] = field(default_factory=set)
     broken_blocks: dict[str, int] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
     config_keys: list[str] = field(default_factory=list)
@@ -82,6 +84,8 @@ def compare(subject: Subject, base: Checkpoint, *, silent: bool = False) -> Comp
                 found.error[module], broken = _error(form, infos)
                 if form in ("gptq", "pack-quantized"):
                     found.int4.add(module)
+                if form == "fp8":
+                    found.fp8.add(module)
                 if broken:
                     found.broken_blocks[module] = broken
             progress.advance(sum(info.num_bytes for info in infos), ".".join(name.split(".")[-4:])[:24])
@@ -103,7 +107,7 @@ def _jobs(subject: Subject, base: Checkpoint, found: Comparison) -> Iterator[Job
         there = base.tensors.get(f"{module}.{WEIGHT}")
         parts = {suffix: tensors[suffix] for suffix in PARTS.get(form, ()) if suffix in tensors}
         codes = next(iter(parts.values()), None)
-        if codes is None or len(parts) < (2 if form == "pack-quantized" else 3) or len(codes.shape) != 2:
+        if codes is None or len(parts) < (2 if form in ("pack-quantized", "fp8") else 3) or len(codes.shape) != 2:
             found.not_compared.append(module)
         elif there is None or len(there.shape) != 2 or _size(form, codes) != there.shape:
             found.absent.append(f"{module}.{WEIGHT}")
@@ -114,17 +118,21 @@ def _jobs(subject: Subject, base: Checkpoint, found: Comparison) -> Iterator[Job
 
 
 def _size(form: Form, codes: TensorInfo) -> tuple[int, int]:
-    """[N, K] of a matrix of 4 bits, by the shape of its codes."""
+    """[N, K] of a matrix of 4 bits, or of FP8, by the shape of its codes."""
     n, packed = codes.shape
+    if form == "fp8":
+        return n, packed
     if form == "gptq":
         return packed, n * PER_WORD
     return n, packed * (PER_WORD if form == "pack-quantized" else 2)
 
 
 def _fit(subject: Subject, module: str, parts: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> bool:
-    """Whether the scales are what 4-bit codes of a matrix [N, K] can have."""
+    """Whether the scales are what 4-bit codes, or modelopt's FP8, of a matrix [N, K] can have."""
     n, k = shape
     form, scheme = subject.form(module), subject.schemes.get(module)
+    if form == "fp8":
+        return parts[WEIGHT].dtype == "F8_E4M3" and parts[SCALE].dtype == "F32" and parts[SCALE].num_bytes == 4
     if form in ("nvfp4", "nvfp4-pack-quantized"):
         _, blocks, shared = parts.values()
         return blocks.shape == (n, k // 16) and blocks.dtype == "F8_E4M3" and shared.dtype == "F32" and shared.num_bytes == 4
@@ -156,6 +164,8 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 
 def _error(form: Form, infos: tuple[TensorInfo, ...]) -> tuple[float, int]:
     source, codes, scales, *third = infos
+    if form == "fp8":
+        return fp8_error(codes, scales, source), 0
     if form == "nvfp4":
         return relative_error(codes, scales, third[0], source)
     if form == "nvfp4-pack-quantized":
@@ -186,6 +196,20 @@ def relative_error(
         piece.sub_(nvfp4.dequantize(codes[start : start + rows], scale, shared))
         distance += _squares(piece)
     return _quotient(distance, norm), broken
+
+
+def fp8_error(codes: TensorInfo, scale: TensorInfo, source: TensorInfo) -> float:
+    """‖w − ŵ‖ / ‖w‖ of a matrix in modelopt's FP8."""
+    from mtpress.formats import fp8
+
+    weight, stored, shared = (read_tensor(info) for info in (source, codes, scale))
+    distance = norm = 0.0
+    rows = max(1, ROWS_BYTES // (4 * weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        piece = weight[start : start + rows].float()
+        norm += _squares(piece)
+        distance += _squares(piece.sub_(fp8.dequantize(stored[start : start + rows], shared.reshape(()))))
+    return _quotient(distance, norm)
 
 
 def int4_error(form: Form, packed: TensorInfo, scales: TensorInfo, zeros: TensorInfo | None, source: TensorInfo) -> tuple[float, int]:

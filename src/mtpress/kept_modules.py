@@ -7,7 +7,8 @@ which modules are which (models/, rules/subject.py), and how the entries are mat
 Full names everywhere: a glob that holds in one engine holds too little or too much in the next. All shards of a fused linear are
 named, for an engine refuses a linear of which a part is spared. What decides, by format:
 
-    modelopt              ignore (config.json) or quantization.exclude_modules (hf_quant_config.json)
+    modelopt              ignore (config.json) or quantization.exclude_modules (hf_quant_config.json); of mixed precision also
+                          quantized_layers and the targets of the groups, which name what is quantized
     compressed-tensors    ignore
     AutoRound             extra_config (16 bits), block_name_to_quantize
     GPTQ                  modules_in_block_to_quantize, where it is there; without it vLLM goes by what is stored. Its `dynamic`
@@ -43,6 +44,7 @@ def spare(declared: Declaration, kept: Sequence[str], quantized: Sequence[str], 
     if declared.method.startswith("modelopt"):
         inner = content["quantization"] if declared.legacy else content
         inner[declared.ignore_key] = list(kept)
+        _spare_layers(content, inner, kept)
     elif declared.format == "compressed-tensors":
         content["ignore"] = [*kept, *([ENGINE_LM_HEAD] if "lm_head" in kept and _targets_lm_head(content) else [])]
     elif declared.format == "auto-round":
@@ -99,6 +101,17 @@ def config_contents(
 def json_bytes(content: Mapping[str, Any]) -> bytes:
     """A JSON file as mtpress writes them."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _spare_layers(content: dict[str, Any], inner: dict[str, Any], kept: Sequence[str]) -> None:
+    """Takes kept modules out of the lists of modelopt's mixed precision; what is quantized and not in them, they have no format for."""
+    spared = set(kept)
+    if isinstance(layers := inner.get("quantized_layers"), Mapping):
+        inner["quantized_layers"] = {name: entry for name, entry in layers.items() if name not in spared}
+        groups = content.get("config_groups")
+        for group in groups.values() if isinstance(groups, Mapping) else ():
+            if isinstance(group, dict) and isinstance(targets := group.get("targets"), list):
+                group["targets"] = [target for target in targets if target not in spared]
 
 
 def _targets_lm_head(content: Mapping[str, Any]) -> bool:

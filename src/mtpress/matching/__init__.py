@@ -11,7 +11,7 @@ from mtpress.matching.auto_round import LayerConfig
 from mtpress.matching.compressed_tensors import ConfigGroups
 from mtpress.matching.gptq import ModuleList
 from mtpress.matching.matcher import Matcher, Scheme, Verdict
-from mtpress.matching.modelopt import IgnoreList
+from mtpress.matching.modelopt import FP8, NVFP4, W4A16, IgnoreList, QuantizedLayers
 
 if TYPE_CHECKING:
     from mtpress.rules.declaration import Declaration
@@ -25,7 +25,11 @@ def matcher_of(declared: "Declaration", architecture: str, dtypes: Mapping[str, 
     architecture: a key of qwen3_5_engine.RENAMES. dtypes: tensor name → safetensors dtype, of every file in the directory.
     """
     if declared.format == "nvfp4":
-        return IgnoreList(declared.ignore, architecture, activations=not declared.weight_only)
+        return IgnoreList(declared.ignore, architecture, W4A16 if declared.weight_only else NVFP4)
+    if declared.format == "modelopt-mixed":
+        return QuantizedLayers(declared.inner.get("quantized_layers"), declared.ignore, architecture)
+    if declared.format == "modelopt-fp8" and declared.algo == "FP8":
+        return IgnoreList(declared.ignore, architecture, FP8)
     if declared.format == "compressed-tensors":
         return ConfigGroups(declared.content, architecture)
     if declared.format == "auto-round":

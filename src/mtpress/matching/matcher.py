@@ -19,10 +19,10 @@ class Scheme:
     """How a config says a linear is stored.
 
     bits: of one weight. group_size: along K, -1 for one group a row. activations: whether they are quantized too.
-    "other" is whatever mtpress does not check: FP8, MXFP4 and the like.
+    "fp8" is modelopt's: one static scale a tensor. "other" is whatever mtpress does not check: other FP8, MXFP4 and the like.
     """
 
-    kind: Literal["nvfp4", "int", "other"]
+    kind: Literal["nvfp4", "fp8", "int", "other"]
     bits: int
     group_size: int
     symmetric: bool = True

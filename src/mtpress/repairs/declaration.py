@@ -14,6 +14,7 @@ from mtpress.errors import InputError
 from mtpress.kept_modules import spare
 from mtpress.matching.modelopt import GROUP_SIZE
 from mtpress.repairs.base_files import LARGEST_SHARE, bring_back
+from mtpress.repairs.mixed_precision import declare_mixed, stored_formats
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn
 from mtpress.rules import ignore_lists, stored
 from mtpress.rules.declaration import NVFP4_ALGOS, Declaration
@@ -36,6 +37,10 @@ def declare(ctx: Context) -> Iterator[Fix | Left]:
     forms = {subject.form(module) for module in subject.quantized}
     if not forms:
         yield from _undeclare(ctx)
+        return
+    if (formats := stored_formats(subject)) is not None:
+        fp8_kv = subject.declared is not None and _kv_cache(subject, subject.declared) == "fp8"
+        yield declare_mixed(ctx, subject.model.kept_modules(subject.tensors, _prefix(subject)), formats, fp8_kv)
         return
     if len(forms) > 1 or not forms <= DECLARED_AS.keys():
         titles = ", ".join(sorted(stored.TITLES[form] for form in forms))

@@ -10,6 +10,7 @@ from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
 # NVFP4 by "max" gives 0.095 on normal weights, and 0.08 to 0.12 on trained ones; INT4 in groups of 128, plainly rounded, 0.117 on normal
 # weights and 0.11 to 0.13 on trained ones. Twice that is no rounding.
 LARGEST_ERROR, LARGEST_INT4_ERROR = 0.2, 0.25
+LARGEST_FP8_ERROR = 0.06  # E4M3 has three bits of mantissa: 0.026 on normal weights, 0.025 to 0.027 on trained ones
 NUM_MADS, LEAST_DISTANCE = 10.0, 0.15  # an outlier is both: far by the spread of the others, and by 15 % of the median
 LEAST_INT4_DISTANCE = 0.4  # a group of 128 follows the tails of its matrix: 0.09 to 0.13 in one model, where a block of 16 gives 0.095
 FEW_IN_BF16 = "where they are few, mtpress repair CKPT OUT --base SRC puts them in BF16; else " + QUANTIZE_AGAIN
@@ -37,7 +38,8 @@ def base_lacks(found: Comparison) -> Iterator[Problem]:
 def not_compared(found: Comparison) -> Iterator[Problem]:
     if found.not_compared:
         yield Problem(
-            f"{count(len(found.not_compared), 'module')} that cannot be compared: not whole, or not 4 bits", tuple(found.not_compared)
+            f"{count(len(found.not_compared), 'module')} that cannot be compared: not whole, or not of a known format",
+            tuple(found.not_compared),
         )
 
 
@@ -56,20 +58,30 @@ def _worst_first(found: Comparison, names: list[str]) -> tuple[str, ...]:
 
 def is_near(found: Comparison, module: str) -> bool:
     """Whether a quantized matrix is as near to its source as rounding brings it."""
-    return found.error[module] <= (LARGEST_INT4_ERROR if module in found.int4 else LARGEST_ERROR)
+    return found.error[module] <= _largest(found, module)
+
+
+def _largest(found: Comparison, module: str) -> float:
+    if module in found.fp8:
+        return LARGEST_FP8_ERROR
+    return LARGEST_INT4_ERROR if module in found.int4 else LARGEST_ERROR
 
 
 def error_large(found: Comparison) -> Iterator[Problem]:
     names = _worst_first(found, [name for name in found.error if not is_near(found, name)])
     if names:
-        limit = LARGEST_INT4_ERROR if found.int4.issuperset(names) else LARGEST_ERROR
+        limit = min(_largest(found, name) for name in names)
         message = f"{count(len(names), 'matrix' if len(names) == 1 else 'matrice')} further than {limit} from the source"
         yield Problem(f"{message}; the worst {found.error[names[0]]:.4g}", names)
 
 
 def error_outlier(found: Comparison) -> Iterator[Problem]:
     near = {name for name in found.error if is_near(found, name)}
-    for members, distance in ((near - found.int4, LEAST_DISTANCE), (near & found.int4, LEAST_INT4_DISTANCE)):
+    for members, distance in (
+        (near - found.int4 - found.fp8, LEAST_DISTANCE),
+        (near & found.int4, LEAST_INT4_DISTANCE),
+        (near & found.fp8, LEAST_DISTANCE),
+    ):
         errors = {name: error for name, error in found.error.items() if name in members}
         if len(errors) < 4:
             continue
@@ -117,7 +129,7 @@ RULES = (
     Rule(
         "not-compared",
         "note",
-        "Quantized modules that are not compared: FP8, 8 bits, or parts that do not fit together.",
+        "Quantized modules that are not compared: FP8 other than modelopt's, INT8, or parts that do not fit together.",
         "nothing can be done here",
         not_compared,
     ),
@@ -131,8 +143,8 @@ RULES = (
     Rule(
         "error-large",
         "error",
-        f"A quantized matrix is further than {LARGEST_ERROR} from its source, of INT4 {LARGEST_INT4_ERROR} (‖w − ŵ‖/‖w‖; NVFP4 gives "
-        "about 0.1, INT4 in groups of 128 about 0.12): not its source, or not its scales.",
+        f"A quantized matrix is further than {LARGEST_ERROR} from its source, of INT4 {LARGEST_INT4_ERROR}, of FP8 {LARGEST_FP8_ERROR} "
+        "(‖w − ŵ‖/‖w‖; NVFP4 gives about 0.1, INT4 in groups of 128 about 0.12, FP8 0.03): not its source, or not its scales.",
         FEW_IN_BF16,
         error_large,
     ),

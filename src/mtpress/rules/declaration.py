@@ -18,6 +18,9 @@ Format = Literal["nvfp4", "modelopt-fp8", "modelopt-mixed", "compressed-tensors"
 
 NVFP4_ALGOS = ("NVFP4", "W4A16_NVFP4")
 MODELOPT_ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", *NVFP4_ALGOS, "MXFP8", "MIXED_PRECISION")
+# What modelopt's mixed precision can say of a module, and mtpress knows.
+LAYER_FORMS: dict[str, Form] = {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4", "FP8": "fp8"}
+LAYER_TITLES = {"NVFP4": "NVFP4 W4A4", "W4A16_NVFP4": "NVFP4 W4A16", "FP8": "FP8"}
 METHODS: dict[str, Format] = {
     "compressed-tensors": "compressed-tensors", "auto-round": "auto-round", "inc": "auto-round", "gptq": "gptq", "awq": "awq", "fp8": "fp8",
 }  # fmt: skip
@@ -92,10 +95,26 @@ class Declaration:
         return tuple(scheme_of(group, layout) for group in self.groups if isinstance(group.get("weights"), Mapping))
 
     @cached_property
+    def layer_entries(self) -> tuple[Mapping[str, Any], ...]:
+        """Of modelopt's mixed precision: what is said of each module."""
+        layers = self.inner.get("quantized_layers") if self.format == "modelopt-mixed" else None
+        return tuple(entry for entry in layers.values() if isinstance(entry, Mapping)) if isinstance(layers, Mapping) else ()
+
+    @cached_property
+    def layer_algos(self) -> tuple[str, ...]:
+        """The algorithms of modelopt's mixed precision, each once."""
+        return tuple(dict.fromkeys(str(entry.get("quant_algo") or "").upper() for entry in self.layer_entries))
+
+    @cached_property
     def layouts(self) -> tuple[Form, ...]:
         """The stored forms that it stands for; empty where mtpress does not know the format, or not this kind of it."""
         if self.format == "nvfp4":
             return ("nvfp4",)
+        if self.format == "modelopt-fp8":
+            return ("fp8",) if self.algo == "FP8" else ()
+        if self.format == "modelopt-mixed":
+            known = all(algo in LAYER_FORMS for algo in self.layer_algos)
+            return tuple(dict.fromkeys(LAYER_FORMS[algo] for algo in self.layer_algos)) if known else ()
         if self.format == "compressed-tensors":
             forms: dict[str, Form] = {"nvfp4": "nvfp4-pack-quantized", "int": "pack-quantized"}
             if not self.groups:  # nothing is quantized then, whatever is stored
@@ -113,6 +132,8 @@ class Declaration:
         """Whether activations stay in 16 bits: everything but modelopt's and compressed-tensors' NVFP4 with input_activations."""
         if self.format == "compressed-tensors":
             return not any(scheme.activations for scheme in self.schemes)
+        if self.format in ("modelopt-fp8", "modelopt-mixed"):
+            return bool(self.layer_algos) and set(self.layer_algos) == {"W4A16_NVFP4"}
         silent = bool(self.groups) and all(group.get("input_activations") is None for group in self.groups)
         return self.algo != "NVFP4" or silent
 
@@ -120,7 +141,7 @@ class Declaration:
     def group_sizes(self) -> set[Any]:
         """Every group_size that is said, at the top or in a group of the config."""
         weights = [group.get("weights") for group in self.groups]
-        said = [self.inner.get("group_size"), *(w.get("group_size") for w in weights if isinstance(w, Mapping))]
+        said = [self.inner.get("group_size"), *(w.get("group_size") for w in (*weights, *self.layer_entries) if isinstance(w, Mapping))]
         return {size if isinstance(size, int) else str(size) for size in said if size is not None}
 
     @cached_property
@@ -156,6 +177,10 @@ class Declaration:
         nvfp4 = f" NVFP4 ({'W4A16' if self.weight_only else 'W4A4'})"
         if self.format == "nvfp4":
             return nvfp4
+        if self.format == "modelopt-fp8":
+            return ""
+        if self.format == "modelopt-mixed":
+            return f" ({', '.join(LAYER_TITLES[algo] for algo in self.layer_algos)})"
         if self.format == "compressed-tensors":
             kinds = [
                 nvfp4 if scheme.kind == "nvfp4" else _int_title(scheme.bits, scheme.group_size, scheme.symmetric) for scheme in self.schemes

@@ -36,7 +36,7 @@ def ignore_malformed(subject: Subject) -> Iterator[Problem]:
         for odd in held.malformed:
             yield Problem(f"{subject.declared.file}: {odd}", (subject.declared.file,))
     for declared in declarations(subject):
-        if declared.format != "nvfp4":
+        if declared.format not in ("nvfp4", "modelopt-fp8", "modelopt-mixed"):
             continue
         entries = declared.inner.get(declared.ignore_key, [])
         if not isinstance(entries, list) or len(entries) != len(declared.ignore):
@@ -47,7 +47,9 @@ def ignore_splits_fused(subject: Subject) -> Iterator[Problem]:
     split = [linear for linear, verdict in subject.verdicts.items() if verdict == "split"]
     if split:
         names = tuple(module for linear in split for module in linear.modules)
-        yield Problem(f"the list names some, not all, shards of {count(len(split), 'fused linear')}", names)
+        yield Problem(
+            f"the list names some, not all, shards of {count(len(split), 'fused linear')}, or says different things of them", names
+        )
 
 
 def _plain_but_quantized(subject: Subject, part: str) -> tuple[str, ...]:
@@ -115,15 +117,15 @@ RULES = (
         "ignore-malformed",
         "error",
         "The ignore list is no list of names, or what stands for it in the format is not what the engine reads there (GPTQ's `dynamic` "
-        "as null is one): ValueError, or a crash inside the engine.",
+        "as null is one, an entry of `quantized_layers` without quant_algo another): ValueError, or a crash inside the engine.",
         REPAIR,
         ignore_malformed,
     ),
     Rule(
         "ignore-splits-fused",
         "error",
-        "The list names one shard of a linear that the engine fuses (q/k/v, gate/up, in_proj_qkv/z, in_proj_b/a), and not the others: "
-        "ValueError, whatever the format.",
+        "The list names one shard of a linear that the engine fuses (q/k/v, gate/up, in_proj_qkv/z, in_proj_b/a), and not the others, or "
+        "gives two of them different formats: ValueError, whatever the format.",
         REPAIR,
         ignore_splits_fused,
     ),
@@ -146,8 +148,8 @@ RULES = (
     Rule(
         "ignore-too-much",
         "error",
-        "Quantized modules that the list matches, as `…layers.1*` matches layers 10 to 19, or that no target and no block name matches: "
-        "the engine builds them in BF16, nothing fits.",
+        "Quantized modules that the list matches, as `…layers.1*` matches layers 10 to 19, or that no target, no block name and no entry of "
+        "`quantized_layers` matches: the engine builds them in BF16, nothing fits.",
         REPAIR,
         ignore_too_much,
     ),

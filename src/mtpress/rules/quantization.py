@@ -20,7 +20,7 @@ METHODS = (
 PACKING_FORMATS = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor")
 BACKENDS = ("auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin")
 GPTQ_BITS, GPTQ_GROUP_SIZES = (4, 8), (-1, 32, 64, 128)
-KINDS: dict[Form, str] = {"nvfp4-pack-quantized": "nvfp4", "pack-quantized": "int"}
+KINDS: dict[Form, str] = {"nvfp4": "nvfp4", "fp8": "fp8", "nvfp4-pack-quantized": "nvfp4", "pack-quantized": "int"}
 
 
 def quant_method(subject: Subject) -> Iterator[Problem]:
@@ -40,7 +40,7 @@ def quant_algo(subject: Subject) -> Iterator[Problem]:
 
 def group_size(subject: Subject) -> Iterator[Problem]:
     declared = subject.declared
-    if declared is not None and declared.format == "nvfp4":
+    if declared is not None and declared.format in ("nvfp4", "modelopt-mixed"):
         wrong = sorted(str(size) for size in declared.group_sizes - {NVFP4_GROUP_SIZE})
         if wrong:
             yield Problem(f"{declared.file}: group_size is {', '.join(wrong)}, NVFP4 has blocks of {NVFP4_GROUP_SIZE}", (declared.file,))
@@ -155,14 +155,19 @@ def configs_contradict(subject: Subject) -> Iterator[Problem]:
             yield Problem(f"{what}: config.json says {here or 'nothing'}, {HF_QUANT_CONFIG} says {there or 'nothing'}", (HF_QUANT_CONFIG,))
     modules = _taken_differently(subject, other)
     if modules:
-        message = f"the ignore lists of config.json and {HF_QUANT_CONFIG} disagree on {count(len(modules), 'module')}"
+        lists = "lists of layers" if other.format == "modelopt-mixed" else "ignore lists"
+        message = f"the {lists} of config.json and {HF_QUANT_CONFIG} disagree on {count(len(modules), 'module')}"
         yield Problem(message, modules)
 
 
 def _taken_differently(subject: Subject, other: Declaration) -> tuple[str, ...]:
     """The modules that the engine takes otherwise by another declaration."""
     theirs = subject.verdicts_of(other)
-    return tuple(sorted({m for linear, verdict in subject.verdicts.items() if verdict != theirs.get(linear) for m in linear.modules}))
+    differ = {m for linear, verdict in subject.verdicts.items() if verdict != theirs.get(linear) for m in linear.modules}
+    there = subject.matcher(other) if other.format == "modelopt-mixed" else None
+    if there is not None and subject.held is not None:
+        differ |= {m for linear in subject.linears if subject.held.scheme(linear) != there.scheme(linear) for m in linear.modules}
+    return tuple(sorted(differ))
 
 
 def configs_differ(subject: Subject) -> Iterator[Problem]:
@@ -186,7 +191,7 @@ def configs_differ(subject: Subject) -> Iterator[Problem]:
 
 def hf_quant_config_missing(subject: Subject) -> Iterator[Problem]:
     declared = subject.declared
-    if declared is not None and declared.format == "nvfp4" and not subject.has(HF_QUANT_CONFIG):
+    if declared is not None and declared.format in ("nvfp4", "modelopt-mixed") and not subject.has(HF_QUANT_CONFIG):
         yield Problem(f"no {HF_QUANT_CONFIG}; vLLM reads config.json, some engines read only that file", (HF_QUANT_CONFIG,))
 
 
@@ -250,8 +255,8 @@ RULES = (
     Rule(
         "format-not-covered",
         "note",
-        "The checkpoint is in a format whose scales and ignore rules mtpress does not know (AWQ, FP8, MXFP4, mixed precision); files, "
-        "draft head and tokenizer are checked.",
+        "The checkpoint is in a format whose scales and ignore rules mtpress does not know (AWQ, MXFP4, FP8 other than modelopt's with one "
+        "scale a tensor); files, draft head and tokenizer are checked.",
         "try it in the engine, with the check for missing weights on",
         format_not_covered,
     ),
@@ -273,7 +278,7 @@ RULES = (
     Rule(
         "hf-quant-config-missing",
         "note",
-        "There is no hf_quant_config.json, which modelopt writes beside an NVFP4 checkpoint.",
+        "There is no hf_quant_config.json, which modelopt writes beside its checkpoints.",
         REPAIR,
         hf_quant_config_missing,
     ),

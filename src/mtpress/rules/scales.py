@@ -11,6 +11,7 @@ from mtpress.models.qwen3_5_engine import EngineLinear
 from mtpress.rules import stored
 from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
 from mtpress.rules.stored import (
+    FP8_SCALARS,
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
     INPUT_SCALE,
@@ -30,6 +31,7 @@ from mtpress.rules.subject import Subject
 # An amax is 2688 times its scale. No trained weight reaches 2688 or ends below 0.00003, no activation reaches 268,800:
 # a scale outside is a reciprocal (or, in compressed-tensors' layout, none), or an amax that was never divided.
 PLAUSIBLE = {SCALE_2: (1e-8, 1.0), INPUT_SCALE: (1e-8, 100.0), GLOBAL_SCALE: (1.0, 1e8), INPUT_GLOBAL_SCALE: (0.01, 1e8)}
+WITH_FP8: dict[Form, tuple[str, str]] = {**SCALARS, "fp8": FP8_SCALARS}
 MADE_ANEW = "mtpress repair CKPT OUT makes anew what follows from the rest, with --base SRC the linear in BF16; else " + QUANTIZE_AGAIN
 REEXPRESS = (
     "mtpress repair CKPT OUT writes the block scales under one global scale where that is exact, and says of the others what it would "
@@ -41,8 +43,10 @@ def needed(subject: Subject, module: str) -> tuple[str, ...]:
     """The suffixes of the scales that a module must have, by the form it is stored in and what is declared of it."""
     form, scheme = subject.form(module), subject.schemes.get(module)
     if form in SCALARS:
-        weight_only = subject.declared is None or subject.declared.weight_only
+        weight_only = not scheme.activations if scheme is not None else subject.declared is None or subject.declared.weight_only
         return (SCALE, SCALARS[form][0], *(() if weight_only else SCALARS[form][1:]))
+    if form == "fp8":
+        return FP8_SCALARS
     if form == "pack-quantized":
         return (SCALE, WEIGHT_SHAPE, *((ZERO_POINT,) if scheme is not None and not scheme.symmetric else ()))
     return (SCALES, QZEROS) if form == "gptq" else ()
@@ -113,7 +117,8 @@ def _differing(subject: Subject, which: int) -> dict[str, float]:
     """Modules of fused linears whose sound scalars differ → by what vLLM multiplies them; which: an index into SCALARS."""
     found: dict[str, float] = {}
     for linear in _fused(subject):
-        for form, suffixes in SCALARS.items():
+        # of FP8, vLLM rounds the shards anew under one weight scale
+        for form, suffixes in (WITH_FP8 if which else SCALARS).items():
             names = {module: f"{module}.{suffixes[which]}" for module in linear.modules if subject.form(module) == form}
             values = {module: subject.scalars[name] for module, name in names.items() if subject.scalars.get(name, 0) > 0}
             values = {module: value for module, value in values.items() if math.isfinite(value)}
@@ -155,10 +160,11 @@ def in_proj_ab_quantized(subject: Subject) -> Iterator[Problem]:
 
 
 def input_scales_unused(subject: Subject) -> Iterator[Problem]:
-    if subject.declared is not None and subject.declared.format == "nvfp4" and subject.declared.weight_only:
-        names = tuple(name for name in subject.tensors if name.endswith(f".{INPUT_SCALE}"))
+    if subject.declared is not None and subject.declared.format in ("nvfp4", "modelopt-mixed"):
+        only = {module for module, scheme in subject.schemes.items() if scheme.kind == "nvfp4" and not scheme.activations}
+        names = tuple(name for name in subject.tensors if name.endswith(f".{INPUT_SCALE}") and name.rpartition(".")[0] in only)
         if names:
-            yield Problem(f"{count(len(names), INPUT_SCALE)} in a checkpoint whose activations stay in 16 bits; vLLM drops them", names)
+            yield Problem(f"{count(len(names), INPUT_SCALE)} of linears whose activations stay in 16 bits; vLLM drops them", names)
 
 
 RULES = (

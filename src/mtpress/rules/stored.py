@@ -37,6 +37,7 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
 SCALE_SUFFIXES = frozenset(suffix for names in SUFFIXES.values() for suffix in names) - {WEIGHT, WEIGHT_PACKED, QWEIGHT}
 # The float32 scalars of NVFP4: of the weights, then of the activations.
 SCALARS: dict[Form, tuple[str, str]] = {"nvfp4": (SCALE_2, INPUT_SCALE), "nvfp4-pack-quantized": (GLOBAL_SCALE, INPUT_GLOBAL_SCALE)}
+FP8_SCALARS = (SCALE, INPUT_SCALE)  # the same of modelopt's FP8
 
 
 def form_of(tensors: Mapping[str, TensorInfo]) -> Form:

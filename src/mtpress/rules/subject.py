@@ -19,10 +19,10 @@ from mtpress.matching import Matcher, Scheme, Verdict, matcher_of
 from mtpress.models import family, qwen3_5_engine
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE, EngineLinear
 from mtpress.rules.declaration import Declaration
-from mtpress.rules.stored import KV_SCALES, SCALARS, Form, form_of
+from mtpress.rules.stored import FP8_SCALARS, KV_SCALES, SCALARS, Form, form_of
 
 CONFIG, HF_QUANT_CONFIG, QUANTIZATION_CONFIG = "config.json", "hf_quant_config.json", "quantization_config.json"
-SCALAR_SUFFIXES = (*(suffix for scales in SCALARS.values() for suffix in scales), *KV_SCALES)
+SCALAR_SUFFIXES = (*(suffix for scales in SCALARS.values() for suffix in scales), *FP8_SCALARS, *KV_SCALES)
 MISPLACED_MTP = re.compile(r"^(.+\.)mtp\.")
 
 
@@ -204,7 +204,7 @@ class Subject:
 
     @cached_property
     def covered(self) -> bool:
-        """Whether the rules know the declared format: NVFP4 and INT4 in the layouts of stored.py, or none at all."""
+        """Whether the rules know the declared format: NVFP4, INT4 and modelopt's FP8 in the layouts of stored.py, or none at all."""
         return self.declared is None or bool(self.declared.layouts)
 
     @cached_property

@@ -8,6 +8,7 @@ from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE
 from mtpress.rules import stored
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.stored import (
+    FP8_SCALARS,
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
     INPUT_SCALE,
@@ -40,6 +41,7 @@ DTYPES: dict[Form, dict[str, tuple[str, ...]]] = {
     "nvfp4": {suffix: (dtype,) for suffix, dtype in SCALE_DTYPES.items()},
     "nvfp4-pack-quantized": {SCALE: ("F8_E4M3",), GLOBAL_SCALE: ("F32",), INPUT_GLOBAL_SCALE: ("F32",)},
     "pack-quantized": {WEIGHT_PACKED: INTEGERS, SCALE: HALVES, ZERO_POINT: INTEGERS, WEIGHT_SHAPE: ("I64", "I32")},
+    "fp8": {WEIGHT: ("F8_E4M3",), SCALE: ("F32",), INPUT_SCALE: ("F32",)},  # modelopt's; of others nothing is known
     "gptq": {QWEIGHT: INTEGERS, QZEROS: INTEGERS, SCALES: HALVES, "g_idx": INTEGERS},
 }
 ROWS_MULTIPLE = 32  # of the CPU kernel; Marlin pads
@@ -92,6 +94,7 @@ def weight_dtype(subject: Subject) -> Iterator[Problem]:
     for name, info in subject.tensors.items():
         module, _, suffix = name.rpartition(".")
         form = subject.form(module)
+        form = form if form != "fp8" or subject.covered else "none"
         if name in subject.called_for and module not in decided and info.dtype not in PLAIN_DTYPES:
             wrong[f"{info.dtype}, must be BF16: no engine reads it quantized"].append(name)
         elif module in decided and form == "unknown" and suffix == WEIGHT:
@@ -115,6 +118,8 @@ def weight_precision(subject: Subject) -> Iterator[Problem]:
 def _stored_shapes(subject: Subject, module: str, n: int, k: int) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Suffix → the shapes that a part of a quantized [N, K] may have; the first is what to write."""
     form = subject.form(module)
+    if form == "fp8":
+        return {WEIGHT: ((n, k),)} | (dict.fromkeys(FP8_SCALARS, ((), (1,))) if subject.covered else {})
     if form in SCALARS:
         codes = WEIGHT if form == "nvfp4" else WEIGHT_PACKED
         return {codes: ((n, k // 2),), SCALE: ((n, k // NVFP4_GROUP_SIZE),)} | dict.fromkeys(SCALARS[form], ((), (1,)))
@@ -139,7 +144,7 @@ def weight_shape(subject: Subject) -> Iterator[Problem]:
     for name, shape in subject.called_for.items():
         module, _, suffix = name.rpartition(".")
         expected: dict[str, tuple[tuple[int, ...], ...]] = {name: (shape,)}
-        if suffix == WEIGHT and subject.form(module) not in ("plain", "none", "unknown", "fp8") and len(shape) == 2:
+        if suffix == WEIGHT and subject.form(module) not in ("plain", "none", "unknown") and len(shape) == 2:
             parts = _stored_shapes(subject, module, *shape)
             expected = {f"{module}.{part}": shapes for part, shapes in parts.items()}
             if subject.packed_shapes.get(module, shape) != shape:
@@ -227,8 +232,8 @@ RULES = (
     Rule(
         "weight-dtype",
         "error",
-        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32, INT4 codes I32. vLLM casts "
-        "what it finds, and says nothing: integers become weights, scales lose their precision.",
+        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32, FP8 scales F32, INT4 codes I32. "
+        "vLLM casts what it finds, and says nothing: integers become weights, scales lose their precision.",
         "restore it: mtpress repair CKPT OUT --base SRC, or quantize again",
         weight_dtype,
     ),

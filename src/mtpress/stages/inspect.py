@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Component:
     """num_params counts what the model computes with: a 4-bit weight is one, a scale is none. dtypes: name → tensors.
 
-    bits: what one parameter takes, with its share of the scales.
+    bits: what one parameter takes, with its share of the scales. formats: stored format → bytes of its modules.
     """
 
     num_tensors: int
@@ -40,6 +40,7 @@ class Component:
     num_bytes: int
     dtypes: dict[str, int]
     bits: float | None
+    formats: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,17 @@ def _components(subject: Subject) -> dict[str, Component]:
     found: dict[str, list[TensorInfo]] = defaultdict(list)
     for name, info in subject.tensors.items():
         found[subject.model.component(name)].append(info)
-    return {part: _component(found[part], bits) for part in (*COMPONENTS, "other") if part in found}
+    return {part: _component(subject, found[part], bits) for part in (*COMPONENTS, "other") if part in found}
 
 
-def _component(infos: list[TensorInfo], bits: int) -> Component:
+def _component(subject: Subject, infos: list[TensorInfo], bits: int) -> Component:
     params = sum(num_params(info.name.rpartition(".")[2], info, bits) for info in infos)
     size = sum(info.num_bytes for info in infos)
     dtypes = dict(Counter(info.dtype for info in infos).most_common())
-    return Component(len(infos), params, size, dtypes, round(8 * size / params, 3) if params else None)
+    formats: Counter[str] = Counter()
+    for info in infos:
+        formats[stored.TITLES[subject.form(info.name.rpartition(".")[0])]] += info.num_bytes
+    return Component(len(infos), params, size, dtypes, round(8 * size / params, 3) if params else None, dict(formats.most_common()))
 
 
 def _quantization(subject: Subject) -> Quantization | None:
@@ -254,7 +258,7 @@ def _component_table(result: InspectResult) -> "Table":
             f"{holds.num_params:,}",
             human_bytes(holds.num_bytes),
             f"{holds.bits:.3g}" if holds.bits is not None else "",
-            ", ".join(holds.dtypes),
+            ", ".join(f"{human_bytes(size)} {title}" for title, size in holds.formats.items()),
         )
     files = count(result.num_shards, "file")
     bits = f"{8 * result.num_bytes / result.num_params:.3g}" if result.num_params else ""

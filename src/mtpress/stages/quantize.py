@@ -23,7 +23,7 @@ from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
-from mtpress.plan import Plan, make_plan
+from mtpress.plan import LAYOUTS, Plan, make_plan
 from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mtpress import preflight
     from mtpress.calibration import CalibrationSet
     from mtpress.workers import Spread
+FORMAT_TITLES = {"bf16": "BF16"} | {name: layout.title for name, layout in LAYOUTS.items()}
 TEMPLATE_TITLES = {"mtpress": "mtpress's own", "source": "the source's", "none": "none, as in the source"}
 MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the record that the result repeats
 
@@ -48,6 +49,7 @@ class QuantizeResult:
     source_bytes: int
     output_bytes: int
     bytes_by_component: dict[str, int]
+    bytes_by_format: dict[str, dict[str, int]]
     shards: dict[str, int]
     num_quantized: int
     num_kept: int
@@ -274,6 +276,7 @@ def describe(plan: Plan, target: Path, dry_run: bool = False, measured: Mapping[
         source_bytes=plan.source.num_bytes,
         output_bytes=plan.output_bytes,
         bytes_by_component=plan.bytes_by_component,
+        bytes_by_format=plan.bytes_by_format,
         shards={name: sum(t.num_bytes for t in tensors) for name, tensors in plan.shards.items()},
         num_quantized=kinds.count("quantize"),
         num_kept=kinds.count("keep"),
@@ -331,10 +334,12 @@ def show(result: QuantizeResult) -> None:
     console = Console()
     verb = "would write" if result.dry_run else "wrote"
     table = Table(title=f"{result.recipe}: {verb} {result.out}")
-    for heading, side in (("component", "left"), ("bytes", "right")):
+    for heading, side in (("component", "left"), ("bytes", "right"), ("of it", "left")):
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
     for part, size in result.bytes_by_component.items():
-        table.add_row(COMPONENT_TITLES.get(part, part), human_bytes(size))
+        formats = sorted(result.bytes_by_format[part].items(), key=lambda item: -item[1])
+        shares = [f"{human_bytes(held)} {FORMAT_TITLES[name]}" for name, held in formats]
+        table.add_row(COMPONENT_TITLES.get(part, part), human_bytes(size), ", ".join(shares))
     table.add_row(
         "all",
         f"{human_bytes(result.output_bytes)} ({result.output_bytes / result.source_bytes:.2f}× of {human_bytes(result.source_bytes)})",
