@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mtpress.checkpoint import INDEX_NAME
-from mtpress.formats import compressed_tensors, int4
+from mtpress.formats import compressed_tensors, fp8, int4, mixed_precision
 from mtpress.models import qwen3_5
 from mtpress.templating import template
 
@@ -227,10 +227,29 @@ def _write_nvfp4_of_compressed_tensors(bf16: Path, nvfp4: Path, out: Path, *, we
     return out
 
 
+def _write_modelopt_mixed(bf16: Path, nvfp4: Path, out: Path) -> Path:
+    """NVFP4 MLP, FP8 attention and GDN, each linear with a scale of its own, as modelopt writes them."""
+    e = Edit(Path(shutil.copytree(nvfp4, out)))
+    source = load_file(bf16 / "model.safetensors")
+    formats = dict.fromkeys(sorted(quantizable(source), key=qwen3_5.natural), "nvfp4")
+    for module in formats:
+        if ".mlp." in module:
+            continue
+        formats[module] = "fp8"
+        del e.tensors[f"{module}.weight_scale_2"]
+        scale = fp8.scale(source[f"{module}.weight"].abs().amax())
+        e.tensors[f"{module}.weight"], e.tensors[f"{module}.weight_scale"] = fp8.quantize(source[f"{module}.weight"], scale), scale
+    e.config["quantization_config"] = mixed_precision.quantization_config(e.quantization, formats)
+    e.hf = mixed_precision.hf_quant_config(e.hf or {}, formats)
+    e.save()
+    return out
+
+
 SMALL_FORMATS: dict[str, Callable[[Path, Path, Path], Path]] = {
     "compressed-tensors": _write_nvfp4_of_compressed_tensors,
     "compressed-tensors-w4a16": partial(_write_nvfp4_of_compressed_tensors, weight_only=True),
     "compressed-tensors-int4": _write_int4_of_compressed_tensors,
     "auto-round": _write_auto_round,
     "gptq": _write_gptq,
+    "modelopt-mixed": _write_modelopt_mixed,
 }

@@ -19,7 +19,7 @@ def small_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_nvfp4(small_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Recipe of NVFP4 → what quantize makes of the small checkpoint, weight-only."""
     made = {}
-    for name in (recipe for recipe in shipped() if recipe.startswith("nvfp4")):
+    for name in (recipe for recipe in shipped() if load_recipe(recipe).format == "nvfp4"):
         made[name] = tmp_path_factory.mktemp("small-nvfp4") / name
         quantize(small_bf16, made[name], load_recipe(name).model_copy(update={"constant_input_scale": 0.01}), silent=True)
     return made

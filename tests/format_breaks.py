@@ -12,7 +12,7 @@ import torch
 
 from breaks import drop, unquantize
 from checkpoints import INT4_GROUP, PREFIX, Edit, in_int4, pack_int4
-from mtpress.formats import int4
+from mtpress.formats import int4, mixed_precision
 
 L0, L3 = f"{PREFIX}layers.0.", f"{PREFIX}layers.3."
 Q, DOWN = f"{L3}self_attn.q_proj", f"{L0}mlp.down_proj"
@@ -52,6 +52,7 @@ def beside(e: Edit) -> None:
 
 
 CT, A16, CT4, AR, GPTQ = "compressed-tensors", "compressed-tensors-w4a16", "compressed-tensors-int4", "auto-round", "gptq"
+MIXED = "modelopt-mixed"
 
 
 # ---- compressed-tensors NVFP4
@@ -598,3 +599,139 @@ def version_two(e: Edit) -> None:
 @breaks(GPTQ, "ignore-too-much")
 def a_packed_lm_head_that_is_not_said(e: Edit) -> None:
     pack_int4(e, "lm_head")
+
+
+# ---- modelopt's mixed precision
+
+
+def entries(e: Edit) -> list[dict[str, Any]]:
+    """quantized_layers of config.json and of hf_quant_config.json."""
+    assert e.hf is not None
+    return [e.quantization["quantized_layers"], e.hf["quantization"]["quantized_layers"]]
+
+
+def enter(e: Edit, module: str, format_: str | None) -> None:
+    """Gives a module another format in both files; None takes its entry out."""
+    for layers in entries(e):
+        layers.pop(module, None)
+        if format_ is not None:
+            layers[module] = mixed_precision.layer(format_)
+
+
+@breaks(MIXED, "format-differs")
+def another_format_in_an_entry(e: Edit) -> None:
+    enter(e, OUT_PROJ, "nvfp4")
+
+
+@breaks(MIXED, "ignore-too-much")
+def an_entry_missing(e: Edit) -> None:
+    enter(e, OUT_PROJ, None)
+
+
+@breaks(MIXED)
+def an_entry_missing_of_a_fused_linear(e: Edit) -> None:
+    enter(e, Q, None)
+
+
+@breaks(MIXED, "ignore-splits-fused")
+def two_formats_in_a_fused_linear(e: Edit) -> None:
+    enter(e, Q, "nvfp4")
+
+
+@breaks(MIXED, "ignore-malformed", "ignore-too-much")
+def an_entry_without_its_format(e: Edit) -> None:
+    for layers in entries(e):
+        layers[OUT_PROJ] = {"group_size": 16}
+
+
+@breaks(MIXED, "ignore-malformed", "format-not-covered")
+def no_entries(e: Edit) -> None:
+    for layers in entries(e):
+        layers.clear()
+
+
+@breaks(MIXED, "ignore-matches-nothing")
+def an_entry_of_a_module_that_is_not_there(e: Edit) -> None:
+    enter(e, f"{L0}mlp.experts", "fp8")
+
+
+@breaks(MIXED, "configs-contradict")
+def entries_that_differ_between_the_files(e: Edit) -> None:
+    entries(e)[1][OUT_PROJ] = mixed_precision.layer("nvfp4")
+
+
+@breaks(MIXED, "group-size")
+def a_group_size_of_32(e: Edit) -> None:
+    for layers in entries(e):
+        layers[DOWN] = layers[DOWN] | {"group_size": 32}
+
+
+@breaks(MIXED, "mtp-not-ignored")
+def the_draft_layer_among_the_entries(e: Edit) -> None:
+    e.without(lambda name: name.startswith("mtp."))
+    for module in MTP_LAYER:
+        enter(e, module, "fp8")
+
+
+@breaks(MIXED, "mtp-not-ignored")
+def mtp_fc_among_the_entries(e: Edit) -> None:
+    e.without(lambda name: name == "mtp.fc")
+    enter(e, "mtp.fc", "nvfp4")
+
+
+@breaks(MIXED)
+def no_list_of_what_is_spared(e: Edit) -> None:
+    """As modelopt itself writes it: what has no entry is in 16 bits."""
+    assert e.hf is not None
+    e.quantization["ignore"] = []
+    del e.hf["quantization"]["exclude_modules"]
+
+
+@breaks(MIXED, "ignore-too-little")
+def a_bf16_linear_among_the_entries(e: Edit) -> None:
+    unquantize(e, OUT_PROJ, (64, 64))
+
+
+@breaks(MIXED, "scale-missing")
+def no_input_scale_of_fp8(e: Edit) -> None:
+    del e.tensors[f"{OUT_PROJ}.input_scale"]
+
+
+@breaks(MIXED, "scale-missing")
+def no_weight_scale_of_fp8(e: Edit) -> None:
+    del e.tensors[f"{OUT_PROJ}.weight_scale"]
+
+
+@breaks(MIXED, "scale-missing")
+def no_input_scale_of_nvfp4(e: Edit) -> None:
+    del e.tensors[f"{DOWN}.input_scale"]
+
+
+@breaks(MIXED, "scale-unsound")
+def a_weight_scale_of_fp8_that_is_nan(e: Edit) -> None:
+    e.tensors[f"{OUT_PROJ}.weight_scale"] = torch.tensor(float("nan"))
+
+
+@breaks(MIXED, "fused-input-scales-differ")
+def own_input_scale_for_a_shard_of_fp8(e: Edit) -> None:
+    e.tensors[f"{Q}.input_scale"] = 2 * e.tensors[f"{Q}.input_scale"]
+
+
+@breaks(MIXED, "weight-dtype")
+def a_scale_of_fp8_in_bf16(e: Edit) -> None:
+    e.tensors[f"{OUT_PROJ}.weight_scale"] = e.tensors[f"{OUT_PROJ}.weight_scale"].to(torch.bfloat16)
+
+
+@breaks(MIXED, "weight-shape")
+def a_scale_a_row(e: Edit) -> None:
+    e.tensors[f"{OUT_PROJ}.weight_scale"] = e.tensors[f"{OUT_PROJ}.weight_scale"].expand(64).contiguous()
+
+
+@breaks(MIXED, "scale-orphan")
+def a_global_scale_of_fp8(e: Edit) -> None:
+    e.tensors[f"{OUT_PROJ}.weight_scale_2"] = torch.tensor(0.01)
+
+
+@breaks(MIXED, "input-scales-unused")
+def a_linear_without_activations_that_has_an_input_scale(e: Edit) -> None:
+    enter(e, DOWN, "nvfp4_w4a16")

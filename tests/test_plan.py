@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -14,8 +14,10 @@ from mtpress.errors import InputError
 from mtpress.formats import int4, nvfp4
 from mtpress.models.qwen3_5 import MTP_TENSORS, body_shapes, component, mtp_shapes, vision_shapes
 from mtpress.plan import INT4_GROUP_SIZE, LAYOUTS, NVFP4_GROUP_SIZE, make_plan
-from mtpress.recipe import CHOICES, load_recipe, parse_recipe, shipped
+from mtpress.recipe import CHOICES, LinearFormat, load_recipe, parse_recipe, shipped
 from mtpress.shard_writer import OutputTensor
+
+FORMATS_OF_LINEARS = get_args(LinearFormat)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,8 @@ def test_formats_take_what_their_modules_say() -> None:
     assert (NVFP4_GROUP_SIZE, INT4_GROUP_SIZE) == (nvfp4.GROUP_SIZE, int4.GROUP_SIZE)
     assert (LAYOUTS["nvfp4"].k_multiple, LAYOUTS["nvfp4"].n_multiple) == (nvfp4.GROUP_SIZE, 1)
     assert (LAYOUTS["int4"].k_multiple, LAYOUTS["int4"].n_multiple) == (int4.GROUP_SIZE, int4.ROWS_MULTIPLE)
-    assert set(LAYOUTS) == set(CHOICES)
+    assert (LAYOUTS["fp8"].k_multiple, LAYOUTS["fp8"].n_multiple) == (1, 1)
+    assert set(LAYOUTS) == {*CHOICES, *FORMATS_OF_LINEARS} - {"mixed", "bf16"}
 
 
 INT4 = load_recipe("int4-mtp-vlm")

@@ -104,7 +104,7 @@ def test_names_that_are_none(asked: str, hint: str) -> None:
         ({"quantise": ["mlp"]}, ["unknown key 'quantise'", "did you mean quantize?", *Recipe.model_fields]),
         ({"x" * 500: 1}, ["unknown key", *Recipe.model_fields]),
         ({"calibration": {"samples": 3}}, ["calibration.samples", *CalibrationSource.model_fields]),
-        ({"format": "nvfp8"}, ["format", "'nvfp8'", "'nvfp4' or 'int4'"]),
+        ({"format": "nvfp8"}, ["format", "'nvfp8'", "'nvfp4', 'int4' or 'mixed'"]),
         ({"format": None}, ["format", "'None'"]),
         ({"rounding": "gptq"}, ["rounding", "'gptq'", "'max', 'signround', 'search' or 'rtn'"]),
         ({"rounding": "search"}, ["rounding: 'search' does not go with format nvfp4; valid: max"]),

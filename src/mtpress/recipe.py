@@ -118,6 +118,11 @@ class Formats(Strict):
     gdn: LinearFormat = Field("bf16", description="in_proj_qkv, in_proj_z, out_proj of Gated DeltaNet")
     lm_head: Literal["nvfp4_w4a16", "bf16"] = Field("bf16", description="the output projection, which the draft head shares")
 
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """What `quantize` would name."""
+        return tuple(part for part in ("attention", "gdn", "mlp") if getattr(self, part) != "bf16")
+
 
 class Recipe(Strict):
     """One build. Field names are the keys of the YAML file."""
@@ -125,7 +130,7 @@ class Recipe(Strict):
     name: str = Field(description="lower-case name of the build", pattern=r"^[a-z0-9][a-z0-9._-]*$")
     summary: str = Field(description="one line for `mtpress recipes`")
     format: Literal["nvfp4", "int4", "mixed"] = Field(description="the 4-bit format of the body; mixed where `formats` says it")
-    quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field((), description="components whose linears are quantized")
+    quantize: tuple[Literal["attention", "gdn", "mlp"], ...] = Field(description="components whose linears are quantized")
     formats: Formats | None = Field(None, description="in place of `format` and `quantize`: a format for each component")
     overrides: dict[str, LinearFormat] = Field(
         default_factory=dict, description="module pattern or layer range → format, over that of the component; the later wins"
@@ -151,7 +156,8 @@ class Recipe(Strict):
         for key, valid in vars(CHOICES[self.format]).items():
             if (said := getattr(self, key)) not in valid:
                 raise ValueError(f"{key}: {said!r} does not go with format {self.format}; valid: {', '.join(valid)}")
-        if (self.formats is not None) != (self.format == "mixed") or (self.formats is not None and self.quantize):
+        named = self.formats.quantized if self.formats is not None else None
+        if (named is None) != (self.format != "mixed") or (named is not None and named != self.quantize):
             raise ValueError("`formats` stands in place of `format` and `quantize`; leave these two out, or `formats`")
         wanted = {*self.component_formats.values(), *self.overrides.values(), "bf16"}
         if self.format != "mixed" and not wanted <= {self.format, "bf16"}:
@@ -241,8 +247,9 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     # YAML reads lists, the schema holds tuples
     if isinstance(content.get("quantize"), list):
         content = {**content, "quantize": tuple(content["quantize"])}
-    if "formats" in content and "format" not in content:
-        content = {**content, "format": "mixed"}
+    if isinstance(formats := content.get("formats"), dict):
+        parts = tuple(part for part in ("attention", "gdn", "mlp") if formats.get(part, "bf16") != "bf16")
+        content = {"format": "mixed", "quantize": parts, **content}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
     try:

@@ -64,6 +64,7 @@ def test_a_draft_head_counts_only_where_it_is_stored(small_bf16: Path, tmp_path:
         ("compressed-tensors-int4", "compressed-tensors INT4 g32", "compressed-tensors"),
         ("auto-round", "AutoRound INT4 g32", "inc"),
         ("gptq", "GPTQ INT4 g32", "auto_gptq"),
+        ("modelopt-mixed", "modelopt mixed precision (FP8, NVFP4 W4A4)", "modelopt_mixed"),
     ],
 )
 def test_builds_of_other_formats(kind: str, title: str, method: str, small_formats: dict[str, Path], small_bf16: Path) -> None:

@@ -31,6 +31,8 @@ NEEDS_BASE = {
     "compressed-tensors-int4-asymmetric_without_zero_points", "auto-round-zero_points_that_are_not_the_middle",
     "auto-round-scales_for_groups_of_64_in_one_linear", "auto-round-codes_that_lack_a_word", "auto-round-scales_in_int8",
     "auto-round-no_scales", "auto-round-one_packed_shard_of_gate_up_in_bf16",
+    "modelopt-mixed-no_input_scale_of_fp8", "modelopt-mixed-no_weight_scale_of_fp8", "modelopt-mixed-no_input_scale_of_nvfp4",
+    "modelopt-mixed-a_weight_scale_of_fp8_that_is_nan", "modelopt-mixed-a_scale_a_row",
 }  # fmt: skip
 DEQUANTIZED = "what the codes of the head stand for; tests/repairs/test_draft_head.py has the bits"
 # Tensors that are neither the sound checkpoint's nor the base's afterwards, and why that is right.
@@ -53,6 +55,9 @@ OTHERWISE = {
     "auto-round-mtp_fc_packed_and_declared": DEQUANTIZED,
     "gptq-a_packed_mtp_fc": DEQUANTIZED,
     "gptq-a_packed_draft_layer": DEQUANTIZED,
+    "modelopt-mixed-a_bf16_linear_among_the_entries": "the breaker's own weights, all ones",
+    "modelopt-mixed-own_input_scale_for_a_shard_of_fp8": "the scale that the engine takes",
+    "modelopt-mixed-a_scale_of_fp8_in_bf16": "the scale that is stored, cast",
     "compressed-tensors-own_global_scale_for_in_proj_z": "the weights that are stored, under one global scale",
     "compressed-tensors-fp8_declared": "the breaker's own weights",
     "compressed-tensors-int4-scales_for_groups_of_32_declared_64": "the breaker's own weights",

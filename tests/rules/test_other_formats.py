@@ -89,8 +89,11 @@ def test_tied_embeddings_need_no_lm_head(bf16: Edit) -> None:
     [
         ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ"),
         ({"quant_method": "fp8"}, "FP8"),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt FP8"),
-        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "modelopt mixed precision"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, "modelopt FP8"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {MLP[0]: {"quant_algo": "MXFP8"}}},
+            "modelopt mixed precision",
+        ),
         ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "auto_round:auto_awq"}, "AutoRound"),
         ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "mx_fp"}, "AutoRound"),
         (
@@ -139,6 +142,7 @@ def test_compressed_tensors_declared_as_modelopt(small_formats: dict[str, Path],
 TITLES = {
     "compressed-tensors": "compressed-tensors NVFP4 (W4A4)", "compressed-tensors-w4a16": "compressed-tensors NVFP4 (W4A16)",
     "compressed-tensors-int4": "compressed-tensors INT4 g32", "auto-round": "AutoRound INT4 g32", "gptq": "GPTQ INT4 g32",
+    "modelopt-mixed": "modelopt mixed precision (FP8, NVFP4 W4A4)",
 }  # fmt: skip
 
 

@@ -103,7 +103,8 @@ class Declaration:
     @cached_property
     def layer_algos(self) -> tuple[str, ...]:
         """The algorithms of modelopt's mixed precision, each once."""
-        return tuple(dict.fromkeys(str(entry.get("quant_algo") or "").upper() for entry in self.layer_entries))
+        said = (entry.get("quant_algo") for entry in self.layer_entries)
+        return tuple(dict.fromkeys(algo.upper() for algo in said if isinstance(algo, str)))
 
     @cached_property
     def layouts(self) -> tuple[Form, ...]:

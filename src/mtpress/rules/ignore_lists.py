@@ -148,8 +148,8 @@ RULES = (
     Rule(
         "ignore-too-much",
         "error",
-        "Quantized modules that the list matches, as `…layers.1*` matches layers 10 to 19, or that no target, no block name and no entry of "
-        "`quantized_layers` matches: the engine builds them in BF16, nothing fits.",
+        "Quantized modules that the list matches, as `…layers.1*` matches layers 10 to 19, or that no target, no block name and no entry "
+        "of `quantized_layers` matches: the engine builds them in BF16, nothing fits.",
         REPAIR,
         ignore_too_much,
     ),

@@ -191,7 +191,7 @@ def configs_differ(subject: Subject) -> Iterator[Problem]:
 
 def hf_quant_config_missing(subject: Subject) -> Iterator[Problem]:
     declared = subject.declared
-    if declared is not None and declared.format in ("nvfp4", "modelopt-mixed") and not subject.has(HF_QUANT_CONFIG):
+    if declared is not None and declared.format in ("nvfp4", "modelopt-mixed") and subject.covered and not subject.has(HF_QUANT_CONFIG):
         yield Problem(f"no {HF_QUANT_CONFIG}; vLLM reads config.json, some engines read only that file", (HF_QUANT_CONFIG,))
 
 

@@ -232,8 +232,8 @@ RULES = (
     Rule(
         "weight-dtype",
         "error",
-        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32, FP8 scales F32, INT4 codes I32. "
-        "vLLM casts what it finds, and says nothing: integers become weights, scales lose their precision.",
+        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32, FP8 scales F32, INT4 codes "
+        "I32. vLLM casts what it finds, and says nothing: integers become weights, scales lose their precision.",
         "restore it: mtpress repair CKPT OUT --base SRC, or quantize again",
         weight_dtype,
     ),
