@@ -247,8 +247,9 @@ def parse_recipe(content: Any, where: str) -> Recipe:
     # YAML reads lists, the schema holds tuples
     if isinstance(content.get("quantize"), list):
         content = {**content, "quantize": tuple(content["quantize"])}
-    if isinstance(formats := content.get("formats"), dict):
-        parts = tuple(part for part in ("attention", "gdn", "mlp") if formats.get(part, "bf16") != "bf16")
+    if "formats" in content:
+        said = content["formats"] if isinstance(content["formats"], dict) else {}
+        parts = tuple(part for part in ("attention", "gdn", "mlp") if said.get(part, "bf16") != "bf16")
         content = {"format": "mixed", "quantize": parts, **content}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
