@@ -161,9 +161,10 @@ def test_which_need_samples() -> None:
 
 
 def test_a_mixed_recipe_comes_back_from_its_record() -> None:
-    made = recipe(overrides={"layers.0": "bf16"})
+    made = recipe(overrides={"layers.0": "bf16", "*.mlp": "fp8"})
     assert Recipe.model_validate_json(json.dumps(made.canonical())) == made
     assert parse_recipe(made.canonical(), "again") == made
+    assert made.canonical() != recipe(overrides={"*.mlp": "fp8", "layers.0": "bf16"}).canonical(), "the later wins"
 
 
 def test_recipes_of_one_format_say_nothing_of_formats() -> None:

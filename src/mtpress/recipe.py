@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mtpress.errors import InputError
 
@@ -151,6 +151,13 @@ class Recipe(Strict):
     )
     generation_config: GenerationConfig | None = Field(None, description="sampling that the output's generation_config.json asks for")
 
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _from_pairs(cls, said: Any) -> Any:
+        """canonical() writes them as pairs: their order counts, and that of a JSON object does not."""
+        pairs = isinstance(said, list) and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in said)
+        return dict(said) if pairs else said
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         for key, valid in vars(CHOICES[self.format]).items():
@@ -197,6 +204,7 @@ class Recipe(Strict):
         idle = {"signround": self.rounding != "signround", "chat_template": self.chat_template == "source", "generation_config": True,
                 "formats": self.formats is None, "overrides": not self.overrides}  # fmt: skip
         content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
+        content |= {"overrides": [list(pair) for pair in self.overrides.items()]} if self.overrides else {}
         return content | ({"generation_config": self.generation_config.said()} if self.generation_config else {})
 
 
