@@ -48,11 +48,13 @@ def test_vllm_finds_the_plugin_and_calls_it(engine_python: Path) -> None:
     code = (
         "from vllm.plugins import load_general_plugins; load_general_plugins(); load_general_plugins()\n"
         "from vllm.model_executor.kernels import linear; from vllm.platforms import PlatformEnum\n"
-        "print([k.__name__ for k in linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU]])"
+        "print([k.__name__ for k in linear._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU]])\n"
+        "from vllm.model_executor.layers.quantization import modelopt\n"
+        "print(type(modelopt.init_nvfp4_linear_kernel(use_a16=True)).__name__)"
     )
     done = subprocess.run([str(engine_python), "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['HoldingEmulation']"
+    assert done.stdout.splitlines()[-2:] == ["['HoldingEmulation']", "HoldingEmulation"]
 
 
 HELD_AGAINST_VLLM = """
@@ -60,6 +62,7 @@ import torch
 from types import SimpleNamespace
 from mtpress.engine import nvfp4_cpu
 from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel as Stock
+from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
 
 Holding = nvfp4_cpu.holding(Stock)
 assert issubclass(Holding, Stock) and Holding is not Stock
@@ -79,6 +82,9 @@ assert getattr(layer, nvfp4_cpu.HELD).shape == (48, 128)
 nvfp4_cpu.MEMORY_SHARE = 1 << 60
 delattr(layer, nvfp4_cpu.HELD)
 assert torch.equal(holding.apply_weights(layer, x), stock) and not hasattr(layer, nvfp4_cpu.HELD)
+del layer.input_global_scale_inv  # W4A16: no activation is rounded
+weight = dequantize_to_dtype(layer.weight, layer.weight_scale, layer.weight_global_scale, x.dtype, 16, swizzle=False)
+assert torch.equal(holding.apply_weights(layer, x, bias), x @ weight.t() + bias)
 print("equal")
 """
 
