@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mtpress.checkpoint import INDEX_NAME
-from mtpress.formats import compressed_tensors, fp8, int4, mixed_precision
+from mtpress.formats import compressed_tensors, int4, mixed_precision
 from mtpress.models import qwen3_5
+from mtpress.rounding.fp8 import round_group
 from mtpress.templating import template
 
 PREFIX = "model.language_model."
@@ -228,17 +229,17 @@ def _write_nvfp4_of_compressed_tensors(bf16: Path, nvfp4: Path, out: Path, *, we
 
 
 def _write_modelopt_mixed(bf16: Path, nvfp4: Path, out: Path) -> Path:
-    """NVFP4 MLP, FP8 attention and GDN, each linear with a scale of its own, as modelopt writes them."""
+    """NVFP4 MLP, FP8 attention and GDN."""
     e = Edit(Path(shutil.copytree(nvfp4, out)))
     source = load_file(bf16 / "model.safetensors")
-    formats = dict.fromkeys(sorted(quantizable(source), key=qwen3_5.natural), "nvfp4")
-    for module in formats:
-        if ".mlp." in module:
-            continue
-        formats[module] = "fp8"
+    formats = {m: "nvfp4" if ".mlp." in m else "fp8" for m in sorted(quantizable(source), key=qwen3_5.natural)}
+    for module in [module for module, chosen in formats.items() if chosen == "fp8"]:
         del e.tensors[f"{module}.weight_scale_2"]
-        scale = fp8.scale(source[f"{module}.weight"].abs().amax())
-        e.tensors[f"{module}.weight"], e.tensors[f"{module}.weight_scale"] = fp8.quantize(source[f"{module}.weight"], scale), scale
+        linear = module.split(".", 4)[-1]
+        start = module.removesuffix(linear)
+        group = {f"{start}{part}": source[f"{start}{part}.weight"] for part in qwen3_5.SAME_INPUT.get(linear, (linear,))}
+        parts = round_group({member: weight for member, weight in group.items() if member in formats})[module]
+        e.tensors |= {f"{module}.{suffix}": tensor for suffix, tensor in parts.items()}
     e.config["quantization_config"] = mixed_precision.quantization_config(e.quantization, formats)
     e.hf = mixed_precision.hf_quant_config(e.hf or {}, formats)
     e.save()

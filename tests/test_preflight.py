@@ -2,14 +2,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from mtpress import preflight, tuning_batches
+from mtpress import gptq_cost, preflight, tuning_batches
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import Checkpoint
 from mtpress.cli import main
@@ -18,7 +20,7 @@ from mtpress.machine import Machine
 from mtpress.models import family
 from mtpress.plan import Plan, make_plan
 from mtpress.preflight import START_SECONDS, promise, refuse, states_bytes
-from mtpress.recipe import load_recipe
+from mtpress.recipe import load_recipe, parse_recipe
 
 CPU = torch.device("cpu")
 COMMAND = ("quantize", str(BUILTIN_MODEL), "--recipe", "nvfp4-mtp-vlm")
@@ -96,6 +98,22 @@ def test_the_time_of_the_forward(plan: Plan) -> None:
         assert promise(plan, FAST, lengths, LOADED).seconds == pytest.approx(expected(lengths))
     seconds = [promise(plan, FAST, [length] * count, LOADED).seconds for length, count in ((64, 1), (64, 2), (128, 2), (256, 2))]
     assert seconds == sorted(set(seconds))
+
+
+def test_a_hessian_takes_time_by_what_is_read_and_memory_for_its_sums(plan: Plan) -> None:
+    weighted = make_plan(plan.source, plan.recipe.model_copy(update={"rounding": "hessian"}))
+    machine, lengths = replace(FAST, hessian=1e6), [100, 50]
+    d = family(plan.source.model_type).sizes(plan.source.config)
+    layers = family(plan.source.model_type).layer_types(plan.source.config)
+    out = {
+        "linear_attention": d["linear_num_value_heads"] * d["linear_value_head_dim"],
+        "full_attention": d["num_attention_heads"] * d["head_dim"],
+    }
+    widths = [2 * d["hidden_size"] + d["intermediate_size"] + out[kind] for kind in layers]
+    more = promise(weighted, machine, lengths, LOADED).seconds - promise(plan, FAST, lengths, LOADED).seconds
+    assert more == pytest.approx(150 * sum(widths) / 1e6)
+    memory = promise(weighted, machine, lengths, LOADED).memory_bytes - promise(plan, FAST, lengths, LOADED).memory_bytes
+    assert 2 * 16 * 8 * max(widths) < memory < 8 * 16 * 8 * max(widths)
 
 
 def test_only_what_is_not_done_takes_time(plan: Plan) -> None:
@@ -271,3 +289,54 @@ def test_tuning_that_does_not_fit_says_what_would(tuned: Plan, tmp_path: Path, m
     monkeypatch.setattr(preflight, "free_memory_bytes", lambda: promise(tuned, MACHINE, [], 0).memory_bytes + 1)
     with pytest.raises(ResourceError, match="set rounding search"):
         refuse(tuned, promised, lengths, tmp_path, 0, CPU)
+
+
+@pytest.fixture(scope="module")
+def by_gptq() -> dict[str, Plan]:
+    source = Checkpoint.open(BUILTIN_MODEL)
+    names = {"nvfp4": "nvfp4-mtp-vlm", "int4": "int4-mtp-vlm"}
+    return {
+        form: make_plan(source, parse_recipe({**load_recipe(name).canonical(), "rounding": "gptq"}, "a test"))
+        for form, name in names.items()
+    }
+
+
+def test_gptq_takes_more_time_than_calibration(by_gptq: dict[str, Plan], plan: Plan) -> None:
+    lengths = [100] * 20
+
+    def seconds(of: Plan, **slow: float) -> float:
+        return promise(of, Machine(**{**vars(FAST), **slow}), lengths, LOADED).seconds - START_SECONDS
+
+    params = sum(info.num_params for info in plan.source.tensors.values() if f"{plan.prefix}layers." in info.name and len(info.shape) == 2)
+    columns = sum(info.shape[1] for job in by_gptq["int4"].jobs if job.kind == "quantize" for info in job.sources)
+    groups = [(job.sources[0].shape[1], sum(i.shape[0] for i in job.sources)) for job in by_gptq["int4"].jobs if job.kind == "quantize"]
+    never = {"attention": 1e18, "delta_rule": 0.0}
+    products = 2 * 3.8 * params * 2000 + sum(2 * k * k * (2000 + n) + k**3 / 0.9 for k, n in groups)
+    assert seconds(by_gptq["int4"], **never) == pytest.approx(products / 1e11 + 1.5e-4 * columns)
+    assert seconds(by_gptq["int4"], **never) < seconds(by_gptq["int4"], **never, copy=1e9) < seconds(by_gptq["nvfp4"], **never, copy=1e9)
+
+
+def test_gptq_takes_memory_for_the_widest_matrix(by_gptq: dict[str, Plan], plan: Plan) -> None:
+    """At the width of 27B: K = 17408 twice, in float32, and 3.2 bytes a weight."""
+    more = [promise(of, FAST, [100], LOADED).memory_bytes - promise(plan, FAST, [100], LOADED).memory_bytes for of in by_gptq.values()]
+    weights = max(quantized_bytes(plan, {step.title}) for step in plan.steps if step.layer is not None) // 2
+    assert more[0] == pytest.approx(3.2 * weights + 8 * 512 * 512, rel=0.3)
+    assert states_bytes(by_gptq["nvfp4"], [10, 20]) == 2 * states_bytes(plan, [10, 20])
+    k, n = 17408, 5120
+    info = SimpleNamespace(shape=(n, k))
+    step: Any = SimpleNamespace(jobs=[SimpleNamespace(kind="quantize", sources=[info])])
+    assert gptq_cost.memory_bytes(step) == round(3.2 * n * k) + 8 * k * k
+    assert 2.4e9 < 8 * k * k < 2.5e9
+
+
+@pytest.mark.parametrize(("form", "fits"), [("nvfp4", "set rounding max in the recipe"), ("int4", "set rounding rtn in the recipe")])
+def test_gptq_that_does_not_fit_says_what_would(
+    form: str, fits: str, by_gptq: dict[str, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, lengths = by_gptq[form], [60] * 4
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda: promise(asked, MACHINE, lengths, 0).memory_bytes - 1)
+    with pytest.raises(ResourceError, match=f"another rounding would fit: {fits}"):
+        refuse(asked, promise(asked, MACHINE, lengths, 0), lengths, tmp_path, 0, CPU)
+    monkeypatch.setattr(preflight, "free_memory_bytes", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"free \d.* or use a machine with more"):
+        refuse(asked, promise(asked, MACHINE, lengths, 0), lengths, tmp_path, 0, CPU)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mtpress.errors import InputError
-from mtpress.recipe import CalibrationSource, GenerationConfig, Recipe, load_recipe, parse_recipe, recipe_file, shipped
+from mtpress.recipe import GPTQ_SCALES, CalibrationSource, GenerationConfig, Recipe, load_recipe, parse_recipe, recipe_file, shipped
 
 SOUND: dict[str, Any] = {"name": "mine", "summary": "a test", "format": "nvfp4", "quantize": ["mlp"]}
 
@@ -41,6 +41,15 @@ def test_the_rounding_follows_from_the_format() -> None:
     int4 = parse_recipe({**SOUND, "format": "int4"}, "here")
     assert (int4.rounding, int4.signround.iterations, int4.signround.batch_size) == ("signround", 200, 8)
     assert parse_recipe({**SOUND, "format": "int4", "signround": {"iterations": 5}}, "here").signround.iterations == 5
+
+
+def test_the_scales_of_gptq_follow_from_the_format() -> None:
+    chosen = parse_recipe({**SOUND, "rounding": "gptq"}, "here")
+    assert chosen.canonical()["gptq"] == {"scales": GPTQ_SCALES["nvfp4"][0], "damping": 0.05}
+    assert parse_recipe(chosen.canonical(), "again") == chosen
+    int4 = parse_recipe({**SOUND, "format": "int4", "rounding": "gptq", "gptq": {"damping": 0.1}}, "here")
+    assert int4.canonical()["gptq"] == {"scales": GPTQ_SCALES["int4"][0], "damping": 0.1}
+    assert "gptq" not in parse_recipe(SOUND, "here").canonical()
 
 
 def test_settings_of_another_rounding_are_no_part_of_a_recipe() -> None:
@@ -84,6 +93,8 @@ def test_the_mixed_recipe_has_as_many_pictures_as_text() -> None:
     [
         ({}, True),
         ({"constant_input_scale": 0.1}, False),
+        ({"rounding": "gptq"}, True),
+        ({"format": "int4", "rounding": "gptq"}, True),
         ({"format": "int4"}, True),
         ({"rounding": "sweep"}, True),
         ({"rounding": "hessian"}, True),
@@ -141,8 +152,26 @@ def test_names_that_are_none(asked: str, hint: str) -> None:
         ({"format": None}, ["format", "'None'"]),
         ({"rounding": "mse"}, ["rounding", "'mse'", "'max', 'four-over-six', 'sweep', 'hessian', 'gptq', 'signround', 'search' or 'rtn'"]),
         ({"rounding": "search"}, ["rounding: 'search' does not go with format nvfp4; valid: max, four-over-six, sweep, hessian, gptq"]),
-        ({"format": "int4", "rounding": "max"}, ["rounding: 'max' does not go with format int4; valid: signround, search, hessian, rtn"]),
+        (
+            {"format": "int4", "rounding": "max"},
+            ["'max' does not go with format int4; valid: signround, search, hessian, gptq, rtn"],
+        ),
         ({"rounding": "hessian", "constant_input_scale": 0.1}, ["rounding hessian, which needs samples; take rounding sweep"]),
+        ({"gptq": {"scales": "max"}}, ["gptq has settings of rounding gptq, not of max; leave it out"]),
+        (
+            {"rounding": "gptq", "gptq": {"scales": "search"}},
+            ["gptq.scales: 'search' does not go with", "hessian, sweep, four-over-six, max"],
+        ),
+        (
+            {"format": "int4", "rounding": "gptq", "gptq": {"scales": "max"}},
+            ["gptq.scales: 'max'", "valid: hessian, search, rtn"],
+        ),
+        ({"rounding": "gptq", "gptq": {"scales": "best"}}, ["gptq.scales", "'best'", "'max'"]),
+        ({"rounding": "gptq", "gptq": {"damp": 0.1}}, ["unknown key 'gptq.damp'", "did you mean damping?", "scales, damping"]),
+        ({"rounding": "gptq", "gptq": {"damping": 0}}, ["gptq.damping", "0"]),
+        ({"rounding": "gptq", "gptq": {"damping": float("nan")}}, ["gptq.damping", "nan"]),
+        ({"rounding": "gptq", "gptq": [0.1]}, ["gptq", "[0.1]"]),
+        ({"rounding": "gptq", "constant_input_scale": 0.1}, ["constant_input_scale needs no samples, rounding gptq is by samples"]),
         ({"format": "int4", "kv_cache": "fp8_cast"}, ["kv_cache: 'fp8_cast' does not go with format int4; valid: auto"]),
         ({"format": "int4", "in_proj_ab": "nvfp4"}, ["in_proj_ab: 'nvfp4' does not go with format int4; valid: bf16"]),
         ({"format": "int4", "constant_input_scale": 0.1}, ["constant_input_scale does not go with format int4", "search or rtn"]),

@@ -23,6 +23,8 @@ from mtpress.recipe import Recipe
 LM_HEAD, BF16 = "lm_head", "bf16"
 LAYER_RANGE = re.compile(r"layers\.(\d{1,4})-(\d{1,4})(?=\.|$)")
 NUM_NEAR = 3
+NEED_INPUT = ("nvfp4", "fp8")
+LM_HEAD_ONLY = "it is nvfp4_w4a16 or bf16: calibration ends before it, so there is no input_scale for it"
 
 
 def formats_of(names: Iterable[str], recipe: Recipe, prefix: str, model_type: str) -> dict[str, str]:
@@ -30,7 +32,7 @@ def formats_of(names: Iterable[str], recipe: Recipe, prefix: str, model_type: st
 
     InputError for a pattern that matches none of the modules, and for a fused linear that would be of two formats.
     """
-    chosen = dict(_by_component(names, recipe, model_type))
+    chosen = dict(_by_component(names, recipe, prefix, model_type))
     if recipe.component_formats.get(LM_HEAD, BF16) != BF16 and LM_HEAD not in chosen:
         raise InputError(f"recipe {recipe.name}: lm_head is tied to the embeddings and stays in BF16; leave it out of `formats`")
     short = {module.removeprefix(prefix): module for module in chosen}
@@ -46,12 +48,8 @@ def formats_of(names: Iterable[str], recipe: Recipe, prefix: str, model_type: st
     return {module: wanted for module, wanted in chosen.items() if wanted != BF16}
 
 
-NEED_INPUT = ("nvfp4", "fp8")
-LM_HEAD_ONLY = "it is nvfp4_w4a16 or bf16: calibration ends before it, so there is no input_scale for it"
-
-
-def _by_component(names: Iterable[str], recipe: Recipe, model_type: str) -> Iterator[tuple[str, str]]:
-    """The map of components spelt out, BF16 left out but for what an override could still name: nothing."""
+def _by_component(names: Iterable[str], recipe: Recipe, prefix: str, model_type: str) -> Iterator[tuple[str, str]]:
+    """The recipe's map, module by module; what it leaves in BF16 is not there."""
     model: Any = family(model_type)
     formats = {part: wanted for part, wanted in recipe.component_formats.items() if wanted != BF16}
     by_linear = {linear: formats[part] for part in formats if part in QUANTIZABLE for linear in QUANTIZABLE[part]}
@@ -59,8 +57,7 @@ def _by_component(names: Iterable[str], recipe: Recipe, model_type: str) -> Iter
         by_linear |= dict.fromkeys(AB_LINEARS, recipe.in_proj_ab)
     for name in names:
         module, _, last = name.rpartition(".")
-        layer = model.layer_index(name)
-        linear = module.split(f"layers.{layer}.", 1)[1] if layer is not None and "." in module.split(f"layers.{layer}.", 1)[-1] else ""
+        linear = module.removeprefix(f"{prefix}layers.{model.layer_index(name)}.")
         wanted = formats.get(LM_HEAD) if module == LM_HEAD else by_linear.get(linear)
         if last == "weight" and wanted is not None:
             yield module, wanted

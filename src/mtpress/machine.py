@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from mtpress.checkpoint import TensorInfo
 from mtpress.disk import PIECE_BYTES, aligned_buffer, open_direct
 from mtpress.errors import ResourceError
+from mtpress.input_hessian import InputHessian
 from mtpress.models import family
 from mtpress.plan import Plan
 from mtpress.stream import rounding
@@ -40,6 +41,7 @@ class Machine:
     matmul: float = 0.0
     attention: float = 0.0
     delta_rule: float = 0.0
+    hessian: float = 0.0  # numbers that a linear reads, a second
     gpu: bool = False
 
 
@@ -186,5 +188,14 @@ def _forward_rates(plan: Plan, device: torch.device, lengths: Sequence[int], sec
         _finish(device)
         return float(tokens)
 
+    def hessian() -> float:
+        InputHessian().add("", x)
+        return float(x.numel())
+
     with torch.no_grad():
-        return {"matmul": rate(matmul, seconds), "attention": rate(attention, seconds / 2), "delta_rule": 1 / rate(delta_rule, seconds / 2)}
+        rates = {
+            "matmul": rate(matmul, seconds),
+            "attention": rate(attention, seconds / 2),
+            "delta_rule": 1 / rate(delta_rule, seconds / 2),
+        }
+        return rates | ({"hessian": rate(hessian, seconds / 2)} if plan.recipe.rounding == "hessian" else {})

@@ -12,24 +12,29 @@ of this one).
              waits for the disk + the widest activations of the longest sample
     disk     the output + three boundaries of hidden states
 
+Rounding hessian adds to the forward the numbers that are read by what shares an input / rate of its sums, and to memory these sums.
+
 A run that tunes its layers by gradients (rounding signround) takes in place of that forward
     time     the forward twice, and for each iteration: 7 · parameters of the linears · tokens of the batch / matmul rate (a product
              forwards, two slower ones backwards), attention and delta rule with their backward, and 30 bytes a tuned weight / copy rate
     memory   a layer + 2.7 bytes a tuned weight (4.7 where batches go through in pieces) + the largest matrix + what autograd keeps
     disk     the output + three boundaries of two streams of hidden states
+Rounding gptq has two streams as well; its forwards, and what it takes beside them, are those of gptq_cost.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from mtpress import gptq_cost
 from mtpress.disk import NUM_STAGES, PIECE_BYTES
 from mtpress.errors import ResourceError
 from mtpress.hidden_states import NUM_SLOTS, NUM_WAITING
+from mtpress.input_hessian import BLOCK
 from mtpress.machine import Machine
 from mtpress.models import family
 from mtpress.plan import Plan, Step
@@ -90,7 +95,7 @@ def promise(
 def states_bytes(plan: Plan, lengths: Sequence[int]) -> int:
     """Hidden states on disk."""
     hidden_size: int = family(plan.source.model_type).sizes(plan.source.config)["hidden_size"]
-    return (2 if _tunes(plan) else 1) * NUM_SLOTS * 2 * sum(lengths) * hidden_size
+    return (2 if plan.recipe.rounding in ("signround", "gptq") else 1) * NUM_SLOTS * 2 * sum(lengths) * hidden_size
 
 
 def _tunes(plan: Plan) -> bool:
@@ -117,7 +122,8 @@ def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], length
     tokens, pairs = sum(lengths), sum(length * length for length in lengths)
     per_pair = d["num_attention_heads"] * d["head_dim"] / machine.attention
     tuned_tokens, tuned_pairs, iterations = _tuned_tokens(plan, lengths, d) if _tunes(plan) else (0, 0, 0)
-    times, seconds = (2 if _tunes(plan) else 1), 0.0
+    by_gptq = plan.recipe.rounding == "gptq"
+    times, seconds = gptq_cost.FORWARDS if by_gptq else 2 if _tunes(plan) else 1, 0.0
     for step in steps:
         if step.layer is None:
             continue
@@ -127,8 +133,25 @@ def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], length
             seconds += (times * pairs + (1 + ATTENTION_BACKWARD) * tuned_pairs) * per_pair
         else:
             seconds += (times * tokens + (1 + RULE_BACKWARD) * tuned_tokens) * machine.delta_rule
+        if machine.hessian:
+            seconds += tokens * sum(_weighted_widths(step)) / machine.hessian
+        if by_gptq:
+            seconds += gptq_cost.seconds(step, machine, tokens, plan.recipe.format == "nvfp4")
         seconds += iterations * TUNED_TRAFFIC * _tuned_weights(step) / machine.copy / max(1, torch.get_num_threads())
     return seconds
+
+
+def _weighted_widths(step: Step) -> list[int]:
+    """K of each input of a layer that rounding hessian sums up."""
+    return [job.sources[0].shape[1] for job in step.jobs if job.kind == "quantize"]
+
+
+def _hessian_bytes(plan: Plan) -> int:
+    """Two sums a width while samples pass, then a cost and its float32 form for one of them; what a sample adds, in parts."""
+    if plan.recipe.rounding != "hessian":
+        return 0
+    widths = [_weighted_widths(step) for step in plan.steps if step.layer is not None]
+    return BLOCK * 8 * max(2 * sum(layer) + 6 * max(layer, default=0) for layer in widths)
 
 
 def _tuned_weights(step: Step) -> int:
@@ -159,6 +182,14 @@ def _tuning_bytes(plan: Plan, lengths: Sequence[int]) -> int:
     return round(weights * (TUNED_BYTES + (GRADIENT_BYTES if len(parts) > 1 else 0.0))) + largest + widest * kept_bytes(d)
 
 
+def _rounding_bytes(plan: Plan, lengths: Sequence[int]) -> int:
+    """What is in memory beside a layer while samples pass it and it is rounded."""
+    if _tunes(plan):
+        return _tuning_bytes(plan, lengths)
+    beside = max(gptq_cost.memory_bytes(step) for step in plan.steps) if plan.recipe.rounding == "gptq" else _hessian_bytes(plan)
+    return beside + _activation_bytes(plan, max(lengths, default=0))
+
+
 def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int, on_gpu: bool = False) -> int:
     groups = [sum(info.num_bytes for info in job.sources) for job in plan.jobs if job.kind == "quantize"]
     queue = min(MAX_QUEUED_BYTES, sum(tensor.num_bytes for job in plan.jobs if job.kind == "quantize" for tensor in job.outputs))
@@ -174,7 +205,7 @@ def _memory(plan: Plan, lengths: Sequence[int], loaded_bytes: int, workers: int,
         if job.kind == "quantize"
     ]
     forward = (2 if on_gpu else 1) * max(layers, default=0)
-    forward += _tuning_bytes(plan, lengths) if _tunes(plan) else _activation_bytes(plan, max(lengths))
+    forward += _rounding_bytes(plan, lengths)
     if workers == 1:
         return loaded_bytes + forward + writing
     return loaded_bytes * (workers + 1) + workers * forward + 2 * max(groups, default=0) + writing
@@ -217,7 +248,7 @@ def refuse(
         )
     if device.type == "cuda":
         gpu_needed = 2 * max((step.read_bytes for step in plan.steps if step.layer is not None), default=0)
-        gpu_needed += _tuning_bytes(plan, lengths) if _tunes(plan) else _activation_bytes(plan, max(lengths, default=0))
+        gpu_needed += _rounding_bytes(plan, lengths)
         gpu_free, _ = torch.cuda.mem_get_info(device)
         if gpu_needed > gpu_free:
             raise ResourceError(
@@ -243,6 +274,12 @@ def _what_fits(plan: Plan, lengths: Sequence[int], free: int, workers: int) -> s
         tokens //= 2
         if _memory(plan, [tokens] * len(lengths), 0, 1) <= free:
             return f"samples of at most {tokens} tokens would fit: set calibration max_seq_len {tokens} in the recipe"
+    if plan.recipe.rounding == "gptq":
+        simpler = "max" if plan.recipe.format == "nvfp4" else "rtn"
+        other = replace(plan, recipe=plan.recipe.model_copy(update={"rounding": simpler, "gptq": None}))
+        if _memory(other, lengths if other.recipe.needs_samples else [], 0, 1) <= free:
+            return f"another rounding would fit: set rounding {simpler} in the recipe"
+        return f"free {human_bytes(_memory(plan, lengths, 0, 1) - free)}, or use a machine with more"
     if lengths and _memory(plan, [], 0, 1) <= free:
         if _tunes(plan):
             return "rounding without samples would fit: set rounding search in the recipe"

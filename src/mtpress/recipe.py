@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from mtpress.errors import InputError
 
@@ -186,6 +186,13 @@ class Recipe(Strict):
     )
     generation_config: GenerationConfig | None = Field(None, description="sampling that the output's generation_config.json asks for")
 
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _from_pairs(cls, said: Any) -> Any:
+        """canonical() writes them as pairs: their order counts, and that of a JSON object does not."""
+        pairs = isinstance(said, list) and all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) for pair in said)
+        return dict(said) if pairs else said
+
     @model_validator(mode="after")
     def _together(self) -> Self:
         for key, valid in vars(CHOICES[self.format]).items():
@@ -248,6 +255,7 @@ class Recipe(Strict):
             "generation_config": True, "formats": self.formats is None, "overrides": not self.overrides,
         }  # fmt: skip
         content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
+        content |= {"overrides": [list(pair) for pair in self.overrides.items()]} if self.overrides else {}
         return content | ({"generation_config": self.generation_config.said()} if self.generation_config else {})
 
 
@@ -297,8 +305,9 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         raise InputError(f"{where}: a recipe is a map of keys; `mtpress recipes nvfp4-mtp-vlm` shows one")
     # YAML reads lists, the schema holds tuples
     content = content | {key: tuple(content[key]) for key in ("quantize", "calibration") if isinstance(content.get(key), list)}
-    if isinstance(formats := content.get("formats"), dict):
-        parts = tuple(part for part in ("attention", "gdn", "mlp") if formats.get(part, "bf16") != "bf16")
+    if "formats" in content:
+        said = content["formats"] if isinstance(content["formats"], dict) else {}
+        parts = tuple(part for part in ("attention", "gdn", "mlp") if said.get(part, "bf16") != "bf16")
         content = {"format": "mixed", "quantize": parts, **content}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}

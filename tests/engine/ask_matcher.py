@@ -21,14 +21,25 @@ from vllm.model_executor.layers.quantization import auto_gptq
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.inc import INCConfig
-from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.model_executor.layers.quantization.modelopt import LINEAR_ALGOS, ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models import qwen3_5
 from vllm.model_executor.models.qwen3_5_mtp import Qwen3_5MTP
 
-CONFIGS = {"nvfp4": ModelOptNvFp4Config, "compressed-tensors": CompressedTensorsConfig, "auto-round": INCConfig, "gptq": AutoGPTQConfig}
-SPLIT = ("some but not all shards", "different quantization schemes for the shards", "requires consistent quant config")
+CONFIGS = {
+    "nvfp4": ModelOptNvFp4Config,
+    "modelopt-mixed": ModelOptMixedPrecisionConfig,
+    "compressed-tensors": CompressedTensorsConfig,
+    "auto-round": INCConfig,
+    "gptq": AutoGPTQConfig,
+}
+SPLIT = ("some but not all shards", "different quantization schemes for the shards", "requires consistent quant config", "Mixed quant_algo")
+# kind, bits, group_size, symmetric, activations: as mtpress.matching.Scheme has it
+MIXED = {
+    "FP8": ["fp8", 8, -1, True, True], "NVFP4": ["nvfp4", 4, 16, True, True], "W4A16_NVFP4": ["nvfp4", 4, 16, True, False],
+    "MXFP8": ["other", 8, -1, True, False],
+}  # fmt: skip
 NUMPY = {"BF16": numpy.float16, "F16": numpy.float16, "F32": numpy.float32, "U8": numpy.uint8, "I32": numpy.int32, "I64": numpy.int64}
 
 
@@ -40,6 +51,13 @@ def layer_of(name):
 
 def modelopt(config, layer, prefix):
     return ["ignored", None] if config.is_layer_excluded(prefix) else ["quantized", None]
+
+
+def modelopt_mixed(config, layer, prefix):
+    if config.is_layer_excluded(prefix):
+        return ["ignored", None]
+    algo = config._resolve_quant_algo(prefix)
+    return ["quantized", MIXED[algo]] if algo in LINEAR_ALGOS else ["ignored", None]
 
 
 def compressed_tensors(config, layer, prefix):
@@ -73,7 +91,13 @@ def gptq(config, layer, prefix):
     return ["quantized", ["int", held.weight_bits, held.group_size, held.is_sym, False]]
 
 
-ASK = {"nvfp4": modelopt, "compressed-tensors": compressed_tensors, "auto-round": auto_round, "gptq": gptq}
+ASK = {
+    "nvfp4": modelopt,
+    "modelopt-mixed": modelopt_mixed,
+    "compressed-tensors": compressed_tensors,
+    "auto-round": auto_round,
+    "gptq": gptq,
+}
 
 
 def verdicts(ask, config, linears):

@@ -25,6 +25,7 @@ BY_HAND = [
     [".*in_proj_qkv.*"], [".*in_proj_qkv$"], [".*in_proj_qkvz"], [".*qkv"], [".*qkv_proj"], [".*mtp.*"], ["^mtp"], [".*lm_head"],
 ]  # fmt: skip
 
+MIXED_ALGOS = ["FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"]
 NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group", "symmetric": True}
 INT4 = {"num_bits": 4, "type": "int", "group_size": 128, "strategy": "group", "symmetric": True}
 GROUPS: list[dict[str, Any]] = [
@@ -68,6 +69,17 @@ def is_expression(text: str) -> bool:
 
 def modelopt(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
     return {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": entries}
+
+
+def modelopt_mixed(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
+    """Whole names in most entries, so that fused linears meet; others as lists have them."""
+    algos = [*MIXED_ALGOS, "fp8", "INT9"] if draw.random() < 0.3 else MIXED_ALGOS[: draw.randint(1, 4)]
+    keys = draw.sample(names, draw.randint(1, len(names))) + (entries if draw.random() < 0.3 else [])
+    layers = {key.replace("language_model.", "") if draw.random() < 0.05 else key: {"quant_algo": draw.choice(algos)} for key in keys}
+    content: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    if draw.random() < 0.1:
+        content["quantized_layers"] = {}
+    return content | ({"ignore": entries} if draw.random() < 0.5 else {})
 
 
 def compressed_tensors(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
@@ -120,7 +132,13 @@ def gptq(entries: list[str], draw: random.Random, names: list[str]) -> dict[str,
     return content
 
 
-MAKERS = {"nvfp4": modelopt, "compressed-tensors": compressed_tensors, "auto-round": auto_round, "gptq": gptq}
+MAKERS = {
+    "nvfp4": modelopt,
+    "modelopt-mixed": modelopt_mixed,
+    "compressed-tensors": compressed_tensors,
+    "auto-round": auto_round,
+    "gptq": gptq,
+}
 
 
 def configs(kind: str, names: list[str]) -> list[dict[str, Any]]:

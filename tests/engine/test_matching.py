@@ -17,7 +17,7 @@ from mtpress.rules.declaration import Declaration
 pytestmark = pytest.mark.engine
 
 SCRIPT = Path(__file__).with_name("ask_matcher.py")
-FORMATS = ("nvfp4", "compressed-tensors", "auto-round", "gptq")
+FORMATS = ("nvfp4", "modelopt-mixed", "compressed-tensors", "auto-round", "gptq")
 BUILDS = [(VL_ARCHITECTURE, PREFIX), (TEXT_ARCHITECTURE, PREFIX), (TEXT_ARCHITECTURE, "model.")]
 Linears = tuple[list[EngineLinear], list[EngineLinear]]
 

@@ -35,6 +35,8 @@ QUICK = {
     "compressed-tensors-only_mtp_fc_not_ignored", "compressed-tensors-own_global_scale_for_in_proj_z",
     "compressed-tensors-int4-eight_bits_declared", "auto-round-no_block_names", "auto-round-mtp_fc_packed",
     "auto-round-the_draft_layer_rounded_as_auto_round_does", "gptq-dynamic_as_null", "gptq-version_two",
+    "modelopt-mixed-two_formats_in_a_fused_linear", "modelopt-mixed-the_draft_layer_among_the_entries",
+    "modelopt-mixed-mtp_fc_among_the_entries", "modelopt-mixed-no_input_scale_of_fp8",
 }  # fmt: skip
 FORMATS_LOADED = [
     case
@@ -59,6 +61,10 @@ SILENT = {
     "compressed-tensors-int4-asymmetric_without_zero_points", "auto-round-zero_points_that_are_not_the_middle",
     "auto-round-groups_that_do_not_divide_the_input", "auto-round-scales_in_int8", "auto-round-no_scales", "auto-round-no_zero_points",
     "auto-round-mtp_fc_packed_and_declared", "gptq-a_packed_mtp_fc",
+    "modelopt-mixed-entries_that_differ_between_the_files", "modelopt-mixed-the_draft_layer_among_the_entries",
+    "modelopt-mixed-a_bf16_linear_among_the_entries", "modelopt-mixed-no_input_scale_of_fp8", "modelopt-mixed-no_weight_scale_of_fp8",
+    "modelopt-mixed-no_input_scale_of_nvfp4", "modelopt-mixed-a_weight_scale_of_fp8_that_is_nan",
+    "modelopt-mixed-a_scale_of_fp8_in_bf16",
 }  # fmt: skip
 IN_THE_DRAFT = {
     "a_draft_head_with_half_of_its_kv_scales",
@@ -66,7 +72,7 @@ IN_THE_DRAFT = {
     "compressed-tensors-draft_head_not_ignored", "compressed-tensors-only_mtp_fc_not_ignored",
     "compressed-tensors-a_quantized_draft_layer_that_is_ignored", "auto-round-a_bf16_draft_layer_in_the_block_names",
     "auto-round-an_entry_that_is_a_number", "auto-round-the_draft_layer_rounded_and_not_declared", "auto-round-mtp_fc_packed",
-    "gptq-dynamic_as_null",
+    "gptq-dynamic_as_null", "modelopt-mixed-mtp_fc_among_the_entries",
 }  # fmt: skip
 
 
@@ -95,7 +101,7 @@ def answers(
 
 
 def test_the_sound_checkpoints_load(answers: dict[str, dict[str, str | None]]) -> None:
-    for name in ("", "compressed-tensors", "compressed-tensors-int4", "auto-round", "gptq"):
+    for name in ("", "compressed-tensors", "compressed-tensors-int4", "auto-round", "gptq", "modelopt-mixed"):
         assert answers[name] == {"target": None, "draft": None}, name
 
 

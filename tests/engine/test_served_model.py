@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from checkpoints import Edit
 from full_size import make_full_size
 from mtpress.checkpoint import Checkpoint
 from mtpress.engine.served_model import ServedModel, num_params, vllm_method
@@ -70,7 +71,7 @@ def test_a_draft_head_counts_only_where_it_is_stored(small_bf16: Path, tmp_path:
 def test_builds_of_other_formats(kind: str, title: str, method: str, small_formats: dict[str, Path], small_bf16: Path) -> None:
     found, base = ServedModel.read(small_formats[kind]), ServedModel.read(small_bf16)
     assert (found.format, found.quant_method, found.num_mtp_layers, found.has_vision) == (title, method, 1, True)
-    assert found.num_params == base.num_params
+    assert found.num_params == base.num_params and not found.lacks_input_scales
     assert found.weight_bytes["mlp"] < 0.6 * base.weight_bytes["mlp"] and found.weight_bytes["mtp"] == base.weight_bytes["mtp"]
 
 
@@ -103,3 +104,14 @@ def test_what_is_no_checkpoint(tmp_path: Path, small_bf16: Path) -> None:
         ServedModel.read(tmp_path / "nothing")
     with pytest.raises(InputError, match="model_type 'llama' is not supported"):
         ServedModel.read(changed(small_bf16, tmp_path / "llama", model_type="llama"))
+
+
+def test_weight_only_linears_of_modelopt_lack_what_vllm_counts(small_formats: dict[str, Path], tmp_path: Path) -> None:
+    edit = Edit(Path(shutil.copytree(small_formats["modelopt-mixed"], tmp_path / "w4a16")))
+    for name, entry in edit.quantization["quantized_layers"].items():
+        if entry["quant_algo"] == "NVFP4":
+            entry["quant_algo"] = "W4A16_NVFP4"
+            del edit.tensors[f"{name}.input_scale"]
+    edit.save()
+    assert ServedModel.read(edit.path).lacks_input_scales
+    assert not ServedModel.read(small_formats["compressed-tensors-w4a16"]).lacks_input_scales

@@ -16,6 +16,7 @@ from mtpress.evaluation.vocabulary import TokenFigures, compare_logits
 from mtpress.progress import Progress
 
 CPU = torch.device("cpu")
+SILENT = Progress("test", 1, silent=True)
 TEXTS = ("A red kite over Brook.", "12 + 30 = 42. 7 + 8 = 15.", "Mia and Tom", "the tools are old, the hands are new", "so it goes, and on")
 
 
@@ -48,5 +49,5 @@ def run(base: Path, checkpoints: Sequence[Path], folder: Path, *, data: Path | N
         ]
         for stream in streams:
             stream.mover._own_delta_rule = False
-        errors = run_layers(streams[0], streams[1:], folder, Progress("test", 1, silent=True))
-        yield Ran(documents, streams, errors, compare_logits(streams[0], streams[1:]))
+        errors = run_layers(streams[0], streams[1:], folder, SILENT)
+        yield Ran(documents, streams, errors, compare_logits(streams[0], streams[1:], SILENT))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mtpress.evaluation.statistics import Figure, draws, interval, per_document, quantiles, ratio_of_sums
+from mtpress.evaluation.statistics import Figure, draws, figure, interval, per_document, quantiles, ratio_of_sums
 
 
 def test_a_mean_weighs_tokens_and_its_interval_weighs_documents() -> None:
@@ -42,8 +42,8 @@ def test_quantiles_are_numpy_s_inverted_cdf() -> None:
     found = quantiles(values, document, levels, drawn)
     assert [figure.value for figure in found] == list(np.quantile(values, levels, method="inverted_cdf"))
     again = [np.quantile(np.repeat(values, times[document]), levels, method="inverted_cdf") for times in drawn]
-    for i, figure in enumerate(found):
-        assert (figure.low, figure.high) == tuple(np.percentile(np.array(again)[:, i], (2.5, 97.5)))
+    for i, each in enumerate(found):
+        assert (each.low, each.high) == tuple(np.percentile(np.array(again)[:, i], (2.5, 97.5)))
 
 
 def test_the_draws_are_fixed_by_their_seed_and_shared() -> None:
@@ -58,4 +58,5 @@ def test_the_draws_are_fixed_by_their_seed_and_shared() -> None:
 
 def test_one_document_has_no_interval() -> None:
     assert interval(1.0, np.array([float("nan")])) == Figure(1.0)
-    assert interval(float("inf"), np.array([1.0, 2.0])) == Figure(float("inf"))
+    assert figure(float("inf"), np.array([1.0, 2.0])) is None
+    assert figure(2.0, np.array([float("nan")])) == Figure(2.0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Ran, run, write_texts
+from runs import SILENT, Ran, run, write_texts
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -26,7 +26,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:  # type: ignore[misc]
 def drafts_of(stream: Stream, top1: Tensor, folder: Path) -> Drafts:
     folder.mkdir()
     with closing(DiskStates(folder, stream.documents.lengths, stream.states.hidden_size, stream="hidden-drafts")) as states:
-        return draft(stream, top1, states)
+        return draft(stream, top1, states, SILENT)
 
 
 @torch.no_grad()

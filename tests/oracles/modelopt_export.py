@@ -3,10 +3,10 @@
     .envs/modelopt/bin/python tests/oracles/modelopt_export.py SRC OUT TOKENS.json [--in-proj-ab]
         [--algorithm max|mse|local_hessian|… | --fp8 | --recipe NAME]
 
-In: a BF16 qwen3_5 checkpoint and a JSON list of token-id lists. Out: what export_hf_checkpoint writes after calibration by one
-of modelopt's own presets, "max" unless another is named, one forward a list (batch 1, no padding). Leaves out: the draft head,
-which transformers does not load, and tokenizer, processor and template files, which modelopt does not write. Runs on the
-packages of locks/modelopt.txt and imports nothing of mtpress.
+In: a BF16 qwen3_5 checkpoint and a JSON list of token-id lists. Out: what export_hf_checkpoint writes after calibration by one of
+modelopt's own presets, "max" unless another is named, one forward a list (batch 1, no padding). Leaves out: the draft head, which
+transformers does not load, and tokenizer, processor and template files, which modelopt does not write. Runs on the packages of
+locks/modelopt.txt and imports nothing of mtpress.
 """
 
 import argparse
@@ -14,10 +14,13 @@ import copy
 import json
 from pathlib import Path
 
+import modelopt.torch.kernels.quantization.gemm as gemm
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.recipe import load_recipe
 from modelopt.torch.export import export_hf_checkpoint
+from modelopt.torch.quantization import tensor_quant
+from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
 from transformers import Qwen3_5ForConditionalGeneration
 
 FP8 = {"num_bits": (4, 3), "axis": None}
@@ -46,6 +49,22 @@ def quantization_config(algorithm: str, in_proj_ab: bool, fp8: bool = False) -> 
         config["quant_cfg"] += [{"quantizer_name": f"{name}{kind}", "cfg": FP8} for name in IN_FP8 for kind in kinds]
     config["quant_cfg"] += [{"quantizer_name": name, "enable": False} for name in ("*visual*", "*mtp*")]
     return config
+
+
+def fake_quantize(x, amax, global_amax, quantize_block_scales=True, fp8_max_for_normalization=448.0, out_dtype=None):
+    """What modelopt's Triton kernel of this name computes (kernels/quantization/gemm/fp4_kernel.py); it has none for CPUs."""
+    assert quantize_block_scales
+    scale = scaled_e4m3_impl(amax.float() / 6, global_amax.float() * (448 / fp8_max_for_normalization) / 6).reshape(-1, 1)
+    blocks = x.float().reshape(len(scale), -1)
+    size = blocks.abs() / torch.where(scale == 0, 1.0, scale)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = sum((size >= bound) if i % 2 else (size > bound) for i, bound in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)))
+    return (values[codes.long()] * scale).copysign(blocks).reshape(x.shape).to(out_dtype or x.dtype)
+
+
+def fake_quantize_activations(x, block_size, amax, *formats):
+    """The same for its kernel of activations, whose block scales are dynamic."""
+    return fake_quantize(x, x.reshape(-1, block_size).abs().amax(-1), amax)
 
 
 def load(source: Path) -> torch.nn.Module:
@@ -77,6 +96,9 @@ def main() -> None:
             for ids in token_lists:
                 model(input_ids=torch.tensor([ids]))
 
+    if not gemm.IS_AVAILABLE:
+        gemm.IS_AVAILABLE, gemm.static_blockwise_fp4_fake_quant = True, fake_quantize
+        tensor_quant.dynamic_block_quantize_op = fake_quantize_activations
     config = quantization_config(options.algorithm, options.in_proj_ab, options.fp8)
     if options.recipe:
         config = load_recipe(options.recipe).quantize.model_dump()

@@ -19,7 +19,7 @@ from mtpress.errors import InputError
 from mtpress.formats import int4, nvfp4
 from mtpress.models.qwen3_5 import MTP_TENSORS, module_of
 from mtpress.plan import make_plan
-from mtpress.recipe import CalibrationSource, SignRound, load_recipe, shipped
+from mtpress.recipe import CalibrationSource, SignRound, load_recipe, parse_recipe, shipped
 from mtpress.stages.quantize import quantize, show
 
 FUSED = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
@@ -138,6 +138,35 @@ def test_sign_gradient_rounding_is_not_spread(spread: dict[str, Any], tmp_path: 
         quantize(BUILTIN_MODEL, tmp_path / "out", "int4-autoround-mtp", calibration=["builtin"], silent=True, **spread)
     assert "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "other"), [("nvfp4-mtp-vlm", "max"), ("int4-mtp-vlm", "search or rtn")])
+def test_gptq_is_not_spread(name: str, other: str, tmp_path: Path) -> None:
+    recipe = parse_recipe({**load_recipe(name).canonical(), "rounding": "gptq"}, "a test")
+    with pytest.raises(InputError, match=rf"rounding gptq goes through .* leave --workers and --ray out, or take rounding {other}$"):
+        quantize(BUILTIN_MODEL, tmp_path / "out", recipe, calibration=["builtin"], silent=True, workers=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gptq_stores_what_rounding_max_does_but_for_the_codes(tmp_path: Path) -> None:
+    """All samples give the amax of the inputs, the one that is held out too; the BF16 stream is the same."""
+    recipe = load_recipe("nvfp4-mtp-vlm")
+    plain, by_gptq = (recipe.model_copy(update={"calibration": SMALL}), tmp_path / "max"), (
+        parse_recipe({**recipe.canonical(), "rounding": "gptq", "calibration": SMALL.model_dump()}, "a test"), tmp_path / "gptq"
+    )  # fmt: skip
+    made = []
+    for chosen, out in (plain, by_gptq):
+        quantize(BUILTIN_MODEL, out, chosen, calibration=["builtin"], silent=True)
+        made.append(weights(out))
+    assert made[0].keys() == made[1].keys()
+    differ = {name for name in made[0] if not same(made[0][name], made[1][name])}
+    losses = json.loads((by_gptq[1] / "mtpress.json").read_text())["losses"]
+    kept = [layer for layer, said in losses.items() if said["kept_gptq"]]
+    assert kept and all(said["kept_gptq"] == (said["gptq"] < said["nearest"]) for said in losses.values())
+    assert differ == {
+        f"{name}.weight" for name in make_plan(Checkpoint.open(BUILTIN_MODEL), recipe).quantized_modules if name.split(".")[3] in kept
+    }
+    assert (by_gptq[1] / "config.json").read_bytes() == (plain[1] / "config.json").read_bytes()
 
 
 def test_weight_only_is_a_word_of_nvfp4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint_writer import CheckpointWriter
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import JOURNAL_NAME
-from mtpress.recipe import CalibrationSource, Recipe, SignRound, load_recipe
+from mtpress.recipe import CalibrationSource, Recipe, SignRound, load_recipe, parse_recipe
 from mtpress.stages.quantize import quantize
 
 CALIBRATED = load_recipe("nvfp4-mtp-vlm")
@@ -129,6 +130,31 @@ def test_a_sign_gradient_run_that_goes_on_knows_its_losses(stop_after: list[obje
     assert hashes(build(tmp_path / "out", recipe, resume=True)) == whole
     records = [json.loads((tmp_path / name / "mtpress.json").read_text()) for name in ("whole", "out")]
     assert records[0]["losses"] == records[1]["losses"] and list(records[0]["losses"]) == ["0", "1", "2", "3"]
+
+
+GPTQ = parse_recipe({**CALIBRATED.canonical(), "rounding": "gptq", "calibration": {"num_samples": 3, "max_seq_len": 24}}, "a test")
+
+
+def test_a_gptq_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """Killed in the midst of a layer, when two are finished; what it knows of their errors is in the record."""
+    whole = hashes(build(tmp_path / "whole", GPTQ))
+    out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(GPTQ.canonical()))
+    command = [sys.executable, "-m", "mtpress", "quantize", str(BUILTIN_MODEL), str(out), "--recipe", str(recipe)]
+    process = subprocess.Popen(
+        [*command, "--calibration", "builtin"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    journal = tmp_path / "out.partial" / JOURNAL_NAME / "model.safetensors.jsonl"
+    while process.poll() is None and not (journal.exists() and '"layer 1"' in journal.read_text()):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert hashes(build(out, GPTQ, resume=True)) == whole
+    records = [json.loads((tmp_path / name / "mtpress.json").read_text()) for name in ("whole", "out")]
+    assert records[0]["losses"] == records[1]["losses"] and list(records[0]["losses"]) == ["0", "1", "2", "3"]
+    assert records[1]["resumed"]["steps_before"] >= STEPS.index("layer 1") + 1
+    assert records[0]["recipe"]["gptq"]["damping"] == 0.05
 
 
 def test_finished_layers_are_not_passed_again(stop_after: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

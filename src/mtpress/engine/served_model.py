@@ -29,6 +29,7 @@ class ServedModel:
     format: in words ("BF16", "modelopt NVFP4 (W4A4)"); quant_method: vLLM's --quantization word, None for an unquantized one.
     weight_bytes: by component (models/qwen3_5.COMPONENTS), only those stored. kv_cache_declared: "fp8" where the config asks for it.
     has_vision: a tower is stored. needs_language_model_only: the tower was stripped on purpose, and the engine must be told.
+    lacks_input_scales: modelopt's weight-only NVFP4 linears are in it, for which vLLM 0.32 counts an input_scale that they do not have.
     num_mtp_layers: 0 where no draft head is stored, whatever config.json says.
     """
 
@@ -46,6 +47,7 @@ class ServedModel:
     num_mtp_layers: int
     max_position_embeddings: int
     num_params: int
+    lacks_input_scales: bool = False
 
     @classmethod
     def read(cls, path: str | Path) -> "ServedModel":
@@ -71,6 +73,9 @@ class ServedModel:
             needs_language_model_only=vision.stripped(subject),
             num_mtp_layers=max(1, subject.model.num_mtp_layers(checkpoint.config)) if subject.stored_mtp else 0,
             max_position_embeddings=positions if type(positions) is int and positions > 0 else 0,
+            lacks_input_scales=declared is not None
+            and declared.method.startswith("modelopt")
+            and any(scheme.kind == "nvfp4" and not scheme.activations for scheme in subject.schemes.values()),
             num_params=sum(num_params(t.rpartition(".")[2], i, bits) for t, i in subject.tensors.items()),
         )
 

@@ -220,7 +220,7 @@ def run(
         num_speculative_tokens=num_drafts if model.num_mtp_layers else 0,
         max_model_len=min(MAX_MODEL_LEN, model.max_position_embeddings or MAX_MODEL_LEN),
         max_num_seqs=MAX_NUM_SEQS,
-        enable_weights_track=True,
+        enable_weights_track=not model.lacks_input_scales,
         extra=extra,
     )  # fmt: skip
     answers: list[Answer] = []

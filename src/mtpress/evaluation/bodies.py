@@ -239,9 +239,10 @@ def open_bodies(base: str | Path, checkpoints: Sequence[str | Path], kv_cache: s
 
 def _names(checkpoints: Sequence[str | Path]) -> Iterator[str]:
     """The last part of each path, or as many as tell them apart."""
-    paths = [Path(given) if not Path(given).is_dir() else Path(given).resolve() for given in checkpoints]
-    if len(set(paths)) < len(paths):
-        twice = next(path for i, path in enumerate(paths) if path in paths[:i])
+    paths = [Path(given).absolute() for given in checkpoints]
+    places = [path.resolve() for path in paths]
+    if len(set(places)) < len(places):
+        twice = next(path for path, place in zip(paths, places, strict=True) if places.count(place) > 1)
         raise InputError(f"{twice}: named twice; name each checkpoint once")
     for path in paths:
         length = 1

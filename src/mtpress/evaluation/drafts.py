@@ -20,6 +20,7 @@ from mtpress.evaluation.layers import Stream
 from mtpress.evaluation.vocabulary import most_likely
 from mtpress.hidden_states import DiskStates
 from mtpress.models.draft_head import DraftHead
+from mtpress.progress import Progress
 
 MAX_DEPTH = 3
 
@@ -32,23 +33,31 @@ class Drafts:
     held: list[list[Tensor]]
 
 
+def drafts_effort(stream: Stream) -> float:
+    """What progress counts for draft: tokens through layers."""
+    if stream.body.no_draft_head is not None:
+        return 0.0
+    return stream.documents.num_tokens * sum(k + 1 + stream.lm_head_layers for k in range(MAX_DEPTH))
+
+
 @torch.no_grad()
-def draft(stream: Stream, top1: Tensor, head_states: DiskStates, depth: int = MAX_DEPTH) -> Drafts:
+def draft(stream: Stream, top1: Tensor, head_states: DiskStates, progress: Progress) -> Drafts:
     """Drafts at every position. top1: of the body, int64 [tokens] over all documents. head_states: room for the head's own states."""
-    documents, device = stream.documents, stream.mover.device
+    documents = stream.documents
     head = stream.body.draft_head(stream.mover)
     drafted: list[list[Tensor]] = []  # by depth, then by document
-    for _ in range(depth):
+    for k in range(MAX_DEPTH):
         for i in range(len(documents.samples)):
             head_states.put(i, _chain(head, stream, i, [tokens[i] for tokens in drafted]))
+            progress.advance(documents.lengths[i] * (k + 1), f"drafts, {stream.body.name}"[:40])
         head_states.advance()
-        drafted.append(most_likely(stream.body, head_states, documents, device))
-    found = Drafts([[] for _ in range(depth)], [[] for _ in range(depth)])
+        drafted.append(most_likely(stream, head_states, progress))
+    found = Drafts([[] for _ in range(MAX_DEPTH)], [[] for _ in range(MAX_DEPTH)])
     for i, said in enumerate(torch.split(top1, documents.lengths)):
         following, allowed = documents.samples[i].input_ids[1:], documents.counted[i]
         counted = allowed.clone()  # the token that the first draft stands on is of the document
         held = torch.ones_like(counted)
-        for k in range(1, depth + 1):
+        for k in range(1, MAX_DEPTH + 1):
             inside = torch.zeros_like(counted)
             inside[: max(0, len(counted) - k + 1)] = True  # the body has a state at position t + k
             if k > 1:

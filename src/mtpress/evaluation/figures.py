@@ -13,7 +13,7 @@ from torch import Tensor
 from mtpress.evaluation.documents import Documents
 from mtpress.evaluation.drafts import Drafts
 from mtpress.evaluation.result import Acceptance, GroupFigures, Pair, PositionBin
-from mtpress.evaluation.statistics import Counts, Figure, Numbers, draws, interval, per_document, quantiles, ratio_of_sums
+from mtpress.evaluation.statistics import Counts, Figure, Numbers, draws, figure, interval, per_document, quantiles, ratio_of_sums
 from mtpress.evaluation.vocabulary import TokenFigures
 
 QUANTILES = (0.5, 0.99, 0.999)
@@ -95,7 +95,7 @@ def pairs(base: TokenFigures, found: Mapping[str, TokenFigures], counted: Counte
             kl = [counted.mean(counted.of(found[name].kl), group) for name in (first, second)]
             top1 = [counted.mean(counted.of(found[name].top1 == base.top1), group) for name in (first, second)]
             with np.errstate(invalid="ignore", divide="ignore"):
-                ratio = interval(float(np.divide(kl[1][0], kl[0][0])), np.divide(kl[1][1], kl[0][1]))
+                ratio = figure(float(np.divide(kl[1][0], kl[0][0])), np.divide(kl[1][1], kl[0][1]))
             differences = [interval(b[0] - a[0], b[1] - a[1]) for a, b in (kl, top1)]
             made.append(Pair(first, second, group, ratio, *differences))
     return made
@@ -111,8 +111,8 @@ def acceptance(drafts: Drafts, base: Drafts | None, drawn: Counts) -> list[Accep
             both = [mine & theirs for mine, theirs in zip(counted, base.counted[k], strict=True)]
             ours = _sums([h & shared for h, shared in zip(held, both, strict=True)])
             theirs = _sums([h & shared for h, shared in zip(base.held[k], both, strict=True)])
-            ratio = interval(*ratio_of_sums(ours, theirs, drawn))
-        found.append(Acceptance(int(sum(int(c.sum()) for c in counted)), interval(*share), ratio))
+            ratio = figure(*ratio_of_sums(ours, theirs, drawn))
+        found.append(Acceptance(int(sum(int(c.sum()) for c in counted)), figure(*share), ratio))
     return found
 
 

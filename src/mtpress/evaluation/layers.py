@@ -14,6 +14,7 @@ What base and checkpoint differ by is measured as ‖theirs − ours‖ / ‖our
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ class Stream:
         self.states = self.stack.enter_context(closing(states("hidden")))
         self.embeddings = self.stack.enter_context(closing(states("hidden-embedded"))) if keep_embeddings else None
         self.mover = StreamedBody(body.checkpoint.config, device, states=self.states)
+        shapes = dict(body.model.body_shapes(body.checkpoint.config, body.prefix))
+        in_layers = sum(prod(shape) for name, shape in shapes.items() if body.model.layer_index(name) is not None)
+        self.lm_head_layers = prod(shapes[f"{body.lm_head_module}.weight"]) * len(body.layer_types) / in_layers  # for progress
 
     def close(self) -> None:
         self.stack.close()
@@ -219,6 +223,6 @@ class _outputs_of:  # noqa: N801  (reads as a function)
             hook.remove()
 
 
-def effort(num_tokens: int, num_layers: int, num_others: int) -> float:
-    """What progress counts: tokens through layers."""
-    return float(num_tokens * num_layers * (1 + NUM_FORWARDS * num_others))
+def layers_effort(streams: Sequence[Stream]) -> float:
+    """What progress counts for run_layers: tokens through layers."""
+    return float(streams[0].documents.num_tokens * len(streams[0].body.layer_types) * (1 + NUM_FORWARDS * (len(streams) - 1)))

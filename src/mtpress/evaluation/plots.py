@@ -84,18 +84,21 @@ def draw_layers(axes: Any, result: EvalResult, hues: Mapping[str, Colour]) -> No
     hollow = f"hollow: {COMPONENT_TITLES['gdn']}, filled: {COMPONENT_TITLES['attention']}"
     for axis, (title, note) in zip(axes, (("mixer by itself", hollow), ("MLP by itself", ""), ("accumulated", "")), strict=True):
         titled(axis, title, f"layer{f' ({note})' if note else ''}", "relative error of the output (%)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def draw_sizes(axes: Any, result: EvalResult, hues: Mapping[str, Colour]) -> None:
     axis: Axes = axes[0]
+    largest = max(found.num_bytes for found in result.checkpoints.values())
+    unit, name_of_unit = (1e9, "GB") if largest >= 1e9 else (1e6, "MB")
     for i, (name, found) in enumerate(result.checkpoints.items()):
-        kl, at = found.groups[ALL].kl_mean, found.num_bytes / 1e9
+        kl, at = found.groups[ALL].kl_mean, found.num_bytes / unit
         if kl.low is not None and kl.high is not None:
             below, above = max(kl.value - kl.low, 0), max(kl.high - kl.value, 0)
             axis.errorbar(at, kl.value, [[below], [above]], color=INK, linewidth=0.9, capsize=2, zorder=2)
         axis.scatter([at], [kl.value], s=34, marker=MARKERS[i % len(MARKERS)], color=[hues[name]], zorder=3)
-    axis.set_xlim(left=0)
-    titled(axis, "size against KL", "checkpoint (GB)", "mean KL(BF16‖checkpoint), nats")
+    axis.set_xlim(0, 1.08 * largest / unit)
+    titled(axis, "size against KL", f"checkpoint ({name_of_unit})", "mean KL(BF16‖checkpoint), nats")
 
 
 def titled(axis: "Axes", title: str, across: str, up: str) -> None:

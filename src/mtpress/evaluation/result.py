@@ -34,10 +34,11 @@ class GroupFigures:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Drafts of one depth that hold. share: of the body's own positions; ratio: to BF16's, on the positions that count for both."""
+    """Drafts of one depth that hold. share: of the body's own positions, None where no position counts; ratio: to BF16's, on the
+    positions that count for both, None where there are none and for BF16 itself."""
 
     num_positions: int
-    share: Figure
+    share: Figure | None
     ratio: Figure | None
 
 
@@ -80,12 +81,15 @@ class CheckpointFigures:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two checkpoints on the same draws of documents. kl_ratio: mean KL of second / first; the others: second − first."""
+    """Two checkpoints on the same draws of documents. kl_ratio: mean KL of second / first; the others: second − first.
+
+    kl_ratio is None where the first has no KL.
+    """
 
     first: str
     second: str
     group: str
-    kl_ratio: Figure
+    kl_ratio: Figure | None
     kl_difference: Figure
     top1_difference: Figure
 
@@ -120,8 +124,10 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def shown(figure: Figure, digits: int = 4, scale: float = 1.0) -> str:
-    """ "0.0123 [0.0111, 0.0140]"."""
+def shown(figure: Figure | None, digits: int = 4, scale: float = 1.0) -> str:
+    """As "0.0123 [0.0111, 0.0140]", a dash where there is none."""
+    if figure is None:
+        return "–"
     value = number(scale * figure.value, digits)
     if figure.low is None or figure.high is None:
         return value
@@ -162,8 +168,10 @@ def acceptance_rows(result: EvalResult) -> list[list[str]]:
     return rows
 
 
-def pair_rows(result: EvalResult) -> list[list[str]]:
-    return [[p.group, f"{p.second} ÷ {p.first}", shown(p.kl_ratio), shown(p.top1_difference, scale=100)] for p in result.pairs]
+def pair_rows(result: EvalResult, group: str | None = None) -> list[list[str]]:
+    """Of one group of documents, or of all of them."""
+    chosen = [pair for pair in result.pairs if group is None or pair.group == group]
+    return [[p.group, f"{p.second} ÷ {p.first}", shown(p.kl_ratio), shown(p.top1_difference, scale=100)] for p in chosen]
 
 
 def layer_rows(found: CheckpointFigures) -> list[list[str]]:
@@ -194,6 +202,6 @@ def _lines(result: EvalResult) -> Iterator[str]:
         yield from (f"## Error by layer, %: {name}", "")
         yield from table(["layer", "mixer", "mixer error", "MLP error", "layer error", "accumulated"], layer_rows(found))
     for name, found in result.checkpoints.items():
-        yield f"- {name}: {', '.join(f'{n} {form}' for form, n in found.forms.items()) or 'BF16'}; KV cache {found.kv_cache}; "
-        yield f"  {found.disjointness.said}."
-    yield from ("", f"KL in nats. Intervals: 95%, {settings['resamples']} draws of whole documents, seed {settings['seed']}. ")
+        forms = ", ".join(f"{n} {form}" for form, n in found.forms.items()) or "BF16"
+        yield f"- {name}: {forms}; KV cache {found.kv_cache}; {found.disjointness.said}."
+    yield from ("", f"KL in nats. Intervals: 95%, {settings['resamples']} draws of whole documents, seed {settings['seed']}.", "")

@@ -37,7 +37,7 @@ def draws(num_documents: int, num_resamples: int, seed: int) -> Counts:
 def interval(value: float, resampled: Numbers) -> Figure:
     """The value with the interval of what was resampled; NaNs, of draws that count nothing, are left out."""
     known = resampled[np.isfinite(resampled)]
-    if len(known) < 2 or not np.isfinite(value):
+    if len(known) < 2:
         return Figure(float(value))
     low, high = np.percentile(known, LEVELS)
     return Figure(float(value), float(low), float(high))
@@ -47,6 +47,11 @@ def ratio_of_sums(over: Numbers, under: Numbers, drawn: Counts) -> tuple[float, 
     """Σ over / Σ under of per-document sums: the value, and the same of each draw. A mean over tokens has counts under it."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.divide(over.sum(), under.sum())), np.divide(drawn @ over, drawn @ under)
+
+
+def figure(value: float, resampled: Numbers) -> Figure | None:
+    """interval(), or None for a quotient that does not exist: nothing was counted, or it is of a KL of nothing."""
+    return interval(value, resampled) if np.isfinite(value) else None
 
 
 def per_document(values: Numbers, document: Counts, num_documents: int) -> Numbers:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mtpress.evaluation.bodies import ROWS_MULTIPLE, Body
-from mtpress.evaluation.documents import Documents
 from mtpress.evaluation.layers import Stream
 from mtpress.hidden_states import DiskStates
+from mtpress.progress import Progress
 
 LM_HEAD_BYTES = 512 << 20  # rows of lm_head of all bodies that are in memory at a time
 LOGITS_BYTES = 32 << 20  # float32 logits of a body
@@ -65,6 +65,10 @@ class _Running:
         return self.largest.double() + self.total.log()
 
 
+def lm_head_rows(body: Body) -> int:
+    return body.subject.called_for[f"{body.lm_head_module}.weight"][0]
+
+
 def _pieces(bodies: Sequence[Body]) -> Iterator[tuple[int, int]]:
     """(start, stop) of rows of lm_head that go through memory together."""
     num_rows, columns = bodies[0].subject.called_for[f"{bodies[0].lm_head_module}.weight"]
@@ -79,11 +83,17 @@ def _token_pieces(length: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + tokens, length))
 
 
+def logits_effort(streams: Sequence[Stream]) -> float:
+    """What progress counts for compare_logits: tokens through as many layers as lm_head has the parameters of."""
+    return sum(stream.documents.num_tokens * stream.lm_head_layers for stream in streams)
+
+
 @torch.no_grad()
-def compare_logits(base: Stream, others: Sequence[Stream]) -> list[TokenFigures]:
+def compare_logits(base: Stream, others: Sequence[Stream], progress: Progress) -> list[TokenFigures]:
     """Figures of the base, then of each checkpoint; the streams are behind their final norms."""
     streams, documents, device = [base, *others], base.documents, base.mover.device
     running = [_Running(documents.num_tokens, device) for _ in streams]
+    num_rows = lm_head_rows(base.body)
     for start, stop in _pieces([stream.body for stream in streams]):
         heads = [stream.body.lm_head_piece(start, stop, device) for stream in streams]
         offset = 0
@@ -99,6 +109,8 @@ def compare_logits(base: Stream, others: Sequence[Stream]) -> list[TokenFigures]
                     into.add(at, theirs, start, following[piece])
                     into.weighted[at] = into.weighted[at] * shrink + (exponents * (ours - theirs)).sum(-1, dtype=torch.float64)
             offset += len(following)
+            share = (stop - start) / num_rows
+            progress.advance(len(following) * share * sum(stream.lm_head_layers for stream in streams), "logits of all")
     whole = running[0]
     found = []
     for of in running:
@@ -108,8 +120,9 @@ def compare_logits(base: Stream, others: Sequence[Stream]) -> list[TokenFigures]
 
 
 @torch.no_grad()
-def most_likely(body: Body, states: DiskStates, documents: Documents, device: torch.device) -> list[Tensor]:
-    """The most likely token by lm_head for each hidden state, int64 [T] a document."""
+def most_likely(stream: Stream, states: DiskStates, progress: Progress) -> list[Tensor]:
+    """The most likely token by the body's lm_head for each hidden state, int64 [T] a document."""
+    body, documents, device, num_rows = stream.body, stream.documents, stream.mover.device, lm_head_rows(stream.body)
     running = _Running(documents.num_tokens, device)
     for start, stop in _pieces([body]):
         head, offset = body.lm_head_piece(start, stop, device), 0
@@ -122,4 +135,5 @@ def most_likely(body: Body, states: DiskStates, documents: Documents, device: to
                 running.top1[at] = torch.where(best > running.largest[at], place + start, running.top1[at])
                 running.largest[at] = torch.maximum(running.largest[at], best)
             offset += length
+            progress.advance(length * stream.lm_head_layers * (stop - start) / num_rows, f"drafts, {body.name}"[:40])
     return list(torch.split(running.top1.cpu(), documents.lengths))

@@ -128,7 +128,7 @@ INLINE void search_tile(const uint32_t *restrict words, const float *restrict fo
     if (below == 0 && above == 0) {
         for (int l = 0; l < LANES; l++)
             codes[l] = (int32_t)encode_scale(clamped(as_float((uint32_t)amax[l] << 16) / (4.0f * scale_2)), &unused);
-        try_plain(&t, first, 0);
+        try_plain(&t, first, 1);
         try_plain(&t, codes, 0);
     } else {
         int32_t last = -below;
@@ -146,7 +146,7 @@ INLINE void search_tile(const uint32_t *restrict words, const float *restrict fo
             }
             if (form)
                 try_weighted(&t, codes, form);
-            else if (offset < 0)
+            else if (offset <= 0) /* subnormal scales are rounded as coarsely as to half of what they should be */
                 try_plain(&t, codes, 1);
             else
                 try_plain(&t, codes, 0);

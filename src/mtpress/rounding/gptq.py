@@ -27,7 +27,7 @@ from mtpress.rounding.scale_search import GroupScales
 
 DAMPING = 0.05  # of the mean diagonal
 BLOCK_COLUMNS = 128  # rounded before what they did wrong reaches the others, as one matrix product
-ROWS = 2048  # of H that are moved at a time
+PANEL = 1024  # rows or columns of H that are moved at a time
 MOST_DAMPING = 10.0
 
 Scales = tuple[Tensor, ...]  # NVFP4: block scales e4m3 [N, K/16] and the float32 scalar; INT4: FP16 [N, K/128]
@@ -109,9 +109,10 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
     if not bool(mean.isfinite()):
         raise InputError(f"the mean square of what it is multiplied with is {float(mean)}; the source weights are damaged")
     order = hessian.diagonal().argsort(stable=True)
-    for start in range(0, k, ROWS):  # column after column, then row after row: a second matrix is enough
-        hessian[start : start + ROWS] = hessian[start : start + ROWS, order]
-    hessian = hessian[order]
+    for start in range(0, k, PANEL):  # in place: a second matrix would be 1.2 GB at the width of 27B
+        hessian[start : start + PANEL] = hessian[start : start + PANEL, order]
+    for start in range(0, k, PANEL):
+        hessian[:, start : start + PANEL] = hessian[order, start : start + PANEL]
     unit = float(mean) or 1.0
     hessian.diagonal().add_(damping * unit if mean else unit)
     while True:

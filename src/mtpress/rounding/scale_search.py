@@ -7,7 +7,8 @@ All in float32, for a block of w and each candidate E4M3 number v, every sum fro
     x     = (|w| · (1/scale_2)) · (1/v); where scale_2 is below 2⁻¹⁰⁰, it and w are taken times 2⁶⁴
     e     = x − the nearest E2M1 number, with the sign of w
     loss  = v² · Σ e²,    or by a form: v² · Σᵢ eᵢ Σ_{j≤i} formᵢⱼ eⱼ
-The candidate of least loss is taken, of equal ones the least; a block of zeros has the scale 1.
+The candidate of least loss is taken, of equal ones the least; a block of zeros has the scale 1. (Codes are made of w / (v · scale_2):
+a number between two of them may take the other one, which is as near.)
 
 The candidates are `below` codes under q0 = E4M3(amax16 / (6·scale_2)) to `above` over it. Neighbouring codes are neighbouring numbers,
 and 8 codes up is the double, with which no error is less as long as the block is not cut: E2M1 numbers times 2 are E2M1 numbers. So for

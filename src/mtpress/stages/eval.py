@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SEQ_LEN = 2048
 RESAMPLES = 1000
-SPARE_BYTES = 1 << 30  # of the disk that hidden states are written to
+SPARE_BYTES = 64 << 20  # of the disk that hidden states are written to
 
 
 def evaluate(
@@ -52,9 +52,9 @@ def evaluate(
     from mtpress.chat import ChatEncoder
     from mtpress.evaluation import documents, figures, result
     from mtpress.evaluation.bodies import open_bodies
-    from mtpress.evaluation.drafts import draft
-    from mtpress.evaluation.layers import Stream, effort, refuse_pictures, run_layers
-    from mtpress.evaluation.vocabulary import compare_logits
+    from mtpress.evaluation.drafts import draft, drafts_effort
+    from mtpress.evaluation.layers import Stream, layers_effort, refuse_pictures, run_layers
+    from mtpress.evaluation.vocabulary import compare_logits, logits_effort
     from mtpress.hidden_states import DiskStates
 
     if not checkpoints:
@@ -71,24 +71,22 @@ def evaluate(
     chosen = choose_device(device)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mtpress-eval-", dir=folder)))
-        total = effort(loaded.num_tokens, len(source.layer_types), len(others))
-        progress = stack.enter_context(Progress("eval", total, unit="tokens·layers", silent=silent))
-        progress.say(f"{len(loaded.samples)} documents, {loaded.num_tokens:,} tokens; {len(others)} checkpoints beside the base")
         streams = [
             stack.enter_context(closing(Stream(body, loaded, directory / str(i), chosen, body.no_draft_head is None)))
             for i, body in enumerate((source, *others))
         ]
+        total = layers_effort(streams) + logits_effort(streams) + sum(drafts_effort(stream) for stream in streams)
+        progress = stack.enter_context(Progress("eval", total, unit="tokens·layers", silent=silent))
+        progress.say(f"{len(loaded.samples)} documents, {loaded.num_tokens:,} tokens; {len(others)} checkpoints beside the base")
         errors = run_layers(streams[0], streams[1:], directory, progress)
-        progress.say("logits over the whole vocabulary")
-        of_base, *of_others = compare_logits(streams[0], streams[1:])
+        of_base, *of_others = compare_logits(streams[0], streams[1:], progress)
         drafted: list[Any] = []
         for stream, tokens in zip(streams, (of_base, *of_others), strict=True):
             if stream.body.no_draft_head is not None:
                 drafted.append(None)
                 continue
-            progress.say(f"drafts of {stream.body.name}")
             with closing(DiskStates(directory, loaded.lengths, hidden_size, stream="hidden-drafts")) as states:
-                drafted.append(draft(stream, tokens.top1, states))
+                drafted.append(draft(stream, tokens.top1, states, progress))
     drawn = counted.drawn[documents.ALL]
     perplexity = figures.base_perplexity(of_base, counted)
     found = {
@@ -212,6 +210,7 @@ def show(result: "EvalResult") -> None:
     from rich.table import Table
 
     from mtpress.evaluation import result as tables
+    from mtpress.evaluation.documents import ALL
 
     console = Console(highlight=False)
     for group in result.base.perplexity:
@@ -225,7 +224,7 @@ def show(result: "EvalResult") -> None:
         console.print(table)
     for name, *cells in tables.acceptance_rows(result):
         console.print(f"drafts accepted, %: {name}: {'  '.join(cells)}", markup=False, soft_wrap=True)
-    for group, which, ratio, points in tables.pair_rows(result):
+    for group, which, ratio, points in tables.pair_rows(result, ALL):
         console.print(f"{group}: KL of {which} = {ratio}; top-1 {points} points", markup=False, soft_wrap=True)
     for name, found in result.checkpoints.items():
         table = Table(title=f"error by layer, %: {name}", box=box.SIMPLE_HEAD)
