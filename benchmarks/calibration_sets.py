@@ -27,6 +27,7 @@ BUILDS: dict[str, tuple[dict[str, int], str]] = {
     "mixed, fp8_cast": ({"builtin-images": 128, "builtin": 128}, "fp8_cast"),
     "mixed, fp8": ({"builtin-images": 128, "builtin": 128}, "fp8"),
 }
+RATIOS = [("images", "text"), ("mixed", "text"), ("mixed, fp8_cast", "mixed"), ("mixed, fp8", "mixed"), ("mixed, fp8", "mixed, fp8_cast")]
 GROUPS = {"builtin": "text prompts", "builtin-images": "picture prompts"}
 
 
@@ -37,23 +38,20 @@ def recipe_of(build: str) -> Recipe:
 
 
 def kl_table(result: EvalResult, names: dict[str, str]) -> list[str]:
-    lines = [f"| build | {' | '.join(f'KL, {title} | top-1' for title in GROUPS.values())} |", "|---|" + "---|" * 2 * len(GROUPS)]
+    headings = [f"KL, {title} | top-1 the same, %" for title in GROUPS.values()]
+    lines = [f"| calibrated by | {' | '.join(headings)} |", "|---|" + "---|" * 2 * len(GROUPS)]
     for build, name in names.items():
-        cells = []
-        for group in GROUPS:
-            found = result.checkpoints[name].groups[group]
-            cells += [shown(found.kl_mean), shown(found.top1_agreement, 2, 100.0)]
+        found = [result.checkpoints[name].groups[group] for group in GROUPS]
+        cells = [f"{shown(of.kl_mean, 3)} | {shown(of.top1_agreement, 4, 100.0)}" for of in found]
         lines.append(f"| {build} | {' | '.join(cells)} |")
     return lines
 
 
-def pair_table(result: EvalResult, names: dict[str, str]) -> list[str]:
-    builds = {name: build for build, name in names.items()}
-    lines = ["| build | to | group | ratio of mean KL |", "|---|---|---|---|"]
-    for pair in result.pairs:
-        wanted = {builds[pair.first], builds[pair.second]}
-        if pair.group in GROUPS and ("text" in wanted or wanted <= {"mixed", "mixed, fp8_cast", "mixed, fp8"}) and len(wanted) == 2:
-            lines.append(f"| {builds[pair.second]} | {builds[pair.first]} | {GROUPS[pair.group]} | {shown(pair.kl_ratio, 3)} |")
+def ratio_table(result: EvalResult, names: dict[str, str]) -> list[str]:
+    ratios = {(pair.second, pair.first, pair.group): shown(pair.kl_ratio, 3) for pair in result.pairs}
+    lines = [f"| ratio of mean KL, same draws of documents | {' | '.join(GROUPS.values())} |", "|---|" + "---|" * len(GROUPS)]
+    for one, other in RATIOS:
+        lines.append(f"| {one} / {other} | {' | '.join(ratios[names[one], names[other], group] for group in GROUPS)} |")
     return lines
 
 
@@ -87,7 +85,7 @@ def main() -> None:
         scales = {build: input_scales(paths[build]) for build in ("text", "images", "mixed")}
         result = evaluate(list(paths.values()), BUILTIN_MODEL, limit=options.limit, device="cpu", silent=True)
     names = dict(zip(BUILDS, result.checkpoints, strict=True))
-    for table in (kl_table(result, names), pair_table(result, names), scale_table(scales)):
+    for table in (kl_table(result, names), ratio_table(result, names), scale_table(scales)):
         print(*table, "", sep="\n")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"eval": result.as_json(), "input_scales": scales}, indent=1) + "\n", encoding="utf-8")
