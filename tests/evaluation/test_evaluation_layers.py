@@ -17,6 +17,7 @@ from transformers import Qwen3_5ForConditionalGeneration
 from checkpoints import PREFIX, Edit
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import Checkpoint
+from mtpress.errors import FindingError
 from mtpress.evaluation import vocabulary
 from mtpress.evaluation.bodies import Body
 from mtpress.evaluation.drafts import draft
@@ -94,6 +95,15 @@ def test_an_error_is_found_in_the_component_it_comes_from(small_bf16: Path, tmp_
     assert [error.layer_output > 0 for error in errors] == [False, True, False, False]
     assert [error.accumulated > 0 for error in errors] == [False, True, True, True]
     assert ran.figures[1].kl.max() > 0
+
+
+def test_a_checkpoint_that_computes_nan_is_a_finding(small_bf16: Path, small_nvfp4: dict[str, Path], tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(small_nvfp4["nvfp4-mtp-vlm"], tmp_path / "broken"))
+    e = Edit(broken)
+    e.tensors[f"{PREFIX}layers.2.mlp.up_proj.weight_scale"].view(torch.uint8)[0, 0] = 0x7F
+    e.save()
+    with pytest.raises(FindingError, match=r"broken: layer 2 gives NaN"), run(small_bf16, [broken], tmp_path / "run"):
+        pass
 
 
 def test_an_fp8_cache_changes_attention_alone(small_bf16: Path, tmp_path: Path) -> None:
