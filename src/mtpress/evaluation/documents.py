@@ -101,7 +101,7 @@ def load(encoder: ChatEncoder, config: Mapping[str, Any], data: Sequence[str], m
             if limit is not None and len(documents.samples) - first == limit:
                 break
             sample = encode_row(encoder, row, where)
-            with_images = bool(torch.isin(sample.input_ids, placeholders).any())
+            with_images = any(value is not None for name, value in vars(sample).items() if name.startswith("pixel_values"))
             if len(sample.input_ids) > max_seq_len:
                 if with_images:
                     raise InputError(f"{where}: {len(sample.input_ids)} tokens with pictures, over --max-seq-len {max_seq_len}; raise it")

@@ -13,8 +13,8 @@ What base and checkpoint differ by is measured as ‖theirs − ours‖ / ‖our
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import dataclass
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from mtpress.chat import Sample
-from mtpress.errors import InputError
+from mtpress.errors import FindingError, InputError
 from mtpress.evaluation.bodies import Body
 from mtpress.evaluation.documents import Documents
 from mtpress.hidden_states import DiskStates
@@ -45,9 +45,6 @@ class LayerError:
     mlp: float
     layer_output: float
     accumulated: float
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Stream:
@@ -79,7 +76,7 @@ class Stream:
         """Puts every document in front of the first layer."""
         samples: Sequence[Sample] = self.documents.samples
         self.mover.embed(samples, self.body.embedding_rows)
-        if any(sample.has_pictures for sample in samples) or any(self.documents.with_images):
+        if any(sample.has_pictures for sample in samples):
             self.mover.see(self.body.vision_tower())
         self.states.advance()
         if self.embeddings is not None:
@@ -112,7 +109,14 @@ class _Sums:
         self.sums[name][0] += float(difference.square().sum(dtype=torch.float64))
         self.sums[name][1] += float(reference.float().square().sum(dtype=torch.float64))
 
-    def error(self, layer: int, component: str) -> LayerError:
+    def error(self, layer: int, component: str, body: Body) -> LayerError:
+        """What was summed; FindingError where the checkpoint, or the base before it, computes what is no number."""
+        lost, whole = self.sums["accumulated"]
+        if not isfinite(lost):
+            whose = body.checkpoint.path if isfinite(whole) else "the base"
+            raise FindingError(
+                f"{whose}: layer {layer} gives NaN or infinite values; `mtpress check {body.checkpoint.path} --base SRC` says why"
+            )
         relative = {name: (lost / whole) ** 0.5 if whole else 0.0 for name, (lost, whole) in self.sums.items()}
         return LayerError(layer, component, relative["mixer"], relative["mlp"], relative["layer"], relative["accumulated"])
 
@@ -146,7 +150,7 @@ def run_layers(base: Stream, others: Sequence[Stream], directory: Path, progress
             _base_layer(base, index, next(weights), parts, progress)
             for stream in others:
                 sums = _other_layer(stream, base, index, next(weights), parts, progress)
-                errors[stream.body.name].append(sums.error(index, component))
+                errors[stream.body.name].append(sums.error(index, component, stream.body))
                 stream.states.advance()
             base.states.advance()
     for stream in streams:
