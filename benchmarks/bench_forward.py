@@ -1,6 +1,6 @@
 """The calibration forward of one Gated DeltaNet layer and one full-attention layer at full width, part by part.
 
-    python benchmarks/bench_forward.py [--tokens 1024] [--samples 4] [--json FILE]
+    python benchmarks/bench_forward.py [--tokens 1024] [--samples 4] [--hessian] [--json FILE]
 
 Out: a table and JSON: the rate of the linears inside the forward against the same products alone, measured in turn in the same
 run, and the seconds of everything else: delta rule, attention, convolution and norms, statistics.
@@ -18,12 +18,16 @@ from torch import nn
 import qwen3_6_files
 from measuring import options, table, write_json
 from mtpress.calibration import InputAmax
+from mtpress.input_hessian import InputHessian
 from mtpress.models import qwen3_5_layers
 from mtpress.models.qwen3_5 import layer_shapes
 from mtpress.models.qwen3_5_layers import StreamedBody
 from qwen3_6_files import WIDTHS
 
 KINDS = {0: "linear_attention", 3: "full_attention"}
+FIRST_OF_THEIR_INPUT = {
+    "linear_attn.in_proj_qkv", "linear_attn.out_proj", "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj",
+}  # fmt: skip
 
 
 class Clock:
@@ -45,6 +49,7 @@ class Clock:
 
 def main() -> None:
     parser = options(__doc__ or "", "bench_forward")
+    parser.add_argument("--hessian", action="store_true", help="with the sums that rounding hessian wants")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=4)
     chosen = parser.parse_args()
@@ -71,7 +76,7 @@ def main() -> None:
 
         attention = F.scaled_dot_product_attention
         rule = qwen3_5_layers.chunk_gated_delta_rule
-        amax = InputAmax()
+        amax = InputAmax(hessian=InputHessian(), weighted=FIRST_OF_THEIR_INPUT) if chosen.hessian else InputAmax()
         nn.Linear.forward = linear  # type: ignore[method-assign]
         F.scaled_dot_product_attention = clock.timed("attention", attention)  # type: ignore[assignment]
         qwen3_5_layers.chunk_gated_delta_rule = clock.timed("delta rule", rule)  # type: ignore[assignment]

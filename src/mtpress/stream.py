@@ -291,12 +291,15 @@ def _probe_hessian(weight: torch.Tensor) -> torch.Tensor:
     return torch.eye(BLOCK).expand(weight.shape[1] // BLOCK, BLOCK, BLOCK)
 
 
+NVFP4_ROUNDINGS: dict[str, RoundGroup] = {
+    "max": lambda weights, hessian: round_group(weights),
+    "four-over-six": _by_scales(four_over_six.group_scales),
+    "sweep": _by_scales(sweep.group_scales),
+    "hessian": _by_hessian,
+}
 ROUNDINGS = {
     "nvfp4": {
-        "max": _nvfp4(lambda weights, hessian: round_group(weights)),
-        "four-over-six": _nvfp4(_by_scales(four_over_six.group_scales)),
-        "sweep": _nvfp4(_by_scales(sweep.group_scales)),
-        "hessian": _nvfp4(_by_hessian),
+        **{name: _nvfp4(by) for name, by in NVFP4_ROUNDINGS.items()},
         # by the forward, which is measured on its own; what is left is packing
         "gptq": Rounding(_stored, lambda: nvfp4.EAGER, lambda weight: round_group({"weight": weight})),
     },
