@@ -1,6 +1,7 @@
 """GPTQ against nearest codes at the same scales, and against auto-round: errors on mtpress-tiny; time and memory at the width of 27B.
 
-    python benchmarks/bench_gptq.py [--samples 64] [--auto-round 200] [--wide-samples 8] [--wide-tokens 512] [--skip-error] [--json FILE]
+    python benchmarks/bench_gptq.py [--samples 64] [--damping 0.05] [--auto-round 200] [--wide-samples 8] [--wide-tokens 512]
+                                     [--skip-error] [--json FILE]
 
 Out: tables and JSON.
 error   mtpress-tiny's language model is rounded by 64 samples of 128 tokens. Then, for 64 other samples: the squared error of each
@@ -58,6 +59,7 @@ class Contender:
 def main() -> None:
     parser = options(__doc__ or "", "bench_gptq")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--damping", type=float, default=gptq.DAMPING)
     parser.add_argument("--auto-round", type=int, default=200)
     parser.add_argument("--wide-samples", type=int, default=8)
     parser.add_argument("--wide-tokens", type=int, default=512)
@@ -67,13 +69,13 @@ def main() -> None:
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory(dir="build") as scratch:
         if not chosen.skip_error:
-            found["error"] = compare_errors(Path(scratch), chosen.samples, chosen.auto_round)
+            found["error"] = compare_errors(Path(scratch), chosen.samples, chosen.damping, chosen.auto_round)
         if chosen.wide_samples:
             found["wide"] = measure_wide(Path(scratch), chosen.wide_samples, chosen.wide_tokens)
     write_json(chosen.json, found)
 
 
-def compare_errors(here: Path, num_samples: int, auto_round: int) -> dict[str, Any]:
+def compare_errors(here: Path, num_samples: int, damping: float, auto_round: int) -> dict[str, Any]:
     source = Checkpoint.open(write_tiny(here / "tiny"))
     ids = chunks(CALIBRATION_FILE, num_samples)
     contenders: dict[str, Contender] = {}
@@ -81,7 +83,7 @@ def compare_errors(here: Path, num_samples: int, auto_round: int) -> dict[str, A
     for form, names in GPTQ_SCALES.items():
         plan = make_plan(source, parse_recipe({**RECIPE, "format": form}, "benchmark"))
         for scales in names:
-            nearest, by_gptq, said = rounded(plan, scales, ids, here / f"{form}-{scales}")
+            nearest, by_gptq, said = rounded(plan, Settings(scales, damping), ids, here / f"{form}-{scales}")
             contenders |= {f"{form} {scales}": nearest, f"{form} {scales} + gptq": by_gptq}
             losses[f"{form} {scales}"] = said
     if auto_round:
@@ -93,11 +95,11 @@ def compare_errors(here: Path, num_samples: int, auto_round: int) -> dict[str, A
     return {"errors": errors, "held_out": losses}
 
 
-def rounded(plan: Plan, scales: str, ids: Sequence[Sequence[int]], here: Path) -> tuple[Contender, Contender, Any]:
+def rounded(plan: Plan, settings: Settings, ids: Sequence[Sequence[int]], here: Path) -> tuple[Contender, Contender, Any]:
     """The nearest codes, GPTQ's where they help, and the errors by which that was decided."""
     here.mkdir()
     form = gptq.FORMATS[plan.recipe.format]
-    tuning = GptqPass(plan, [Sample(torch.tensor(sample)) for sample in ids], CPU, here, Settings(scales))
+    tuning = GptqPass(plan, [Sample(torch.tensor(sample)) for sample in ids], CPU, here, settings)
     made = {}
     for step in plan.steps:
         if step.layer is not None:
@@ -107,7 +109,7 @@ def rounded(plan: Plan, scales: str, ids: Sequence[Sequence[int]], here: Path) -
     for job in plan.jobs:
         if job.kind == "quantize":
             weights = {info.name: read_tensor(info) for info in job.sources}
-            for name, chosen in gptq.SCALES[plan.recipe.format][scales](weights, torch.empty(0)).items():
+            for name, chosen in gptq.SCALES[plan.recipe.format][settings.scales](weights, torch.empty(0)).items():
                 nearest[name] = form.dequantize(form.store(gptq.nearest(weights[name], chosen, form), chosen)).bfloat16()
     by_gptq = {f"{name}.weight": form.dequantize(stored).bfloat16() for name, stored in made.items()}
     input_scales = {name: stored["input_scale"] for name, stored in made.items() if "input_scale" in stored}

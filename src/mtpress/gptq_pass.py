@@ -89,6 +89,9 @@ class GptqPass(TwoStreams):
         InputError names a matrix that is not finite.
         """
         assert step.layer is not None
+        for name in step.quantized:
+            if not bool(torch.isfinite(tensors[name]).all()):
+                raise InputError(f"{name} holds NaN or infinite values; the source is damaged, fetch it again")
         start = f"{self.plan.prefix}layers.{step.layer}."
         module = self.body.decoder_layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()})
         seen = InputAmax()
@@ -99,7 +102,10 @@ class GptqPass(TwoStreams):
         found: dict[str, Stored] = {}
         for group in in_order(step, start, list(seen.amax)):
             kernel = self._kernel(seen, group)
-            self._round(module, {name: linears[name] for name in group}, kernel, nearest, found)
+            try:
+                self._round(module, {name: linears[name] for name in group}, kernel, nearest, found)
+            except InputError as error:
+                raise InputError(f"layer {step.layer}: {error}") from None
             install(linears, {name: found[name] for name in group}, self.form)
             for name in group:
                 linears[name].register_forward_pre_hook(kernel)
@@ -129,9 +135,6 @@ class GptqPass(TwoStreams):
         found: dict[str, Stored],
     ) -> None:
         """Both kinds of codes of linears that read the same input."""
-        for name, linear in linears.items():
-            if not bool(torch.isfinite(linear.weight).all()):
-                raise InputError(f"{name}.weight holds NaN or infinite values; the source is damaged, fetch it again")
         hessian = self._hessian(module, next(iter(linears.values())).in_features, list(linears), kernel)
         k = len(hessian)
         blocks = torch.stack([hessian[i : i + BLOCK, i : i + BLOCK] for i in range(0, k, BLOCK)]).double()
@@ -140,7 +143,7 @@ class GptqPass(TwoStreams):
         del hessian
         for name, linear in linears.items():
             if not all(bool(torch.isfinite(part.float()).all()) for part in scales[name]):
-                raise InputError(f"{name}.weight holds numbers up to {float(linear.weight.abs().max()):.3g}; no scale is so large")
+                raise InputError(f"{name} holds numbers up to {float(linear.weight.abs().max()):.3g}; no scale is so large")
             nearest[name] = self.form.store(gptq.nearest(linear.weight, scales[name], self.form), scales[name])
             found[name] = self.form.store(gptq.round_matrix(linear.weight, scales[name], factor, self.form), scales[name])
 

@@ -199,7 +199,7 @@ def test_a_matrix_that_rounding_made_indefinite_is_damped_more() -> None:
 def test_a_matrix_that_is_not_finite_is_refused(damage: float) -> None:
     hessian = torch.eye(4)
     hessian[2, 2] = damage
-    with pytest.raises(InputError, match=f"multiplied with is {damage}; the source weights are damaged"):
+    with pytest.raises(InputError, match=f"mean square of what a linear reads is {damage}; the source weights are damaged"):
         factorize(hessian)
 
 

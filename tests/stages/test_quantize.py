@@ -148,6 +148,14 @@ def test_gptq_is_not_spread(name: str, other: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_gptq_of_one_sample_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    lone = {"rounding": "gptq", "calibration": {"num_samples": 1}}
+    recipe = parse_recipe({**load_recipe("nvfp4-mtp-vlm").canonical(), **lone}, "a test")
+    with pytest.raises(InputError, match="rounding gptq needs at least two calibration samples"):
+        quantize(BUILTIN_MODEL, tmp_path / "out", recipe, calibration=["builtin"], silent=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_gptq_stores_what_rounding_max_does_but_for_the_codes(tmp_path: Path) -> None:
     """All samples give the amax of the inputs, the one that is held out too; the BF16 stream is the same."""
     recipe = load_recipe("nvfp4-mtp-vlm")

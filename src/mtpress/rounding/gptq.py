@@ -107,7 +107,7 @@ def factorize(hessian: Tensor, damping: float = DAMPING) -> Factor:
     k = hessian.shape[0]
     mean = hessian.diagonal().double().mean()
     if not bool(mean.isfinite()):
-        raise InputError(f"the mean square of what it is multiplied with is {float(mean)}; the source weights are damaged")
+        raise InputError(f"the mean square of what a linear reads is {float(mean)}; the source weights are damaged")
     order = hessian.diagonal().argsort(stable=True)
     for start in range(0, k, PANEL):  # in place: a second matrix would be 1.2 GB at the width of 27B
         hessian[start : start + PANEL] = hessian[start : start + PANEL, order]
