@@ -37,7 +37,7 @@ tiny: $(STAMP)
 	$(VENV)/bin/python tiny/train.py build/mtpress-tiny
 	$(VENV)/bin/python tiny/evaluate.py build/mtpress-tiny
 
-$(STAMP): locks/dev.txt pyproject.toml setup.py $(wildcard src/mtpress/formats/*.c)
+$(STAMP): locks/dev.txt pyproject.toml setup.py $(wildcard src/mtpress/formats/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned dependencies into $(VENV) (about 1 GB, a minute or two)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r locks/dev.txt

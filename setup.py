@@ -10,7 +10,7 @@ KERNELS = [
         f"mtpress.formats.{name}",
         [f"src/mtpress/formats/{name}.c"],
         extra_compile_args=["-O3", "-ffp-contract=off"],  # the C code picks its instructions at run time: no -march
-        depends=["src/mtpress/formats/_nvfp4_search.h"],
+        depends=["src/mtpress/formats/_levels.h", "src/mtpress/formats/_nvfp4_search.h"],
         py_limited_api=True,
         optional=True,
     )

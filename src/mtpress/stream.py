@@ -168,8 +168,8 @@ def _by_scales(group_scales: Callable[[Tensors], GroupScales]) -> RoundGroup:
 
 
 def _by_hessian(weights: Tensors, hessian: torch.Tensor | None) -> dict[str, dict[str, torch.Tensor]]:
-    assert hessian is not None
-    return nearest_codes(weights, group_scales_by_hessian(weights, hessian))
+    # lm_head, which no sample passes in this forward, has none
+    return nearest_codes(weights, sweep.group_scales(weights) if hessian is None else group_scales_by_hessian(weights, hessian))
 
 
 def _hessian(job: Job, seen: Seen) -> torch.Tensor | None:
