@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -97,23 +98,22 @@ def compare_errors(here: Path, num_samples: int, damping: float, auto_round: int
 
 def rounded(plan: Plan, settings: Settings, ids: Sequence[Sequence[int]], here: Path) -> tuple[Contender, Contender, Any]:
     """The nearest codes, GPTQ's where they help, and the errors by which that was decided."""
-    here.mkdir()
-    form = gptq.FORMATS[plan.recipe.format]
-    tuning = GptqPass(plan, [Sample(torch.tensor(sample)) for sample in ids], CPU, here, settings)
-    made = {}
-    for step in plan.steps:
-        if step.layer is not None:
-            made |= tuning.layer(step, {info.name: read_tensor(info) for job in step.jobs for info in job.sources})
-    tuning.close()
-    nearest = {}
-    for job in plan.jobs:
-        if job.kind == "quantize":
-            weights = {info.name: read_tensor(info) for info in job.sources}
-            for name, chosen in gptq.SCALES[plan.recipe.format][settings.scales](weights, torch.empty(0)).items():
-                nearest[name] = form.dequantize(form.store(gptq.nearest(weights[name], chosen, form), chosen)).bfloat16()
-    by_gptq = {f"{name}.weight": form.dequantize(stored).bfloat16() for name, stored in made.items()}
-    input_scales = {name: stored["input_scale"] for name, stored in made.items() if "input_scale" in stored}
-    return Contender(nearest, input_scales), Contender(by_gptq, input_scales), {i: said.as_json() for i, said in tuning.losses.items()}
+    form, samples = gptq.FORMATS[plan.recipe.format], [Sample(torch.tensor(sample)) for sample in ids]
+
+    def passed(directory: Path) -> tuple[Contender, GptqPass]:
+        directory.mkdir(parents=True)
+        tuning, made = GptqPass(plan, samples, CPU, directory, settings), {}
+        for step in plan.steps:
+            if step.layer is not None:
+                made |= tuning.layer(step, {info.name: read_tensor(info) for job in step.jobs for info in job.sources})
+        tuning.close()
+        weights = {f"{name}.weight": form.dequantize(stored).bfloat16() for name, stored in made.items()}
+        return Contender(weights, {name: stored["input_scale"] for name, stored in made.items() if "input_scale" in stored}), tuning
+
+    by_gptq, tuning = passed(here / "gptq")
+    with patch.object(gptq, "round_matrix", lambda weight, scales, _, form: gptq.nearest(weight, scales, form)):
+        nearest, _ = passed(here / "nearest")  # scales that follow from H are then those of a body without GPTQ
+    return nearest, by_gptq, {layer: said.as_json() for layer, said in tuning.losses.items()}
 
 
 def by_auto_round(source: Checkpoint, ids: Sequence[Sequence[int]], here: Path, iterations: int) -> Contender:

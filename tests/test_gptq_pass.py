@@ -18,12 +18,13 @@ from mtpress.errors import InputError
 from mtpress.formats import nvfp4
 from mtpress.gptq_pass import GptqPass, Kernel, Settings, held_out, in_order
 from mtpress.plan import Plan, Step, make_plan
-from mtpress.recipe import GPTQ_SCALES, CalibrationSource, load_recipe
+from mtpress.recipe import CalibrationSource, load_recipe
 from mtpress.rounding import gptq
 from mtpress.rounding.gptq import FORMATS, SCALES
 
 CPU = torch.device("cpu")
 Stored = dict[str, dict[str, Tensor]]
+WITHOUT_DATA = {"nvfp4": "max", "int4": "rtn"}
 BOTH = pytest.mark.parametrize("form", list(FORMATS))
 
 
@@ -43,7 +44,7 @@ def samples() -> list[Sample]:
 
 def begun(plan: Plan, samples: list[Sample], directory: Path, **more: Any) -> GptqPass:
     directory.mkdir(exist_ok=True)
-    return GptqPass(plan, samples, CPU, directory, Settings(GPTQ_SCALES[plan.recipe.format][0]), **more)
+    return GptqPass(plan, samples, CPU, directory, Settings(WITHOUT_DATA[plan.recipe.format]), **more)
 
 
 def layers(plan: Plan) -> list[Step]:
@@ -69,7 +70,7 @@ def same(one: Stored, other: Stored) -> bool:
 def nearest_of(plan: Plan, step: Step) -> Stored:
     """The nearest codes at the same scales."""
     form, found = FORMATS[plan.recipe.format], {}
-    choose = SCALES[plan.recipe.format][GPTQ_SCALES[plan.recipe.format][0]]
+    choose = SCALES[plan.recipe.format][WITHOUT_DATA[plan.recipe.format]]
     for job in step.jobs:
         if job.kind == "quantize":
             weights = {info.name.removesuffix(".weight"): plan.source.read(info.name) for info in job.sources}

@@ -158,10 +158,9 @@ def test_gptq_of_one_sample_is_refused_and_leaves_nothing(tmp_path: Path) -> Non
 
 def test_gptq_stores_what_rounding_max_does_but_for_the_codes(tmp_path: Path) -> None:
     """All samples give the amax of the inputs, the one that is held out too; the BF16 stream is the same."""
-    recipe = load_recipe("nvfp4-mtp-vlm")
+    recipe, chosen_scales = load_recipe("nvfp4-mtp-vlm"), {"rounding": "gptq", "gptq": {"scales": "max"}}
     plain, by_gptq = (recipe.model_copy(update={"calibration": SMALL}), tmp_path / "max"), (
-        parse_recipe({**recipe.canonical(), "rounding": "gptq", "gptq": {"scales": "max"}, "calibration": SMALL.model_dump()}, "a test"),
-        tmp_path / "gptq",
+        parse_recipe({**recipe.canonical(), **chosen_scales, "calibration": SMALL.model_dump()}, "a test"), tmp_path / "gptq"
     )  # fmt: skip
     made = []
     for chosen, out in (plain, by_gptq):
