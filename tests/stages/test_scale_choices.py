@@ -176,7 +176,7 @@ def test_only_one_of_the_linears_that_read_the_same_input_is_counted(tmp_path: P
     wanted = recipe("hessian").model_copy(update={"quantize": ("attention", "mlp"), "calibration": CalibrationSource(num_samples=1)})
     with pytest.raises(KeyError):  # as nothing was summed
         quantize(BUILTIN_MODEL, tmp_path / "out", wanted, silent=True)
-    assert counted == ["mlp.gate_proj", "mlp.down_proj"]
+    assert [name for name in counted if name] == ["mlp.gate_proj", "mlp.down_proj"]  # preflight's probe has no name
 
 
 def test_without_samples_there_is_no_hessian(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
 LARGEST_ERROR, LARGEST_INT4_ERROR = 0.2, 0.25
 LARGEST_FP8_ERROR = 0.06  # E4M3 has three bits of mantissa: 0.026 on normal weights, 0.025 to 0.027 on trained ones
 NUM_MADS, LEAST_DISTANCE = 10.0, 0.15  # an outlier is both: far by the spread of the others, and by 15 % of the median
+LEAST_ERROR = 0.105  # nor is one that is as near as "max" brings it: scales by the local Hessian give up some error for better outputs
 LEAST_INT4_DISTANCE = 0.4  # a group of 128 follows the tails of its matrix: 0.09 to 0.13 in one model, where a block of 16 gives 0.095
 FEW_IN_BF16 = "where they are few, mtpress repair CKPT OUT --base SRC puts them in BF16; else " + QUANTIZE_AGAIN
 
@@ -87,7 +88,7 @@ def error_outlier(found: Comparison) -> Iterator[Problem]:
             continue
         median = statistics.median(errors.values())
         spread = 1.4826 * statistics.median(abs(error - median) for error in errors.values())
-        limit = median + max(NUM_MADS * spread, distance * median)
+        limit = max(median + max(NUM_MADS * spread, distance * median), LEAST_ERROR)
         names = _worst_first(found, [name for name, error in errors.items() if error > limit])
         if names:
             message = f"{count(len(names), 'matrix' if len(names) == 1 else 'matrice')} much further from the source than the others"
