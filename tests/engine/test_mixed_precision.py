@@ -35,8 +35,8 @@ def test_it_answers_and_drafts_as_bf16_does(name: str, mixed: Runs) -> None:
     assert mixed.right(build, ANSWERS) > 0.5, mixed.texts(build, ANSWERS)
     pairs = list(zip(mixed.texts(build, ANSWERS), mixed.texts(BF16, ANSWERS), strict=True))
     assert sum(ours == bf16 for ours, bf16 in pairs) / len(pairs) >= 0.7
-    print(name, mixed.right(build, ANSWERS), mixed.right(BF16, ANSWERS), mixed.acceptance(build), mixed.acceptance(BF16))
-    assert mixed.acceptance(build) == pytest.approx(mixed.acceptance(BF16), abs=ACCEPTANCE_POINTS)
+    lost = [was - now for was, now in zip(mixed.acceptance(BF16), mixed.acceptance(build), strict=True)]
+    assert mixed.acceptance(BF16)[0] > 0 and max(lost) <= ACCEPTANCE_POINTS
     linears = mixed.result(build, NUM_DRAFT_TOKENS)["linears"]
     quantized = {prefix.rpartition(".")[2] for prefix, method in linears["target"].items() if method == "ModelOptLinearMethod"}
     assert quantized == QUANTIZED | ({"lm_head"} if name == W4A16 else set())
