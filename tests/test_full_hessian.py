@@ -36,8 +36,8 @@ def test_it_is_the_sum_of_outer_products(panel: int, tokens: int, monkeypatch: p
 
 def test_its_blocks_are_those_of_the_local_hessian() -> None:
     local = InputHessian()
-    for number, inputs in enumerate(samples()):
-        local.add("x", number, inputs)
+    for inputs in samples():
+        local.add("x", inputs)
     found = total([0, 1, 2, 3], samples())
     for block, expected in enumerate(local.total("x")):
         part = slice(BLOCK * block, BLOCK * block + BLOCK)

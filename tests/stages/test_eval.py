@@ -88,7 +88,7 @@ def test_a_document_of_the_calibration_set_is_a_finding(
     leaked.write_text("\n".join([*CALIBRATION_FILE.read_text().splitlines()[:1], json.dumps({"text": "a text of its own"})]))
     code = main(["eval", str(pair[0]), "--base", str(small_bf16), "--data", str(leaked), "--max-seq-len", "64", "--resamples", "10"])
     assert code == 1
-    assert "1 of 2 documents are in builtin calibration set" in capsys.readouterr().out
+    assert "1 of 2 documents are in builtin" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_one_line_before_weights_are_read(

@@ -6,7 +6,7 @@ each is of, and the positions whose prediction counts. Leaves out: what the mode
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtpress import builtin
+from mtpress.builtin import EVALUATION_FILE, EVALUATION_IMAGES_FILE
 from mtpress.calibration import BUILTIN, BUILTIN_SETS, encode_row, load_calibration, read_jsonl
 from mtpress.chat import ChatEncoder, Sample, open_image
 from mtpress.checkpoint import Checkpoint, read_json_object
@@ -74,9 +74,8 @@ class Documents:
 
 
 def builtin_sets() -> dict[str, Path]:
-    """The evaluation sets that ship with mtpress, by the name they are reported under; pictures where this version has them."""
-    images = getattr(builtin, "EVALUATION_IMAGES_FILE", None)
-    return {BUILTIN: builtin.EVALUATION_FILE} | ({f"{BUILTIN}-images": images} if images is not None else {})
+    """The evaluation sets that ship with mtpress, by the name they are reported under."""
+    return {BUILTIN: EVALUATION_FILE, f"{BUILTIN}-images": EVALUATION_IMAGES_FILE}
 
 
 def _files(data: Sequence[str]) -> dict[str, Path]:
@@ -159,7 +158,7 @@ class Disjointness:
 
 def check_disjoint(documents: Documents, checkpoint: Checkpoint, calibration: Sequence[str]) -> Disjointness:
     """Whether a document is in the built-in calibration sets or the files given, and whether the checkpoint was made with one of them."""
-    files = {f"{BUILTIN} calibration set": path for path in _builtin_calibration()} | {name: Path(name) for name in calibration}
+    files = {name: paths[0] for name, paths in BUILTIN_SETS.items() if len(paths) == 1} | {name: Path(name) for name in calibration}
     mine = set(documents.keys)
     per_file = {name: sum(content_key(row, where) in mine for where, row in read_jsonl(path)) for name, path in files.items()}
     shared, names = sum(per_file.values()), ", ".join(files)
@@ -178,13 +177,6 @@ def check_disjoint(documents: Documents, checkpoint: Checkpoint, calibration: Se
         return Disjointness(tuple(files), shared, False, f"{found}; {said}")
     which = f"{BUILTIN} set" if match == (BUILTIN,) else ", ".join(match)
     return Disjointness(tuple(files), shared, True, f"{found}; by its SHA-256 the {which} is what it was calibrated on")
-
-
-def _builtin_calibration() -> Iterator[Path]:
-    yield builtin.CALIBRATION_FILE
-    images = getattr(builtin, "CALIBRATION_IMAGES_FILE", None)
-    if images is not None:
-        yield images
 
 
 def _candidates(calibration: Sequence[str]) -> list[tuple[str, ...]]:

@@ -84,8 +84,8 @@ SCALES: dict[str, dict[str, Callable[[Mapping[str, Tensor], Tensor], dict[str, S
     },
     "int4": {
         "hessian": lambda weights, blocks: {name: search.round_matrix(weight, hessian=blocks)[1:] for name, weight in weights.items()},
-        "rtn": lambda weights, _: {name: rtn.round_matrix(weight)[1:] for name, weight in weights.items()},
         "search": lambda weights, _: {name: search.round_matrix(weight)[1:] for name, weight in weights.items()},
+        "rtn": lambda weights, _: {name: rtn.round_matrix(weight)[1:] for name, weight in weights.items()},
     },
 }
 
