@@ -155,6 +155,19 @@ def group_rows(result: EvalResult, group: str) -> list[list[str]]:
     return rows
 
 
+BRIEF_HEADINGS = ["checkpoint", "bytes", "KL mean", "p99", "top-1 the same, %", "perplexity ÷ BF16's"]
+
+
+def brief_rows(result: EvalResult, group: str) -> Iterator[list[str]]:
+    """What goes into a terminal's width."""
+    for name, found in result.checkpoints.items():
+        figures = found.groups[group]
+        yield [
+            name, human_bytes(found.num_bytes), shown(figures.kl_mean, 3), number(figures.kl_p99.value, 3),
+            number(100 * figures.top1_agreement.value), number(figures.perplexity_ratio.value),
+        ]  # fmt: skip
+
+
 def acceptance_rows(result: EvalResult) -> list[list[str]]:
     rows = []
     for name, found in result.bodies.items():

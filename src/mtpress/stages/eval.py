@@ -216,10 +216,9 @@ def show(result: "EvalResult") -> None:
     for group in result.base.perplexity:
         one = next(iter(result.checkpoints.values())).groups[group]
         table = Table(title=f"{group}: {one.num_documents} documents, {one.num_tokens:,} predictions", box=box.SIMPLE_HEAD)
-        rows = tables.group_rows(result, group)
-        for number, heading in enumerate(tables.HEADINGS):
+        for number, heading in enumerate(tables.BRIEF_HEADINGS):
             table.add_column(heading, justify="right" if number else "left", overflow="fold")
-        for row in rows:
+        for row in tables.brief_rows(result, group):
             table.add_row(*row)
         console.print(table)
     for name, *cells in tables.acceptance_rows(result):
