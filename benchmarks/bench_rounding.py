@@ -22,6 +22,7 @@ from measuring import mtpress, options, record, table, write_calibration, write_
 from mtpress.progress import human_bytes
 
 CHOICES = ("max", "four-over-six", "sweep", "hessian")
+BY_SAMPLES = ("hessian", "gptq")
 HASH_BYTES = 32 << 20
 
 
@@ -80,7 +81,7 @@ def whole_runs(choices: list[str], layers: int, samples: int, tokens: int, calib
 
 def main() -> None:
     parser = options(__doc__ or "", "bench_rounding")
-    parser.add_argument("--choices", nargs="+", choices=CHOICES, default=list(CHOICES))
+    parser.add_argument("--choices", nargs="+", choices=(*CHOICES, "gptq"), default=list(CHOICES), help="gptq: of --runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", action="store_true", help="whole runs in place of one matrix")
     parser.add_argument("--weight-only", action="store_true", help="of --runs: without samples, so without hessian")
@@ -100,7 +101,7 @@ def main() -> None:
         table(["choice", "ms", f"× {chosen.choices[0]}", "× with SHA-256, as in a run", "extra memory / matrix"], rows)
         write_json(chosen.json, {"matrix": costs})
         return
-    choices = [choice for choice in chosen.choices if choice != "hessian" or not chosen.weight_only]
+    choices = [choice for choice in chosen.choices if choice not in BY_SAMPLES or not chosen.weight_only]
     runs = whole_runs(choices, chosen.layers, chosen.samples, chosen.tokens, not chosen.weight_only)
     table(
         ["choice", "seconds", "promised", "forward s", "choosing s", "peak memory", "promised"],
