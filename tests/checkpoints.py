@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from mtpress.checkpoint import INDEX_NAME
 from mtpress.formats import compressed_tensors, int4, mixed_precision
 from mtpress.models import qwen3_5
+from mtpress.recipe import Recipe, load_recipe
 from mtpress.rounding.fp8 import round_group
 from mtpress.templating import template
 
@@ -27,6 +28,15 @@ SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 IDS = {token: 256 + i for i, token in enumerate(SPECIALS)}
+
+
+def weight_only(name: str) -> Recipe:
+    """A shipped recipe of NVFP4 as it is where its samples do not matter: one input_scale for all, max in place of GPTQ."""
+    without_samples: dict[str, Any] = {"constant_input_scale": 0.01}
+    recipe = load_recipe(name)
+    if recipe.rounding == "gptq":
+        without_samples |= {"rounding": "max", "gptq": None}
+    return recipe.model_copy(update=without_samples)
 
 
 def small_config() -> dict[str, Any]:

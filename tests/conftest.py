@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import SMALL_FORMATS, write_small
+from checkpoints import SMALL_FORMATS, weight_only, write_small
 from mtpress.recipe import load_recipe, shipped
 from mtpress.stages.quantize import quantize
 
@@ -21,7 +21,7 @@ def small_nvfp4(small_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     made = {}
     for name in (recipe for recipe in shipped() if load_recipe(recipe).format == "nvfp4"):
         made[name] = tmp_path_factory.mktemp("small-nvfp4") / name
-        quantize(small_bf16, made[name], load_recipe(name).model_copy(update={"constant_input_scale": 0.01}), silent=True)
+        quantize(small_bf16, made[name], weight_only(name), silent=True)
     return made
 
 

@@ -110,9 +110,9 @@ def test_which_builds_need_samples(change: dict[str, Any], needed: bool) -> None
 
 
 def test_template_and_sampling_of_the_shipped_recipes() -> None:
-    """The builds whose releases came with a template of their own install ours; the others keep the source's."""
+    """The builds whose releases came with a template of their own, and the best, install ours; the others keep the source's."""
     ours = {name for name in shipped() if load_recipe(name).chat_template == "mtpress"}
-    assert ours == {"nvfp4-mtp-vlm", "nvfp4-cascade-vlm"}
+    assert ours == {"nvfp4-mtp-vlm", "nvfp4-cascade-vlm", "nvfp4-best-vlm", "nvfp4-best-text"}
     sampling = {name: recipe.generation_config.said() for name in shipped() if (recipe := load_recipe(name)).generation_config}
     assert sampling == {"nvfp4-cascade-vlm": {"temperature": 0.7, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1, "do_sample": True}}
 

@@ -44,7 +44,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name] = tmp_path_factory.mktemp("built") / name
         recipe = load_recipe(name)
         quick = SignRound(iterations=2, batch_size=8)
-        recipe = recipe.model_copy(update={"signround": quick, "calibration": SMALL} if recipe.rounding == "signround" else {})
+        if recipe.rounding in ("signround", "gptq"):
+            recipe = recipe.model_copy(update={"signround": quick, "calibration": SMALL})
         quantize(BUILTIN_MODEL, found[name], recipe, calibration=["builtin"], silent=True)
     return found
 
@@ -72,7 +73,8 @@ def test_every_tensor_is_kept_quantized_or_dropped(recipe: str, built: dict[str,
             packed, scales, scale_2 = made.pop(name), made.pop(f"{name}_scale"), made.pop(f"{name}_scale_2")
             assert made.pop(name.replace(".weight", ".input_scale")) > 0
             error = (nvfp4.dequantize(packed, scales, scale_2) - tensor.float()).norm() / tensor.float().norm()
-            assert 0.02 < error < 0.13  # NVFP4 of anything near Gaussian is about 0.095
+            # NVFP4 of anything near Gaussian is about 0.095; GPTQ trades it for the output's
+            assert 0.02 < error < (0.2 if load_recipe(recipe).rounding == "gptq" else 0.13)
         else:
             assert same(made.pop(name), tensor), name
     assert not made
