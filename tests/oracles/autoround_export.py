@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=24, help="shorter samples are dropped, longer ones cut")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.source, local_files_only=True)
-    texts = [tokenizer.decode(ids) for ids in json.loads(options.tokens.read_text(encoding="utf-8")) if len(ids) >= options.seqlen]
+    texts = [tokenizer.decode(ids) for ids in json.loads(options.tokens.read_text(encoding="utf-8"))]
+    texts = [text for text in texts if len(tokenizer(text)["input_ids"]) >= options.seqlen]  # as auto-round reads them
     texts = texts[: len(texts) // BATCH_SIZE * BATCH_SIZE]
     gc.freeze()  # it collects garbage some twenty times, a second each with all that was imported
     with tempfile.TemporaryDirectory() as folder:
