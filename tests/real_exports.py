@@ -46,8 +46,6 @@ EXPORTS = {
     "llmcompressor": Export("llmcompressor", "llmcompressor_export.py"),
     "llmcompressor-gdn": Export("llmcompressor", "llmcompressor_export.py", ("--gdn",)),
     "modelopt": Export("modelopt", "modelopt_export.py", copied=COPIED),
-    "modelopt-mse": Export("modelopt", "modelopt_export.py", ("--algorithm", "mse"), COPIED),
-    "modelopt-local-hessian": Export("modelopt", "modelopt_export.py", ("--algorithm", "local_hessian"), COPIED),
     "modelopt-fp8": Export("modelopt", "modelopt_export.py", ("--fp8",), COPIED),
     "modelopt-w4a16-fp8": Export("modelopt", "modelopt_export.py", ("--recipe", W4A16_FP8), COPIED),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mtpress.builtin import BUILTIN_MODEL
+from mtpress.builtin import BUILTIN_MODEL, EVALUATION_FILE
 from mtpress.chat import ChatEncoder
 from mtpress.checkpoint import Checkpoint
 from mtpress.evaluation.documents import load
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
 TIMEOUT_SECONDS = 600
 NUM_DOCUMENTS = 24
+DATA = [str(EVALUATION_FILE)]
 
 
 def under_vllm(engine_python: Path, script: str, *arguments: Path) -> None:
@@ -62,7 +63,7 @@ def test_nvfp4_has_the_bits_of_vllm_s_emulation(engine_python: Path, tmp_path: P
 def test_kl_agrees_with_that_of_vllm_s_own_logprobs(engine_python: Path, tmp_path: Path) -> None:
     export = real_export("modelopt")
     config = Checkpoint.open(BUILTIN_MODEL).config
-    documents = load(ChatEncoder(BUILTIN_MODEL), config, (), 2048, NUM_DOCUMENTS)
+    documents = load(ChatEncoder(BUILTIN_MODEL), config, DATA, 2048, NUM_DOCUMENTS)
     (tmp_path / "tokens.json").write_text(json.dumps([sample.input_ids.tolist() for sample in documents.samples]))
     logprobs = []
     for name, checkpoint in (("base", BUILTIN_MODEL), ("export", export)):
@@ -84,7 +85,7 @@ def test_kl_agrees_with_that_of_vllm_s_own_logprobs(engine_python: Path, tmp_pat
     drawn = draws(NUM_DOCUMENTS, 1000, seed=0)
     theirs = {name: interval(*ratio_of_sums(of[name], of["tokens"], drawn)) for name in ("kl", "same", "nll", "base_nll")}
 
-    result = evaluate([export], BUILTIN_MODEL, limit=NUM_DOCUMENTS, silent=True)
+    result = evaluate([export], BUILTIN_MODEL, DATA, limit=NUM_DOCUMENTS, silent=True)
     ours = next(iter(result.checkpoints.values())).groups["all"]
     print(f"\nKL: vLLM {theirs['kl']}, eval {ours.kl_mean}")
     print(f"top-1: vLLM {theirs['same']}, eval {ours.top1_agreement}")
