@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from checkpoints import in_int4
-from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear, to_e4m3
+from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear
 from mtpress.formats import compressed_tensors, int4, nvfp4
+from mtpress.formats.fp8 import to_e4m3
 from mtpress.rounding.max import round_group
 
 N, K, T = 64, 128, 24

@@ -18,7 +18,8 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
 from mtpress.checkpoint import Checkpoint, TensorInfo, read_json_object, read_rows, read_tensor
 from mtpress.errors import InputError
-from mtpress.evaluation.linears import EMULATIONS, INPUT_SCALES, EmulatedLinear, to_e4m3
+from mtpress.evaluation.linears import EMULATIONS, INPUT_SCALES, EmulatedLinear
+from mtpress.formats import fp8
 from mtpress.models.draft_head import DraftHead
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.rules.stored import KV_SCALES, TITLES, WEIGHT
@@ -212,8 +213,7 @@ class FP8Cache:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *more: Any, **options: Any) -> tuple[Tensor, Tensor]:
         keys, values = (
-            (to_e4m3(x, torch.tensor(s, device=x.device)).float() * s).to(x.dtype)
-            for x, s in ((keys, self.k_scale), (values, self.v_scale))
+            fp8.round_activations(x, torch.tensor(s, device=x.device)) for x, s in ((keys, self.k_scale), (values, self.v_scale))
         )
         return (keys, values) if self.inner is None else self.inner.update(keys, values, layer, *more, **options)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mtpress.checkpoint import TensorInfo
 from mtpress.formats import int4, nvfp4
+from mtpress.formats.fp8 import to_e4m3
 from mtpress.rules.stored import (
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
@@ -42,7 +43,6 @@ Parts = Mapping[str, Tensor]  # the tensors of a module by the last part of thei
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # an input → what the kernel multiplies with, and what it scales by after
 PIECE_BYTES = 32 << 20  # float32 working set of rounding
 INT4_BITS = 4
-E4M3 = torch.float8_e4m3fn
 
 
 class EmulatedLinear(nn.Module):
@@ -133,11 +133,6 @@ def _compressed_int4(parts: Parts, group: Sequence[Parts], activations: bool, dt
     stored = parts.get(ZERO_POINT)
     zeros = int4.unpack(stored.contiguous()).t() if stored is not None else torch.full_like(scales, int4.ZERO, dtype=torch.uint8)
     return EmulatedLinear(_int4_weight(codes, zeros, scales, dtype))
-
-
-def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale in E4M3; what is beyond ±448 saturates. The input is float32 inside."""
-    return (x.float() / scale).clamp(-nvfp4.E4M3_MAX, nvfp4.E4M3_MAX).to(E4M3)
 
 
 def _fp8(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:

@@ -41,10 +41,14 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.float().mul_(scale.float())
 
 
-def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
-    """x as an FP8 kernel sees it: over the static scale, clamped, rounded to E4M3, and back, in x's dtype.
+def to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x as an FP8 kernel sees it: float8_e4m3fn of x over a float32 scale, what is beyond ±448 clamped.
 
     Source: vLLM 0.32, model_executor/layers/quantization/input_quant_fp8.py, QuantFP8.forward_native.
     """
-    codes = (x.float() * input_scale.float().reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return (codes.float() * input_scale.float()).to(x.dtype)
+    return (x.float() * scale.float().reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tensor:
+    """to_e4m3() and back, in x's dtype."""
+    return (to_e4m3(x, input_scale).float() * input_scale.float()).to(x.dtype)

@@ -98,10 +98,9 @@ def quantize(
     if target.exists() and not resume:
         raise InputError(f"{target}: exists already; name a directory that does not")
     if chosen.rounding in ("signround", "gptq") and (workers > 1 or ray):
-        other = "max" if chosen.format == "nvfp4" else "search or rtn"
         raise InputError(
             f"recipe {chosen.name}: rounding {chosen.rounding} goes through all samples in one process; "
-            f"leave --workers and --ray out, or take rounding {other}"
+            "leave --workers and --ray out, or take rounding hessian"
         )
     checkpoint = Checkpoint.open(source)
     plan = make_plan(checkpoint, chosen)
