@@ -23,6 +23,8 @@ def run_stage(arguments: list[str]) -> tuple[int, dict[str, Any]]:
     return 0, {}
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
+# a shell that runs the tests in the background has the one ignored, nohup the other
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with mock.patch.object(cli, "run_stage", run_stage):
     sys.exit(cli.main(sys.argv[1:]))
