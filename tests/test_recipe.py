@@ -157,6 +157,7 @@ def test_names_that_are_none(asked: str, hint: str) -> None:
             ["'max' does not go with format int4; valid: signround, search, hessian, gptq, rtn"],
         ),
         ({"rounding": "hessian", "constant_input_scale": 0.1}, ["rounding hessian, which needs samples; take rounding sweep"]),
+        ({"formats": {"mlp": "nvfp4"}, "format": "mixed", "rounding": "gptq"}, ["'gptq' does not go with format mixed", "max"]),
         ({"gptq": {"scales": "max"}}, ["gptq has settings of rounding gptq, not of max; leave it out"]),
         (
             {"rounding": "gptq", "gptq": {"scales": "search"}},

@@ -313,8 +313,9 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         content = {"format": "mixed", "quantize": parts, **content}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
-    if content.get("rounding") == "gptq" and choices is not None and isinstance(said := content.get("gptq", {}), dict):
-        content = {**content, "gptq": {"scales": GPTQ_SCALES[content["format"]][0], **said}}
+    scales = GPTQ_SCALES.get(str(content.get("format")))
+    if content.get("rounding") == "gptq" and scales is not None and isinstance(said := content.get("gptq", {}), dict):
+        content = {**content, "gptq": {"scales": scales[0], **said}}
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
