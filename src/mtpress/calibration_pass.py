@@ -66,7 +66,7 @@ class CalibrationPass:
         amax = InputAmax()
         start = f"{self.plan.prefix}layers.{step.layer}."
         if self.plan.recipe.rounding == "hessian":  # linears of one job read the same input
-            first = [job.sources[0].name for job in step.jobs if job.kind == "quantize" and job.format != "fp8"]
+            first = [job.sources[0].name for job in step.weighted]
             amax = InputAmax(hessian=InputHessian(), weighted={n.removeprefix(start).removesuffix(".weight") for n in first})
         cache = SeenCache(amax) if self.plan.recipe.kv_cache == "fp8" else None
         self.body.layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()}, amax, cache)

@@ -12,8 +12,7 @@ with what the BF16 weights make of their own stream: GPTQ's codes stay only if t
 same scales are; if not, the layer is stored with those.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ from mtpress.errors import InputError
 from mtpress.formats import nvfp4
 from mtpress.full_hessian import FullHessian
 from mtpress.input_hessian import BLOCK
+from mtpress.models.qwen3_5_layers import reading
 from mtpress.plan import Plan, Step
 from mtpress.rounding import gptq
 from mtpress.rounding.gptq import Stored
-from mtpress.stream import input_scale
+from mtpress.stream import damaged, input_scale
 from mtpress.two_streams import TwoStreams
 
 HELD_OUT_EVERY = 8
@@ -91,7 +91,7 @@ class GptqPass(TwoStreams):
         assert step.layer is not None
         for name in step.quantized:
             if not bool(torch.isfinite(tensors[name]).all()):
-                raise InputError(f"{name} holds NaN or infinite values; the source is damaged, fetch it again")
+                raise damaged(name.removesuffix(".weight"))
         start = f"{self.plan.prefix}layers.{step.layer}."
         module = self.body.decoder_layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()})
         seen = InputAmax()
@@ -207,21 +207,6 @@ class Kernel:
 
     def __call__(self, _: nn.Module, args: Any) -> Any:
         return (self.rounds(args[0]),)
-
-
-@contextmanager
-def reading(module: nn.Module, seen: Any) -> Iterator[None]:
-    """While it lasts, seen(name, inputs) is called before each linear of the layer."""
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: seen(name, args[0]), prepend=True)
-        for name, linear in module.named_modules()
-        if isinstance(linear, nn.Linear)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def in_order(step: Step, start: str, computed: Sequence[str]) -> list[list[str]]:

@@ -99,6 +99,11 @@ class Step:
         """Names of the stored matrices that are quantized."""
         return [info.name for job in self.jobs if job.kind == "quantize" for info in job.sources]
 
+    @property
+    def weighted(self) -> list[Job]:
+        """Whose linears rounding hessian weights by what they read; FP8 has one scale, and nothing to choose."""
+        return [job for job in self.jobs if job.kind == "quantize" and job.format != "fp8"]
+
     @cached_property
     def read_bytes(self) -> int:
         return sum(info.num_bytes for job in self.jobs if job.kind != "drop" for info in job.sources)

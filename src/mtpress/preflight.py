@@ -143,7 +143,7 @@ def _forward_seconds(plan: Plan, machine: Machine, steps: Sequence[Step], length
 
 def _weighted_widths(step: Step) -> list[int]:
     """K of each input of a layer that rounding hessian sums up."""
-    return [job.sources[0].shape[1] for job in step.jobs if job.kind == "quantize"]
+    return [job.sources[0].shape[1] for job in step.weighted]
 
 
 def _hessian_bytes(plan: Plan) -> int:

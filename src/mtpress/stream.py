@@ -191,8 +191,7 @@ def _round_nvfp4(round_group: RoundGroup, plan: Plan, job: Job, tensors: Tensors
         scale = input_scale(seen, list(map(_within_layer, modules)))
     for module, parts in round_group(weights, _hessian(job, seen)).items():
         if not bool(torch.isfinite(parts[nvfp4.SCALE_2])):
-            damaged = next(name for name, weight in weights.items() if not bool(torch.isfinite(weight).all()))
-            raise _damaged(damaged)
+            raise damaged(next(name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())))
         yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, nvfp4.INPUT_SCALE: scale}.items()}
 
 
@@ -218,7 +217,7 @@ def _round_fp8(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[d
     input_scale = fp8.scale(_input_amax(seen, list(map(_within_layer, modules))))
     for module, parts in rounding_fp8.round_group({module: tensors[f"{module}.weight"] for module in modules}).items():
         if not bool(torch.isfinite(parts[fp8.SCALE])):
-            raise _damaged(next(m for m in modules if not bool(torch.isfinite(tensors[f"{m}.weight"]).all())))
+            raise damaged(next(m for m in modules if not bool(torch.isfinite(tensors[f"{m}.weight"]).all())))
         yield {f"{module}.{suffix}": tensor for suffix, tensor in {**parts, fp8.INPUT_SCALE: input_scale}.items()}
 
 
@@ -242,7 +241,7 @@ def _int4_tensors(
         codes, scales = cast(Codes, seen)[module]
     if not bool(torch.isfinite(scales).all()):
         if not bool(torch.isfinite(weight).all()):
-            raise _damaged(module)
+            raise damaged(module)
         raise InputError(f"{module}.weight holds numbers up to {float(weight.abs().max()):.3g}; FP16 has no scale for so large ones")
     return {f"{module}.{suffix}": tensor for suffix, tensor in int4.tensors(codes, scales).items()}
 
@@ -262,7 +261,7 @@ def _modules(job: Job) -> list[str]:
     return [info.name.removesuffix(".weight") for info in job.sources]
 
 
-def _damaged(module: str) -> InputError:
+def damaged(module: str) -> InputError:
     return InputError(f"{module}.weight holds NaN or infinite values; the source is damaged, fetch it again")
 
 

@@ -100,7 +100,7 @@ def load(encoder: ChatEncoder, config: Mapping[str, Any], data: Sequence[str], m
             if limit is not None and len(documents.samples) - first == limit:
                 break
             sample = encode_row(encoder, row, where)
-            with_images = any(value is not None for name, value in vars(sample).items() if name.startswith("pixel_values"))
+            with_images = sample.has_pictures
             if len(sample.input_ids) > max_seq_len:
                 if with_images:
                     raise InputError(f"{where}: {len(sample.input_ids)} tokens with pictures, over --max-seq-len {max_seq_len}; raise it")

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
 from mtpress.chat import Sample
 from mtpress.errors import FindingError, InputError
 from mtpress.evaluation.bodies import Body
 from mtpress.evaluation.documents import Documents
 from mtpress.hidden_states import DiskStates
-from mtpress.models.qwen3_5_layers import StreamedBody, with_weights
+from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
 
@@ -86,12 +85,9 @@ class Stream:
 
     def finish(self) -> None:
         """Takes the states through the final norm."""
-        config, mover = self.mover.text_config, self.mover
-        with torch.device("meta"):
-            norm: nn.Module = Qwen3_5RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        norm = with_weights(norm, {"weight": self.body.final_norm().to(mover.device)}, mover.dtype)
+        norm = self.mover.norm(self.body.final_norm())
         for i in range(len(self.documents.samples)):
-            self.states.put(i, norm(self.states.get(i).to(mover.device)))
+            self.states.put(i, norm(self.states.get(i).to(self.mover.device)))
         self.states.advance()
 
     def through(self, module: nn.Module, i: int, states: Tensor) -> Tensor:

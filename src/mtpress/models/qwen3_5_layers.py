@@ -78,6 +78,21 @@ def fast_delta_rule(layer: nn.Module, rule: Callable[..., Any] | None = None) ->
         modeling_qwen3_5.torch_chunk_gated_delta_rule = theirs
 
 
+@contextmanager
+def reading(module: nn.Module, seen: InputSeen) -> Iterator[None]:
+    """While it lasts, seen(name, inputs) is called before each linear of a layer."""
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen(name, args[0]), prepend=True)
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class StreamedBody:
     """Hidden states of all samples, moved through the body layer by layer.
 
@@ -165,14 +180,10 @@ class StreamedBody:
         cache: what a full-attention layer hands its keys and values to (update of kv_cache.SeenCache), and takes them from.
         """
         module = self.decoder_layer(index, weights)
-        if input_seen is not None:
-            for name, linear in module.named_modules():
-                if isinstance(linear, nn.Linear):
-                    linear.register_forward_pre_hook(lambda _, args, name=name: input_seen(name, args[0]))
         if not self._begun:
             self.states.advance()
             self._begun = True
-        with self.delta_rule(module):
+        with self.delta_rule(module), reading(module, input_seen) if input_seen is not None else nullcontext():
             for i, positions in enumerate(self.positions):
                 states = self.states.get(i).to(self.device, non_blocking=True)
                 self.states.put(i, self.through(module, states, positions, cache if hasattr(module, "self_attn") else None))
@@ -195,10 +206,14 @@ class StreamedBody:
         rope = self.rotary(states, positions.to(states.device))
         return module(states, position_embeddings=rope, attention_mask=None, past_key_values=cache)  # type: ignore[no-any-return]
 
+    def norm(self, weight: Tensor) -> nn.Module:
+        """transformers' final norm with this weight."""
+        with torch.device("meta"):
+            norm = Qwen3_5RMSNorm(self.text_config.hidden_size, eps=self.text_config.rms_norm_eps)
+        return with_weights(norm, {"weight": weight.to(self.device)}, self.dtype)
+
     @torch.no_grad()
     def final_norm(self, weight: Tensor) -> list[Tensor]:
         """The final hidden states [1, T, hidden] of every sample, as transformers returns them."""
-        with torch.device("meta"):
-            norm = Qwen3_5RMSNorm(self.text_config.hidden_size, eps=self.text_config.rms_norm_eps)
-        norm = with_weights(norm, {"weight": weight}, self.dtype)
+        norm = self.norm(weight)
         return [norm(self.states.get(i).to(self.device)).cpu() for i in range(len(self.samples))]
