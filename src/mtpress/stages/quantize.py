@@ -8,6 +8,7 @@ stands beside the weights.
 import argparse
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,15 +20,17 @@ import psutil
 
 from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
-from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
+from mtpress.checkpoint_writer import PARTIAL_SUFFIX, CheckpointWriter, remove_journal
 from mtpress.device import choose_device
 from mtpress.errors import InputError
-from mtpress.journal import difference
+from mtpress.format_choice import Choices, choice_record, choices, choose_formats, chosen_recipe
+from mtpress.journal import Journal, difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import LAYOUTS, Plan, make_plan
 from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
+from mtpress.shard_writer import disk_failure
 from mtpress.source_guard import SourceGuard
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the rec
 @dataclass(frozen=True)
 class QuantizeResult:
     """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone.
-    chat_template: mtpress, source or none. generation_config: the sampling in it."""
+    chat_template: mtpress, source or none. generation_config: the sampling in it. budget: what the recipe's can reach and, of a run, what
+    was chosen (format_choice.py); the plan of a dry run is then that of the smallest output."""
 
     out: str
     recipe: str
@@ -59,6 +63,7 @@ class QuantizeResult:
     misfits: tuple[str, ...] = ()
     chat_template: str = "source"
     generation_config: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] | None = None
     promised: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     seconds: dict[str, float] | None = None
@@ -103,8 +108,10 @@ def quantize(
             "leave --workers and --ray out, or take rounding hessian"
         )
     checkpoint = Checkpoint.open(source)
-    plan = make_plan(checkpoint, chosen)
-    beside = {**chosen_files(chosen, checkpoint, carried_files(checkpoint)), **config_files(plan)}
+    open_choice = choices(checkpoint, chosen) if chosen.budget is not None else None
+    plan = open_choice.least if open_choice else make_plan(checkpoint, chosen)
+    carried = chosen_files(chosen, checkpoint, carried_files(checkpoint))
+    beside = {**carried, **config_files(plan)}
     chat = {"chat_template": template_of(chosen, beside), "generation_config": sampling_of(beside)}
     beside_bytes = sum(len(content) for content in beside.values())
     spread = Spread(source, workers, ray)
@@ -113,21 +120,32 @@ def quantize(
     if dry_run:
         lengths = dry_lengths(checkpoint, chosen, calibration)
         promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes)
-        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat})
+        measured = {"budget": open_choice.range_record()} if open_choice else {}
+        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat, **measured})
     guard = SourceGuard(checkpoint)
     calibrated = None
     if chosen.needs_samples:
         calibrated = samples_of(checkpoint, chosen, calibration)
-    made_from = {
+    made_from: dict[str, Any] = {
         "recipe": chosen.canonical(),
         "calibration": calibrated.record() if calibrated else without_samples(chosen),
     }
     if target.exists():
         record = finished_record(target, made_from, checkpoint)
-        return describe(plan, target, measured={key: record.get(key) for key in MEASURED} | chat)
+        if open_choice:
+            plan = make_plan(checkpoint, chosen_recipe(open_choice, [group["format"] for group in record["budget"]["groups"]]))
+        return describe(plan, target, measured={key: record.get(key) for key in (*MEASURED, "budget")} | chat)
+    identity: dict[str, Any] = {}
+    if open_choice:
+        plan, made_from["budget"] = settle(
+            open_choice, Journal(target.with_name(target.name + PARTIAL_SUFFIX)), guard, calibrated, device_used, resume, silent
+        )
+        beside = {**carried, **config_files(plan)}
+        identity = {"budget": open_choice.budget}
+    identity |= run_identity(plan, guard, calibrated, device_used)
     metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
     with (
-        CheckpointWriter(target, plan.shards, metadata, run=run_identity(plan, guard, calibrated, device_used), resume=resume) as writer,
+        CheckpointWriter(target, plan.shards, metadata, run=identity, resume=resume) as writer,
         Progress("quantize", sum(step.effort(bool(calibrated)) for step in plan.steps), silent=silent) as progress,
     ):
         lengths = [len(sample.input_ids) for sample in calibrated.samples] if calibrated else []
@@ -175,8 +193,41 @@ def quantize(
             entries["resumed"] = {"steps_before": len(steps_done)}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
         writer.finish()
-    measured = {"promised": promised.as_json(), **chat} | {key: entries[key] for key in MEASURED}
+    measured = {"promised": promised.as_json(), **chat, "budget": entries.get("budget")} | {key: entries[key] for key in MEASURED}
     return describe(plan, target, measured=measured)
+
+
+def settle(
+    found: Choices, journal: Journal, guard: SourceGuard, calibrated: "CalibrationSet | None", device: Any, resume: bool, silent: bool
+) -> tuple[Plan, dict[str, Any]]:
+    """Measures what each choice loses, into the partial directory, or takes up what was measured there; the plan that follows, and
+    what the record says of it. Where another run's steps are in the way, no more than the writer needs to refuse."""
+    from mtpress.sensitivity_pass import Journaled, measure
+
+    assert calibrated is not None
+    partial, begun = journal.directory.parent, journal.num_finished() > 0
+    if (begun and not resume) or (partial.exists() and not journal.directory.exists()):
+        return found.least, {}
+    try:
+        journal.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_failure(partial, error) from None
+    journal.lock()
+    try:
+        made_of = {"candidates": list(found.plans), **run_identity(found.least, guard, calibrated, device)}
+        journaled = Journaled(journal.directory, made_of, resume, begun)
+        layers = [step for step in found.least.steps if step.layer is not None]
+        with Progress("measure", sum(step.read_bytes for step in layers), silent=silent) as progress:
+            errors = measure(found.plans, calibrated.samples, device, journaled, progress)
+        guard.look_closely()
+    except InputError:
+        if not begun:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        journal.unlock()
+    formats = choose_formats(found, errors)
+    return make_plan(found.least.source, chosen_recipe(found, formats)), choice_record(found, formats, errors)
 
 
 def without_samples(recipe: Recipe) -> dict[str, Any] | None:
@@ -343,6 +394,8 @@ def show(result: QuantizeResult) -> None:
     console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}", highlight=False)
     sampling = ", ".join(f"{key} {value}" for key, value in result.generation_config.items() if key != "do_sample")
     console.print(f"chat template: {TEMPLATE_TITLES[result.chat_template]}; sampling: {sampling or 'what the engine does by itself'}")
+    if result.budget is not None:
+        show_budget(console, result.budget)
     if result.dry_run:
         from mtpress import preflight
 
@@ -353,3 +406,28 @@ def show(result: QuantizeResult) -> None:
     elif result.seconds and result.peak_memory_bytes:
         spent = ", ".join(f"{kind} {value:.1f} s" for kind, value in result.seconds.items())
         console.print(f"{spent}; peak memory {human_bytes(result.peak_memory_bytes)}")
+
+
+def show_budget(console: Any, budget: Mapping[str, Any]) -> None:
+    """What can be reached, or what was chosen: the format of each fused linear by layer, and what it loses there."""
+    from rich.table import Table
+
+    reach = f"from {human_bytes(budget['least_bytes'])} to {human_bytes(budget['most_bytes'])}"
+    if "groups" not in budget:
+        console.print(
+            f"budget {human_bytes(budget['bytes'])}: outputs {reach} can be reached, the smallest is shown; the formats need a pass over "
+            "the samples, which a dry run leaves out",
+            highlight=False,
+        )
+        return
+    table = Table(title="formats chosen, by layer: relative error of the layer's output in each")
+    for heading in ("linear", "format", *budget["groups"][0]["error"]):
+        table.add_column(heading)
+    for group in budget["groups"]:
+        table.add_row(group["linear"], FORMAT_TITLES[group["format"]], *(f"{error:.2e}" for error in group["error"].values()))
+    console.print(table)
+    console.print(
+        f"budget {human_bytes(budget['bytes'])}: {human_bytes(budget['chosen_bytes'])} chosen, {budget['bits_per_weight']} bits a weight, "
+        f"{reach} can be reached",
+        highlight=False,
+    )
