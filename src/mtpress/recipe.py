@@ -236,9 +236,8 @@ class Recipe(Strict):
                 raise ValueError(f"{key}: {said!r} does not go with format {self.format}; valid: {', '.join(valid)}")
         if self.budget is not None:
             self._refuse_beside_budget()
-            return self
         named = self.formats.quantized if self.formats is not None else None
-        if (named is None) != (self.format != "mixed") or (named is not None and named != self.quantize):
+        if (self.budget is None and (named is None) != (self.format != "mixed")) or (named is not None and named != self.quantize):
             raise ValueError("`formats` stands in place of `format` and `quantize`; leave these two out, or `formats`")
         wanted = {*self.component_formats.values(), *self.overrides.values(), "bf16"}
         if self.format != "mixed" and not wanted <= {self.format, "bf16"}:
@@ -275,8 +274,6 @@ class Recipe(Strict):
             raise ValueError("budget chooses by what samples show, constant_input_scale needs none; leave one of them out")
         if not self.quantize:
             raise ValueError("budget: `quantize` names no component to choose formats for; leave it out, and all are chosen for")
-        if self.gptq or "signround" in self.model_fields_set:
-            raise ValueError("budget goes with rounding max, four-over-six, sweep or hessian; leave `gptq` and `signround` out")
 
     @property
     def calibration_sources(self) -> tuple[CalibrationSource, ...]:
@@ -368,7 +365,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         content = {"format": "mixed", "quantize": ("attention", "gdn", "mlp"), **content}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
-    if content.get("rounding") == "gptq" and choices is not None and isinstance(said := content.get("gptq", {}), dict):
+    scaled = choices is not None and content.get("rounding") == "gptq" and content["format"] in GPTQ_SCALES
+    if scaled and isinstance(said := content.get("gptq", {}), dict):
         content = {**content, "gptq": {"scales": GPTQ_SCALES[content["format"]][0], **said}}
     try:
         return Recipe.model_validate(content)

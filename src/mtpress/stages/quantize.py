@@ -120,8 +120,8 @@ def quantize(
     if dry_run:
         lengths = dry_lengths(checkpoint, chosen, calibration)
         promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes)
-        measured = {"budget": open_choice.range_record()} if open_choice else {}
-        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat, **measured})
+        reach = open_choice.range_record() if open_choice else None
+        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat, "budget": reach})
     guard = SourceGuard(checkpoint)
     calibrated = None
     if chosen.needs_samples:
@@ -213,6 +213,7 @@ def settle(
     except OSError as error:
         raise disk_failure(partial, error) from None
     journal.lock()
+    journaled: Journaled | None = None
     try:
         made_of = {"candidates": list(found.plans), **run_identity(found.least, guard, calibrated, device)}
         journaled = Journaled(journal.directory, made_of, resume, begun)
@@ -220,9 +221,13 @@ def settle(
         with Progress("measure", sum(step.read_bytes for step in layers), silent=silent) as progress:
             errors = measure(found.plans, calibrated.samples, device, journaled, progress)
         guard.look_closely()
-    except InputError:
-        if not begun:
+    except BaseException as error:  # Ctrl-C too
+        measured = len(journaled.layers) if journaled is not None else 0
+        if not begun and (isinstance(error, InputError) or not measured):
             shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            left = f"{measured} measured layers are kept in {partial}, the same command with --resume goes on there"
+            raise KeyboardInterrupt(left) from None
         raise
     finally:
         journal.unlock()
