@@ -21,7 +21,8 @@ states behind it on the disk, so that a run which was stopped goes on there.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ from mtpress.calibration_pass import CalibrationPass
 from mtpress.chat import Sample
 from mtpress.errors import InputError
 from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear
+from mtpress.format_choice import Choices, choice_record, choose_formats
 from mtpress.hidden_states import DiskStates
-from mtpress.journal import SENSITIVITY_NAME, difference, write_whole
+from mtpress.journal import SENSITIVITY_NAME, Journal, difference, write_whole
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
+from mtpress.shard_writer import disk_failure
+from mtpress.source_guard import SourceGuard
 from mtpress.stream import FP8, rounding
 
 NUM_MEASURED = 16
@@ -80,6 +84,53 @@ class Journaled:
         finally:
             os.close(file)
         self.layers.append(errors)
+
+
+def settle(
+    found: Choices,
+    journal: Journal,
+    made_of: Mapping[str, Any],
+    samples: Sequence[Sample],
+    device: torch.device,
+    ready: Callable[[Path], None],
+    guard: SourceGuard,
+    resume: bool,
+    silent: bool,
+) -> tuple[list[str], dict[str, Any]]:
+    """Measures what each choice loses, into the partial directory, or takes up what was measured there; the formats that follow, and what
+    the record says of them. Where another run is in the way, any formats: the writer refuses it.
+
+    made_of: what the measurement depends on. ready(partial directory) refuses what the machine cannot do.
+    """
+    partial, begun = journal.directory.parent, journal.num_finished() > 0
+    if (begun and not resume) or (partial.exists() and not journal.directory.exists()):
+        return [min(group.bytes, key=group.bytes.__getitem__) for group in found.groups], {}
+    try:
+        journal.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_failure(partial, error) from None
+    journal.lock()
+    journaled: Journaled | None = None
+    try:
+        if not begun:
+            ready(partial)
+        journaled = Journaled(journal.directory, made_of, resume, begun)
+        layers = [step for step in found.least.steps if step.layer is not None]
+        with Progress("measure", sum(step.read_bytes for step in layers), silent=silent) as progress:
+            errors = measure(found.plans, samples, device, journaled, progress)
+        guard.look_closely()
+    except BaseException as error:  # Ctrl-C too
+        measured = len(journaled.layers) if journaled is not None else 0
+        if not begun and (isinstance(error, InputError) or not measured):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            left = f"{measured} measured layers are kept in {partial}, the same command with --resume goes on there"
+            raise KeyboardInterrupt(left) from None
+        raise
+    finally:
+        journal.unlock()
+    formats = choose_formats(found, errors)
+    return formats, choice_record(found, formats, errors)
 
 
 def measure(plans: Mapping[str, Plan], samples: Sequence[Sample], device: torch.device, journaled: Journaled, progress: Progress) -> Errors:

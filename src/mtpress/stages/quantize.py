@@ -8,11 +8,10 @@ stands beside the weights.
 import argparse
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,13 @@ from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import PARTIAL_SUFFIX, CheckpointWriter, remove_journal
 from mtpress.device import choose_device
 from mtpress.errors import InputError
-from mtpress.format_choice import Choices, choice_record, choices, choose_formats, chosen_recipe
+from mtpress.format_choice import choices, chosen_recipe
 from mtpress.journal import Journal, difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import LAYOUTS, Plan, make_plan
 from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
-from mtpress.shard_writer import disk_failure
 from mtpress.source_guard import SourceGuard
 
 if TYPE_CHECKING:
@@ -137,9 +135,21 @@ def quantize(
         return describe(plan, target, measured={key: record.get(key) for key in (*MEASURED, "budget")} | chat)
     identity: dict[str, Any] = {}
     if open_choice:
-        plan, made_from["budget"] = settle(
-            open_choice, Journal(target.with_name(target.name + PARTIAL_SUFFIX)), guard, calibrated, device_used, resume, silent
-        )
+        from mtpress.sensitivity_pass import settle
+
+        assert calibrated is not None
+
+        def ready(partial: Path) -> None:
+            lengths = [len(sample.input_ids) for sample in calibrated.samples]
+            promised, loaded_bytes = foresee(plan, begun, device_used, lengths, Spread(source), (), beside_bytes)
+            more = 2 * max(info.num_bytes for job in plan.jobs if job.kind == "quantize" for info in job.sources)
+            promised = replace(promised, memory_bytes=promised.memory_bytes + more)  # a fused linear, rounded
+            preflight.refuse(plan, promised, lengths, partial, loaded_bytes, device_used)
+
+        made_of = {"candidates": list(open_choice.plans), **run_identity(plan, guard, calibrated, device_used)}
+        journal = Journal(target.with_name(target.name + PARTIAL_SUFFIX))
+        formats, made_from["budget"] = settle(open_choice, journal, made_of, calibrated.samples, device_used, ready, guard, resume, silent)
+        plan = make_plan(checkpoint, chosen_recipe(open_choice, formats))
         beside = {**carried, **config_files(plan)}
         identity = {"budget": open_choice.budget}
     identity |= run_identity(plan, guard, calibrated, device_used)
@@ -195,44 +205,6 @@ def quantize(
         writer.finish()
     measured = {"promised": promised.as_json(), **chat, "budget": entries.get("budget")} | {key: entries[key] for key in MEASURED}
     return describe(plan, target, measured=measured)
-
-
-def settle(
-    found: Choices, journal: Journal, guard: SourceGuard, calibrated: "CalibrationSet | None", device: Any, resume: bool, silent: bool
-) -> tuple[Plan, dict[str, Any]]:
-    """Measures what each choice loses, into the partial directory, or takes up what was measured there; the plan that follows, and
-    what the record says of it. Where another run's steps are in the way, no more than the writer needs to refuse."""
-    from mtpress.sensitivity_pass import Journaled, measure
-
-    assert calibrated is not None
-    partial, begun = journal.directory.parent, journal.num_finished() > 0
-    if (begun and not resume) or (partial.exists() and not journal.directory.exists()):
-        return found.least, {}
-    try:
-        journal.directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_failure(partial, error) from None
-    journal.lock()
-    journaled: Journaled | None = None
-    try:
-        made_of = {"candidates": list(found.plans), **run_identity(found.least, guard, calibrated, device)}
-        journaled = Journaled(journal.directory, made_of, resume, begun)
-        layers = [step for step in found.least.steps if step.layer is not None]
-        with Progress("measure", sum(step.read_bytes for step in layers), silent=silent) as progress:
-            errors = measure(found.plans, calibrated.samples, device, journaled, progress)
-        guard.look_closely()
-    except BaseException as error:  # Ctrl-C too
-        measured = len(journaled.layers) if journaled is not None else 0
-        if not begun and (isinstance(error, InputError) or not measured):
-            shutil.rmtree(partial, ignore_errors=True)
-        elif isinstance(error, KeyboardInterrupt):
-            left = f"{measured} measured layers are kept in {partial}, the same command with --resume goes on there"
-            raise KeyboardInterrupt(left) from None
-        raise
-    finally:
-        journal.unlock()
-    formats = choose_formats(found, errors)
-    return make_plan(found.least.source, chosen_recipe(found, formats)), choice_record(found, formats, errors)
 
 
 def without_samples(recipe: Recipe) -> dict[str, Any] | None:
