@@ -19,7 +19,7 @@ from typing import Any, Self
 from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Shard, TensorInfo
 from mtpress.disk import StagedFile, read_pieces
 from mtpress.errors import InputError, ResourceError
-from mtpress.journal import JOURNAL_NAME, Journal
+from mtpress.journal import JOURNAL_NAME, SENSITIVITY_NAME, Journal
 from mtpress.shard_writer import MAX_QUEUED_BYTES, OutputTensor, ShardWriter, disk_failure
 
 PARTIAL_SUFFIX = ".partial"
@@ -113,7 +113,7 @@ class CheckpointWriter(ShardWriter):
             self.lock.refuse_other_run(self.run)
         kept = {JOURNAL_NAME, *self.shards} if done else {JOURNAL_NAME}
         for path in [*self.partial.iterdir(), *(() if done else self.lock.directory.iterdir())]:
-            if path.name in kept | {"lock"}:
+            if path.name in kept | {"lock", SENSITIVITY_NAME}:
                 continue
             if path.is_dir():
                 shutil.rmtree(path)

@@ -6,6 +6,7 @@ A directory `.mtpress-partial` in OUT.partial, small, and gone when the output g
                          {"step": "layer 7", "num_tensors": 96, "end": 1270874112, "sha256": "…", "sources": {…}}
                          num_tensors and end (bytes, header included) count from the start of the file, sha256 is of those
                          bytes, sources are the SHA-256 of the stored matrices that the step has quantized
+    sensitivity.lines    recipes with a budget: what was measured before the first step (sensitivity_pass.py)
     hidden-0…2.bin       hidden states of the samples at three layer boundaries (hidden_states.py)
     lock, SHARD.lock     held by the process that writes here, and by the worker that writes a shard
 A line is appended only when all that it tells of is on the disk, so what it says holds after a kill or a power cut; a torn
@@ -26,6 +27,7 @@ from mtpress.errors import InputError, ResourceError
 
 JOURNAL_NAME = ".mtpress-partial"  # also says that mtpress may delete the directory it stands in
 RUN_NAME = "run.json"
+SENSITIVITY_NAME = "sensitivity.lines"
 
 
 @dataclass(frozen=True)

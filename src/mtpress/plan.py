@@ -177,6 +177,7 @@ class Plan:
 
 def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     """The plan for a source under a recipe; InputError names the first thing that cannot work, with what to do."""
+    assert recipe.budget is None, "format_choice.py makes a recipe of it first"
     model = family(source.model_type)
     _refuse_unusable(source, recipe)
     prefix = model.body_prefix(source.tensors)

@@ -5,6 +5,7 @@ An unknown key or value is an InputError that lists the valid ones.
 """
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,6 +157,40 @@ class Formats(Strict):
         return tuple(part for part in ("attention", "gdn", "mlp") if getattr(self, part) != "bf16")
 
 
+SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?(?:e\+?\d{1,2})?) ?([kMGT]?)(i?)B?")
+
+
+class Budget(Strict):
+    """How large the output may be, in place of `formats`: what each fused linear gets is measured (format_choice.py)."""
+
+    bytes: int = Field(gt=0, description="of all tensors of the output; 21900000000 or 21.9 GB")
+    candidates: tuple[LinearFormat, ...] = Field(("nvfp4", "fp8", "bf16"), description="the formats to choose from")
+
+    @field_validator("bytes", mode="before")
+    @classmethod
+    def _with_unit(cls, said: Any) -> Any:
+        if isinstance(said, float) and said.is_integer():
+            return int(said)
+        if not isinstance(said, str):
+            return said
+        if (found := SIZE.fullmatch(said.strip())) is None:
+            raise ValueError(f"budget.bytes: {said[:40]!r} is no size; write 21.9 GB, 20.4 GiB or a count of bytes")
+        return round(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+
+    @field_validator("candidates", mode="before")
+    @classmethod
+    def _from_list(cls, said: Any) -> Any:
+        return tuple(said) if isinstance(said, list) else said
+
+    @model_validator(mode="after")
+    def _a_choice(self) -> Self:
+        if len(set(self.candidates)) < max(2, len(self.candidates)):
+            raise ValueError("budget.candidates: name at least two formats, each once; with one there is nothing to choose")
+        if {"nvfp4", "nvfp4_w4a16"} <= set(self.candidates):
+            raise ValueError("budget.candidates: nvfp4 and nvfp4_w4a16 take the same bytes; name the one that the engine shall run")
+        return self
+
+
 class Recipe(Strict):
     """One build. Field names are the keys of the YAML file."""
 
@@ -167,6 +202,7 @@ class Recipe(Strict):
     overrides: dict[str, LinearFormat] = Field(
         default_factory=dict, description="module pattern or layer range → format, over that of the component; the later wins"
     )
+    budget: Budget | None = Field(None, description="in place of `formats`: the bytes of the output; formats are chosen by measuring")
     in_proj_ab: Literal["bf16", "nvfp4"] = Field("bf16", description="the small GDN projections in_proj_a and in_proj_b")
     vision: Literal["keep", "drop"] = Field("keep", description="the vision tower: BF16 in the output, or left out")
     kv_cache: Literal["auto", "fp8_cast", "fp8"] = Field(
@@ -198,8 +234,10 @@ class Recipe(Strict):
         for key, valid in vars(CHOICES[self.format]).items():
             if (said := getattr(self, key)) not in valid:
                 raise ValueError(f"{key}: {said!r} does not go with format {self.format}; valid: {', '.join(valid)}")
+        if self.budget is not None:
+            self._refuse_beside_budget()
         named = self.formats.quantized if self.formats is not None else None
-        if (named is None) != (self.format != "mixed") or (named is not None and named != self.quantize):
+        if (self.budget is None and (named is None) != (self.format != "mixed")) or (named is not None and named != self.quantize):
             raise ValueError("`formats` stands in place of `format` and `quantize`; leave these two out, or `formats`")
         wanted = {*self.component_formats.values(), *self.overrides.values(), "bf16"}
         if self.format != "mixed" and not wanted <= {self.format, "bf16"}:
@@ -227,6 +265,16 @@ class Recipe(Strict):
             raise ValueError("constant_input_scale needs no samples, rounding gptq is by samples; leave one of them out")
         return self
 
+    def _refuse_beside_budget(self) -> None:
+        if self.format != "mixed" or self.formats is not None or self.overrides:
+            raise ValueError("budget chooses the format of every linear; leave `format`, `formats` and `overrides` out, or `budget`")
+        if self.in_proj_ab != "bf16":
+            raise ValueError("budget leaves in_proj_a and in_proj_b in BF16; leave in_proj_ab out")
+        if self.constant_input_scale:
+            raise ValueError("budget chooses by what samples show, constant_input_scale needs none; leave one of them out")
+        if not self.quantize:
+            raise ValueError("budget: `quantize` names no component to choose formats for; leave it out, and all are chosen for")
+
     @property
     def calibration_sources(self) -> tuple[CalibrationSource, ...]:
         return (self.calibration,) if isinstance(self.calibration, CalibrationSource) else self.calibration
@@ -234,7 +282,8 @@ class Recipe(Strict):
     @property
     def needs_samples(self) -> bool:
         """Whether activations of calibration samples decide anything in the output."""
-        return self.rounding in ("signround", "hessian", "gptq") or (self.rounds_activations and not self.constant_input_scale)
+        by_samples = self.rounding in ("signround", "hessian", "gptq") or self.budget is not None
+        return by_samples or (self.rounds_activations and not self.constant_input_scale)
 
     @property
     def component_formats(self) -> dict[str, str]:
@@ -255,6 +304,7 @@ class Recipe(Strict):
         idle = {
             "signround": self.rounding != "signround", "gptq": self.gptq is None, "chat_template": self.chat_template == "source",
             "generation_config": True, "formats": self.formats is None, "overrides": not self.overrides,
+            "budget": self.budget is None,
         }  # fmt: skip
         content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
         content |= {"overrides": [list(pair) for pair in self.overrides.items()]} if self.overrides else {}
@@ -311,6 +361,8 @@ def parse_recipe(content: Any, where: str) -> Recipe:
         said = content["formats"] if isinstance(content["formats"], dict) else {}
         parts = tuple(part for part in ("attention", "gdn", "mlp") if said.get(part, "bf16") != "bf16")
         content = {"format": "mixed", "quantize": parts, **content}
+    if "budget" in content:
+        content = {"format": "mixed", "quantize": ("attention", "gdn", "mlp"), **content}
     if (choices := CHOICES.get(str(content.get("format")))) is not None:
         content = {"rounding": choices.rounding[0], **content}
     scales = GPTQ_SCALES.get(str(content.get("format")))
@@ -324,7 +376,7 @@ def parse_recipe(content: Any, where: str) -> Recipe:
 
 SECTIONS: dict[str, type[Strict]] = {
     "calibration": CalibrationSource, "signround": SignRound, "gptq": Gptq, "generation_config": GenerationConfig,
-    "formats": Formats,
+    "formats": Formats, "budget": Budget,
 }  # fmt: skip
 
 

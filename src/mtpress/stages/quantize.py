@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ import psutil
 
 from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
-from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
+from mtpress.checkpoint_writer import PARTIAL_SUFFIX, CheckpointWriter, remove_journal
 from mtpress.device import choose_device
 from mtpress.errors import InputError
-from mtpress.journal import difference
+from mtpress.format_choice import choices, chosen_recipe
+from mtpress.journal import Journal, difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import LAYOUTS, Plan, make_plan
 from mtpress.progress import Progress, human_bytes
@@ -42,7 +43,8 @@ MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the rec
 @dataclass(frozen=True)
 class QuantizeResult:
     """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone.
-    chat_template: mtpress, source or none. generation_config: the sampling in it."""
+    chat_template: mtpress, source or none. generation_config: the sampling in it. budget: what the recipe's can reach and, of a run, what
+    was chosen (format_choice.py); the plan of a dry run is then that of the smallest output."""
 
     out: str
     recipe: str
@@ -59,6 +61,7 @@ class QuantizeResult:
     misfits: tuple[str, ...] = ()
     chat_template: str = "source"
     generation_config: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] | None = None
     promised: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
     seconds: dict[str, float] | None = None
@@ -103,8 +106,10 @@ def quantize(
             "leave --workers and --ray out, or take rounding hessian"
         )
     checkpoint = Checkpoint.open(source)
-    plan = make_plan(checkpoint, chosen)
-    beside = {**chosen_files(chosen, checkpoint, carried_files(checkpoint)), **config_files(plan)}
+    open_choice = choices(checkpoint, chosen) if chosen.budget is not None else None
+    plan = open_choice.least if open_choice else make_plan(checkpoint, chosen)
+    carried = chosen_files(chosen, checkpoint, carried_files(checkpoint))
+    beside = {**carried, **config_files(plan)}
     chat = {"chat_template": template_of(chosen, beside), "generation_config": sampling_of(beside)}
     beside_bytes = sum(len(content) for content in beside.values())
     spread = Spread(source, workers, ray)
@@ -113,21 +118,44 @@ def quantize(
     if dry_run:
         lengths = dry_lengths(checkpoint, chosen, calibration)
         promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes)
-        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat})
+        reach = open_choice.range_record() if open_choice else None
+        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat, "budget": reach})
     guard = SourceGuard(checkpoint)
     calibrated = None
     if chosen.needs_samples:
         calibrated = samples_of(checkpoint, chosen, calibration)
-    made_from = {
+    made_from: dict[str, Any] = {
         "recipe": chosen.canonical(),
         "calibration": calibrated.record() if calibrated else without_samples(chosen),
     }
     if target.exists():
         record = finished_record(target, made_from, checkpoint)
-        return describe(plan, target, measured={key: record.get(key) for key in MEASURED} | chat)
+        if open_choice:
+            plan = make_plan(checkpoint, chosen_recipe(open_choice, [group["format"] for group in record["budget"]["groups"]]))
+        return describe(plan, target, measured={key: record.get(key) for key in (*MEASURED, "budget")} | chat)
+    identity: dict[str, Any] = {}
+    if open_choice:
+        from mtpress.sensitivity_pass import settle
+
+        assert calibrated is not None
+
+        def ready(partial: Path) -> None:
+            lengths = [len(sample.input_ids) for sample in calibrated.samples]
+            promised, loaded_bytes = foresee(plan, begun, device_used, lengths, Spread(source), (), beside_bytes)
+            more = 2 * max(info.num_bytes for job in plan.jobs if job.kind == "quantize" for info in job.sources)
+            promised = replace(promised, memory_bytes=promised.memory_bytes + more)  # a fused linear, rounded
+            preflight.refuse(plan, promised, lengths, partial, loaded_bytes, device_used)
+
+        made_of = {"candidates": list(open_choice.plans), **run_identity(plan, guard, calibrated, device_used)}
+        journal = Journal(target.with_name(target.name + PARTIAL_SUFFIX))
+        formats, made_from["budget"] = settle(open_choice, journal, made_of, calibrated.samples, device_used, ready, guard, resume, silent)
+        plan = make_plan(checkpoint, chosen_recipe(open_choice, formats))
+        beside = {**carried, **config_files(plan)}
+        identity = {"budget": open_choice.budget}
+    identity |= run_identity(plan, guard, calibrated, device_used)
     metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
     with (
-        CheckpointWriter(target, plan.shards, metadata, run=run_identity(plan, guard, calibrated, device_used), resume=resume) as writer,
+        CheckpointWriter(target, plan.shards, metadata, run=identity, resume=resume) as writer,
         Progress("quantize", sum(step.effort(bool(calibrated)) for step in plan.steps), silent=silent) as progress,
     ):
         lengths = [len(sample.input_ids) for sample in calibrated.samples] if calibrated else []
@@ -175,7 +203,7 @@ def quantize(
             entries["resumed"] = {"steps_before": len(steps_done)}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
         writer.finish()
-    measured = {"promised": promised.as_json(), **chat} | {key: entries[key] for key in MEASURED}
+    measured = {"promised": promised.as_json(), **chat, "budget": entries.get("budget")} | {key: entries[key] for key in MEASURED}
     return describe(plan, target, measured=measured)
 
 
@@ -343,6 +371,8 @@ def show(result: QuantizeResult) -> None:
     console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}", highlight=False)
     sampling = ", ".join(f"{key} {value}" for key, value in result.generation_config.items() if key != "do_sample")
     console.print(f"chat template: {TEMPLATE_TITLES[result.chat_template]}; sampling: {sampling or 'what the engine does by itself'}")
+    if result.budget is not None:
+        show_budget(console, result.budget)
     if result.dry_run:
         from mtpress import preflight
 
@@ -353,3 +383,28 @@ def show(result: QuantizeResult) -> None:
     elif result.seconds and result.peak_memory_bytes:
         spent = ", ".join(f"{kind} {value:.1f} s" for kind, value in result.seconds.items())
         console.print(f"{spent}; peak memory {human_bytes(result.peak_memory_bytes)}")
+
+
+def show_budget(console: Any, budget: Mapping[str, Any]) -> None:
+    """What can be reached, or what was chosen: the format of each fused linear by layer, and what it loses there."""
+    from rich.table import Table
+
+    reach = f"from {human_bytes(budget['least_bytes'])} to {human_bytes(budget['most_bytes'])}"
+    if "groups" not in budget:
+        console.print(
+            f"budget {human_bytes(budget['bytes'])}: outputs {reach} can be reached, the smallest is shown; the formats need a pass over "
+            "the samples, which a dry run leaves out",
+            highlight=False,
+        )
+        return
+    table = Table(title="formats chosen, by layer: relative error of the layer's output in each")
+    for heading in ("linear", "format", *budget["groups"][0]["error"]):
+        table.add_column(heading)
+    for group in budget["groups"]:
+        table.add_row(group["linear"], FORMAT_TITLES[group["format"]], *(f"{error:.2e}" for error in group["error"].values()))
+    console.print(table)
+    console.print(
+        f"budget {human_bytes(budget['bytes'])}: {human_bytes(budget['chosen_bytes'])} chosen, {budget['bits_per_weight']} bits a weight, "
+        f"{reach} can be reached",
+        highlight=False,
+    )
