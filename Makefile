@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/lock.stamp
-PEERS := engine modelopt autoround llmcompressor templates
+PEERS := engine modelopt autoround llmcompressor templates lmeval
 export TOKENIZERS_PARALLELISM := false
+unexport PYTHONDONTWRITEBYTECODE # every start of an engine would compile its thousands of modules anew
 
 .PHONY: demo test check soak engine bench tiny clean
 

@@ -2,19 +2,19 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mtpress.bench import driver as bench_driver
-from mtpress.bench.client import RUN_DRIVER, BenchClient, Load, cell_run, client_environment
+from mtpress.bench.client import DRIVER, BenchClient, Load, cell_run
 from mtpress.bench.measurement import Cell
+from mtpress.engine.driver_process import LOOP, DriverProcess, client_environment
 from mtpress.engine.installed import Engine
 from mtpress.engine.metrics import SpecDecode
 from mtpress.errors import EngineError, InputError
+from mtpress.tasks.run import DRIVER as TASKS_DRIVER
 
 CELL = Cell(50, 2)
 RESULT: dict[str, Any] = {
@@ -81,7 +81,7 @@ def engine(python: Path) -> Engine:
 
 def test_a_python_without_vllm_is_told_in_one_line(tmp_path: Path) -> None:
     with (
-        pytest.raises(InputError, match="this vLLM cannot measure: No module named 'vllm'"),
+        pytest.raises(InputError, match="vLLM's benchmark client cannot be used there: No module named 'vllm'"),
         BenchClient(engine(Path(sys.executable)), tmp_path / "log"),
     ):
         pass
@@ -147,27 +147,22 @@ def test_the_driver_answers_on_stdout_and_lets_nothing_else_there(tmp_path: Path
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    asked = [["--model", "good"], ["--model", "bad"], ["--unknown"], ["--model", "good"]]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_DRIVER],
-        input="".join(json.dumps({"arguments": arguments}) + "\n" for arguments in asked),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        timeout=60,
-    )
-    first, good, bad, unknown, again = map(json.loads, done.stdout.splitlines())
-    assert first == {"ready": "9.9"}
-    assert good == again
-    assert good["result"]["latency_seconds"] == [1.0]  # older versions give no latencies; they are the gaps' sum
-    assert good["result"]["acceptance"] is None
-    assert bad == {"error": "ValueError: wrong model"}
-    assert "does not take the arguments" in unknown["error"]
-    assert "noise on stdout" in done.stderr
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with DriverProcess(Path(sys.executable), DRIVER, tmp_path / "log", environment, "vLLM's client") as client:
+        assert client.ready == "9.9"
+        good = client.ask({"arguments": ["--model", "good"]})
+        with pytest.raises(EngineError, match="ValueError: wrong model"):
+            client.ask({"arguments": ["--model", "bad"]})
+        with pytest.raises(EngineError, match="does not take the arguments"):
+            client.ask({"arguments": ["--unknown"]})
+        assert client.ask({"arguments": ["--model", "good"]}) == good
+    assert good["latency_seconds"] == [1.0]  # older versions give no latencies; they are the gaps' sum
+    assert good["acceptance"] is None
+    assert "noise on stdout" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
-def test_the_driver_imports_nothing_of_mtpress() -> None:
-    source = Path(bench_driver.__file__).read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", [DRIVER, LOOP, TASKS_DRIVER], ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_drivers_import_nothing_of_mtpress(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
     assert "import mtpress" not in source
     assert "from mtpress" not in source

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from bench_results import FAILURE, result
-from mtpress.bench.benchmark import Benchmark, ServeOptions
+from mtpress.bench.benchmark import Benchmark
 from mtpress.bench.configurations import baseline_of, configurations_of
 from mtpress.bench.facts import without_key
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.cli import main
 from mtpress.engine.installed import Engine
+from mtpress.engine.launch import ServeOptions
 from mtpress.errors import EngineError, InputError
 from mtpress.stages import bench as stage
 from mtpress.stages.bench import bench

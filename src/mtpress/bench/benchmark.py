@@ -24,7 +24,7 @@ from mtpress.bench.result import Configuration, Failure, ServerFacts
 from mtpress.engine.client import Client
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.installed import Engine
-from mtpress.engine.launch import Launch, compose
+from mtpress.engine.launch import Launch, ServeOptions
 from mtpress.engine.served_model import ServedModel
 from mtpress.engine.server import Server
 from mtpress.errors import EngineError, InputError, MtpressError
@@ -33,18 +33,6 @@ from mtpress.progress import human_seconds
 WARM_TOKENS = 16
 RANDOM_PROMPT_TOKENS = 256
 START = "start"
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """What every start has in common, beside its checkpoint and number of drafted tokens; None: as the profile has it."""
-
-    profile: str | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    kv_cache_dtype: str | None = None
-    force: bool = False
-    extra: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class BenchPlan:
     prompts: PromptMix
     temperature: float = 0.0
     natural_end: bool = False
-    serve: ServeOptions = ServeOptions()
+    serve: ServeOptions = field(default_factory=ServeOptions)
     api_key: str | None = field(default=None, repr=False)
 
     def num_requests(self, cell: Cell) -> int:
@@ -75,18 +63,12 @@ class BenchPlan:
     def launch(self, configuration: Configuration) -> Launch:
         """The launch of one start, on a port that is free now."""
         assert configuration.checkpoint is not None
-        options = self.serve
-        return compose(
+        return self.serve.launch(
             self.models[configuration.checkpoint],
             self.engine,
             self.hardware,
-            profile=options.profile,
             num_speculative_tokens=configuration.num_speculative_tokens,
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs or max(cell.streams for cell in self.cells),
-            kv_cache_dtype=options.kv_cache_dtype,
-            force=options.force,
-            extra=options.extra,
+            max_num_seqs=max(cell.streams for cell in self.cells),
         )
 
     def check_prompts(self, configuration: Configuration, max_model_len: int) -> None:

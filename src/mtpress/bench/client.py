@@ -6,24 +6,18 @@ In: the engine whose client it is, the address of a running server, a cell. Out:
 
 import json
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from mtpress.bench.measurement import Cell, CellRun
+from mtpress.engine.driver_process import DriverProcess, client_environment
 from mtpress.engine.installed import Engine
 from mtpress.engine.metrics import SpecDecode
-from mtpress.errors import EngineError, InputError
+from mtpress.errors import EngineError
 
 DRIVER = Path(__file__).with_name("driver.py")
-# By path, not by name: the engine's environment need not have mtpress, and this folder must not come first in its imports.
-RUN_DRIVER = f"import runpy; runpy.run_path({str(DRIVER)!r}, run_name='__main__')"
-PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,86 +64,19 @@ class Load:
         return [*shared, *source, *(["--extra-body", json.dumps(body)] if body else [])]
 
 
-class BenchClient:
+class BenchClient(DriverProcess):
     """A context manager; entering it waits until vLLM's client is imported. What it prints goes to `log`.
 
     InputError where that vLLM cannot measure, EngineError where the client dies.
     """
 
     def __init__(self, engine: Engine, log: Path, api_key: str | None = None) -> None:
-        self.engine, self.log, self.api_key = engine, log, api_key
-
-    def __enter__(self) -> Self:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [str(self.engine.python), "-c", RUN_DRIVER],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                encoding="utf-8",
-                env=client_environment(os.environ, self.api_key),
-                cwd=self.log.parent,
-                start_new_session=True,  # Ctrl-C is ours to pass on
-            )
-        try:
-            first = self._read()
-            if reason := first.get("unusable"):
-                raise InputError(f"{self.engine.python}: this vLLM cannot measure: {reason}")
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop()
+        super().__init__(engine.python, DRIVER, log, client_environment(os.environ, api_key), "vLLM's benchmark client")
 
     def measure(self, load: Load, url: str, model: str, *, configuration: int = 0, round: int = 0, acceptance: bool = True) -> CellRun:
         """Runs one cell; EngineError where no request at all was answered."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps({"arguments": load.arguments(url, model)}) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            self._died()
-        answer = self._read()
-        if "error" in answer:
-            raise EngineError(f"{load.cell}: vLLM's bench serve: {answer['error']}; {self.log} has the rest")
-        return cell_run(answer["result"], load.cell, configuration, round, acceptance)
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self._died()
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
-        return answer
-
-    def _died(self) -> None:
-        raise EngineError(f"vLLM's benchmark client ended by itself; {self.log} says why")
-
-    def _stop(self) -> None:
-        for stream in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):
-                if stream is not None:
-                    stream.close()
-        self.process.terminate()  # it owns nothing that would want to be put away
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def client_environment(environment: Mapping[str, str], api_key: str | None) -> dict[str, str]:
-    """Without proxies, and without a key for another service: what is measured is the way from here to the server."""
-    kept = {name: value for name, value in environment.items() if name.lower() not in PROXIES and name != "OPENAI_API_KEY"}
-    kept |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    kept.setdefault("OMP_NUM_THREADS", "1")
-    if api_key:
-        kept["OPENAI_API_KEY"] = api_key  # in no argument, where ps would show it
-    return kept
+        result = self.ask({"arguments": load.arguments(url, model)})
+        return cell_run(result, load.cell, configuration, round, acceptance)
 
 
 def cell_run(result: Mapping[str, Any], cell: Cell, configuration: int, round: int, acceptance: bool) -> CellRun:

@@ -1,14 +1,9 @@
-"""vLLM's own benchmark client (`vllm bench serve`), imported once and asked many times.
+"""vLLM's own benchmark client (`vllm bench serve`), imported once and asked many times; engine/driver_loop.py runs it.
 
-    python -m mtpress.bench.driver
-
-In: JSON lines on stdin, each {"arguments": [the arguments of `vllm bench serve`]}. Out: JSON lines on stdout: one
-{"ready": version of vLLM} or {"unusable": reason} first, then for each request {"result": …} or {"error": reason}.
-Everything else that vLLM prints goes to stderr. Leaves out: what the figures mean (measurement.py), and starting servers.
-
-It runs under the engine's own python and imports nothing but vLLM. A new process a cell would pay that import (8 s) each
-time. Called as a function, vLLM's hand-over to its Rust client (VLLM_USE_RUST_BENCH), which looks at the command line,
-does not happen: what measures is the same with every setting of that variable.
+A request: {"arguments": [the arguments of `vllm bench serve`]}. Leaves out: what the figures mean (measurement.py), and starting
+servers. It imports nothing but vLLM. A new process a cell would pay that import (8 s) each time. Called as a function, vLLM's hand-over
+to its Rust client (VLLM_USE_RUST_BENCH), which looks at the command line, does not happen: what measures is the same with every setting
+of that variable.
 
 The result, per request in the order in which they were sent:
 
@@ -19,16 +14,13 @@ The result, per request in the order in which they were sent:
                    (shares); null where it does not speculate
 """
 
-import argparse
 import asyncio
-import json
-import os
-import sys
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 
-def load_client() -> tuple[str, Any, Any]:
-    """vLLM's version, the parser of `vllm bench serve`, and the function that runs it."""
+def load() -> tuple[str, Callable[[dict[str, Any], Any], dict[str, Any]]]:
+    """vLLM's version, and what answers a request."""
     import vllm
     from vllm.benchmarks import serve
 
@@ -43,7 +35,11 @@ def load_client() -> tuple[str, Any, Any]:
         raise ImportError("its benchmark client needs pandas, which is not in its environment; pip install 'vllm[bench]' there")
     parser = Parser(prog="vllm bench serve")
     serve.add_cli_args(parser)
-    return vllm.__version__, parser, serve.main_async
+
+    def answer(request: dict[str, Any], say: Any) -> dict[str, Any]:
+        return plain(asyncio.run(serve.main_async(parser.parse_args(request["arguments"]))))
+
+    return vllm.__version__, answer
 
 
 def plain(result: dict[str, Any]) -> dict[str, Any]:
@@ -67,41 +63,3 @@ def plain(result: dict[str, Any]) -> dict[str, Any]:
         "errors": [error or "" for error in result["errors"]],
         "acceptance": acceptance,
     }
-
-
-def answer(line: str, parser: argparse.ArgumentParser, run: Any) -> dict[str, Any]:
-    try:
-        options = parser.parse_args(json.loads(line)["arguments"])
-        return {"result": plain(asyncio.run(run(options)))}
-    except SystemExit:  # argparse's; what it says is on stderr
-        return {"error": "this vLLM's bench serve does not take the arguments it was given; see the log"}
-    except Exception as error:  # one cell's failure is the caller's to judge
-        return {"error": " ".join(f"{type(error).__name__}: {error}".split())[-600:]}
-
-
-def main() -> None:
-    out = own_stdout()
-
-    def say(document: dict[str, Any]) -> None:
-        out.write(json.dumps(document) + "\n")
-        out.flush()
-
-    try:
-        version, parser, run = load_client()
-    except ImportError as error:
-        say({"unusable": " ".join(str(error).split())[:600]})
-        return
-    say({"ready": version})
-    for line in sys.stdin:
-        say(answer(line, parser, run))
-
-
-def own_stdout() -> TextIO:
-    """The real stdout for answers alone; what vLLM prints, in this process or a child, goes to stderr from here on."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
-
-
-if __name__ == "__main__":
-    main()

@@ -84,6 +84,15 @@ class Client:
             self._model = names[0]
         return self._model
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of context of the first of models()."""
+        listed = self._json("GET", "/v1/models").get("data")
+        said = listed[0].get("max_model_len") if isinstance(listed, list) and listed and isinstance(listed[0], dict) else None
+        if type(said) is not int:
+            raise EngineError(f"{self.url} does not say how long its context is; it is no vLLM server")
+        return said
+
     def chat(self, messages: Sequence[Any], **body: Any) -> dict[str, Any]:
         """POST /v1/chat/completions; body: max_tokens, temperature, tools, chat_template_kwargs, … as the API names them.
 

@@ -106,38 +106,43 @@ def _candidates() -> Iterator[tuple[Path, Path | None]]:
         yield made / "python", made / COMMAND
 
 
-def _named(path: Path) -> tuple[Path, Path | None]:
+def python_at(where: str, command: str, hint: str) -> Path:
+    """The python of what `where` names: an environment's directory, its python, or a command that pip wrote. hint: what to try."""
+    return _named(Path(where).expanduser(), command, hint)[0]
+
+
+def _named(path: Path, name: str = COMMAND, hint: str = TRY) -> tuple[Path, Path | None]:
     """(python, command) of what --engine named. Links are not followed: an environment's python is one."""
     path = path.absolute()
     if path.is_dir():
         folder = path / "bin" if (path / "bin").is_dir() else path
         if not _runs(folder / "python"):
-            raise InputError(f"{path}: no environment, it has no bin/python; {TRY}")
+            raise InputError(f"{path}: no environment, it has no bin/python; {hint}")
         python = folder / "python"
     elif not _runs(path):
-        raise InputError(f"{path}: {'cannot be executed' if path.exists() else 'does not exist'}; {TRY}")
+        raise InputError(f"{path}: {'cannot be executed' if path.exists() else 'does not exist'}; {hint}")
     elif path.name.startswith("python"):
         python = path
     else:
-        return _python_of(path), path
-    command = python.parent / COMMAND
+        return _python_of(path, hint), path
+    command = python.parent / name
     return python, command if _runs(command) else None
 
 
-def _python_of(command: Path) -> Path:
+def _python_of(command: Path, hint: str = TRY) -> Path:
     """The python of a command that pip wrote: its first line names it; else the one that lies beside it."""
     try:
         with command.open("rb") as file:
             first = file.readline(4096).decode("utf-8", "replace").strip()
     except OSError as error:
-        raise InputError(f"{command}: cannot be read ({error.strerror or error}); {TRY}") from None
+        raise InputError(f"{command}: cannot be read ({error.strerror or error}); {hint}") from None
     named = Path(first.removeprefix("#!").strip().split(" ")[0]) if first.startswith("#!") else None
     if named is not None and named.name.startswith("python") and _runs(named):
         return named
     for beside in (command.parent / "python", command.resolve().parent / "python"):
         if _runs(beside):
             return beside
-    raise InputError(f"{command}: no python belongs to it; {TRY}")
+    raise InputError(f"{command}: no python belongs to it; {hint}")
 
 
 def _runs(path: Path) -> bool:

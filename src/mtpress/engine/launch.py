@@ -185,6 +185,41 @@ def compose(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ServeOptions:
+    """What several launches have in common, beside their checkpoints; None: as the profile has it."""
+
+    profile: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    kv_cache_dtype: str | None = None
+    force: bool = False
+    extra: tuple[str, ...] = ()
+
+    def launch(
+        self,
+        model: "ServedModel",
+        engine: "Engine",
+        hardware: "Hardware",
+        *,
+        num_speculative_tokens: int | None = None,
+        max_num_seqs: int | None = None,
+    ) -> Launch:
+        """compose() with these, on a port that is free now. max_num_seqs: where these do not say."""
+        return compose(
+            model,
+            engine,
+            hardware,
+            profile=self.profile,
+            num_speculative_tokens=num_speculative_tokens,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs or max_num_seqs,
+            kv_cache_dtype=self.kv_cache_dtype,
+            force=self.force,
+            extra=self.extra,
+        )
+
+
 def plain(flag: str) -> str:
     """The flag without its --no- form."""
     return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else flag

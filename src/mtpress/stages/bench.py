@@ -23,8 +23,9 @@ from mtpress.errors import EngineError, InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mtpress.bench.benchmark import BenchPlan, ServeOptions
+    from mtpress.bench.benchmark import BenchPlan
     from mtpress.bench.result import BenchResult
+    from mtpress.engine.launch import ServeOptions
 
 LENGTHS, STREAMS, MTP = (50, 350, 700), (1, 2, 64), (0, 1, 2, 3)
 MAX_DRAFTED = 16
@@ -57,7 +58,7 @@ def bench(
     logs: a directory for what the engines print; without one it is thrown away. InputError before anything starts where the
     call cannot work; EngineError where nothing could be measured. A configuration that fails is in the result's failures.
     """
-    from mtpress.bench.benchmark import Benchmark, BenchPlan, ServeOptions
+    from mtpress.bench.benchmark import Benchmark, BenchPlan
     from mtpress.bench.configurations import baseline_of, configurations_of, refuse_random, running
     from mtpress.bench.facts import describe_machine, identity, prompt_facts, without_key
     from mtpress.bench.measurement import Cell
@@ -65,6 +66,7 @@ def bench(
     from mtpress.bench.result import BenchResult
     from mtpress.engine.hardware import read_hardware
     from mtpress.engine.installed import find_engine
+    from mtpress.engine.launch import ServeOptions
     from mtpress.engine.served_model import ServedModel
 
     if bool(checkpoints) == bool(urls):
@@ -219,7 +221,7 @@ def _temperature(text: str) -> float:
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: 1 where a configuration or a request failed."""
-    from mtpress.bench.benchmark import ServeOptions
+    from mtpress.engine.launch import ServeOptions
 
     out: Path | None = options.out
     plot = out is not None and not options.no_plot

@@ -1,6 +1,7 @@
 """eval: how far checkpoints are from their BF16 base, on the same tokens.
 
 In: checkpoints in any form that vLLM serves, the base, JSON lines. Out: an `EvalResult`, printed, as JSON, Markdown and plots.
+With --tasks in place of that: benchmark tasks asked of the served models (mtpress/tasks/), a `TasksResult`.
 Leaves out: the measuring (mtpress/evaluation/); this file puts it in order. The hidden states wait in a folder of their own below
 --scratch, which is gone afterwards.
 """
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpress.device import choose_device
+from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import InputError, ResourceError
 from mtpress.progress import Progress, human_bytes
 from mtpress.record import peak_memory_bytes
+from mtpress.tasks import command as task_command
+from mtpress.tasks.command import refuse_range, write_text
 
 if TYPE_CHECKING:
     from mtpress.evaluation.documents import Documents
@@ -139,7 +143,7 @@ def refuse_small_disk(folder: Path, loaded: "Documents", hidden_size: int, num_o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="finished checkpoints: directories or Hub ids")
-    parser.add_argument("--base", required=True, metavar="SRC", help="the BF16 checkpoint that they were made from")
+    parser.add_argument("--base", metavar="SRC", help="the BF16 checkpoint that they were made from; needed but with --tasks")
     parser.add_argument(
         "--data", action="append", default=[], metavar="FILE.jsonl",
         help='documents to measure on, in the format of --calibration; "builtin" (the default) for the sets that ship with mtpress; '
@@ -150,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a checkpoint was calibrated on, to check that no document is in it; the built-in set is always checked; repeatable",
     )  # fmt: skip
     parser.add_argument("--max-seq-len", type=int, default=MAX_SEQ_LEN, metavar="N", help="cut texts at N tokens (default %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each set")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each set; with --tasks, questions of each task")
     parser.add_argument(
         "--kv-cache", choices=("auto", "bf16", "fp8"), default="auto", help="auto: FP8 keys and values where a checkpoint declares them"
     )
@@ -160,22 +164,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the layers run")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there too")
     parser.add_argument("--plots", metavar="DIR", help="draw KL by position, error by layer and size against KL there, as SVG")
+    task_command.add_arguments(parser)
+    take_engine_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json). 1: a document is in a calibration set."""
-    for name, value, least in (("max-seq-len", options.max_seq_len, 2), ("limit", options.limit, 1), ("resamples", options.resamples, 2)):
-        if value is not None and not least <= value <= 1_000_000:
-            raise InputError(f"--{name} {value}: from {least} to 1000000")
+    refuse_range(options, {"max_seq_len": 2, "limit": 1, "resamples": 2})
+    for path in filter(None, (options.markdown, options.plots, options.lm_eval_results)):
+        if not Path(path).absolute().parent.is_dir():
+            raise InputError(f"{path}: the directory to write it to does not exist")
+    if options.tasks is not None:
+        return task_command.run(options)
+    task_command.refuse_without_tasks(options)
+    if options.base is None:
+        raise InputError("name the BF16 checkpoint that they were made from with --base, or --tasks to ask without one")
     if options.seed < 0:
         raise InputError(f"--seed {options.seed}: must not be negative")
     if options.plots is not None:
         from mtpress.bench.chart import require_matplotlib
 
         require_matplotlib()
-    for path in filter(None, (options.markdown, options.plots)):
-        if not Path(path).absolute().parent.is_dir():
-            raise InputError(f"{path}: the directory to write it to does not exist")
     result = evaluate(
         options.checkpoints, options.base, options.data, calibration=options.calibration, max_seq_len=options.max_seq_len,
         limit=options.limit, kv_cache=options.kv_cache, resamples=options.resamples, seed=options.seed, scratch=options.scratch,
@@ -191,16 +200,16 @@ def write(result: "EvalResult", markdown: str | None, plots: str | None) -> None
     """The files that were asked for; InputError where one cannot be written."""
     from mtpress.evaluation.result import markdown as as_markdown
 
-    try:
-        if markdown is not None:
-            Path(markdown).write_text(as_markdown(result), encoding="utf-8")
-        if plots is not None:
-            from mtpress.evaluation.plots import draw
+    if markdown is not None:
+        write_text(Path(markdown), as_markdown(result))
+    if plots is not None:
+        from mtpress.evaluation.plots import draw
 
+        try:
             Path(plots).mkdir(exist_ok=True)
             draw(result, Path(plots))
-    except OSError as error:
-        raise InputError(f"{error.filename or markdown or plots}: cannot be written ({error.strerror or error})") from None
+        except OSError as error:
+            raise InputError(f"{error.filename or plots}: cannot be written ({error.strerror or error})") from None
 
 
 def show(result: "EvalResult") -> None:

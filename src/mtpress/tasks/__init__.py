@@ -1,0 +1,1 @@
+"""Benchmark tasks of lm-evaluation-harness, asked of the served model."""
