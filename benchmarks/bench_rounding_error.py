@@ -5,7 +5,8 @@
 One Gated-DeltaNet and one full-attention layer of the 27B model's width, random weights with heavy tails (random_weights.py). The
 hidden states in front of them are made up: correlated channels of unequal size, 24 of them 30 times as large as the rest, as trained
 models have. They pass through the layer, so what o_proj, out_proj and down_proj read is what the layer makes of them. Out: a table and
-JSON: of each linear, the share of its output's energy on unseen tokens that is error, against "max".
+JSON: of each linear, the share of its output's energy on unseen tokens that is error, against "max". "hessian, gptq": GPTQ's codes under
+the scales of "hessian".
 """
 
 from collections.abc import Mapping
@@ -16,13 +17,16 @@ import qwen3_6_files
 from full_size import PREFIX, WIDTHS
 from measuring import options, table, write_json
 from mtpress.formats import nvfp4
+from mtpress.full_hessian import FullHessian
 from mtpress.input_hessian import InputHessian
 from mtpress.models import qwen3_5
 from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.rounding import gptq
 from mtpress.stream import NVFP4_ROUNDINGS
 from random_weights import RandomWeights
 
 CHOICES = ("max", "four-over-six", "sweep", "hessian")
+GPTQ = "hessian, gptq"
 KINDS = {"Gated DeltaNet": 0, "full attention": 3}
 NUM_OUTLIERS, OUTLIER_SIZE, RANK = 24, 30.0, 256
 
@@ -61,14 +65,26 @@ def layer_errors(index: int, tokens: int, unseen: int) -> dict[str, dict[str, fl
         hessian = InputHessian()
         hessian.add("", read[group[0]][:tokens])
         x = read[group[0]][tokens:].float()
-        for choice in CHOICES:
-            rounded = NVFP4_ROUNDINGS[choice]({name: weights[f"{name}.weight"] for name in group}, hessian.total(""))
+        matrices = {name: weights[f"{name}.weight"] for name in group}
+        for choice in (*CHOICES, GPTQ):
+            if choice == GPTQ:
+                rounded = gptq_rounded(matrices, hessian.total(""), read[group[0]][:tokens])
+            else:
+                rounded = NVFP4_ROUNDINGS[choice](matrices, hessian.total(""))
             for name in group:
                 exact, parts = weights[f"{name}.weight"].float(), rounded[name]
                 error = nvfp4.dequantize(parts["weight"], parts["weight_scale"], parts["weight_scale_2"]) - exact
                 share = (x @ error.T).double().square().sum() / (x @ exact.T).double().square().sum()
                 found.setdefault(name, {})[choice] = float(share)
     return found
+
+
+def gptq_rounded(matrices: Mapping[str, torch.Tensor], blocks: torch.Tensor, read: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    form, full = gptq.FORMATS["nvfp4"], FullHessian(read.shape[1], [0], read.device)
+    full.add(0, read)
+    factor = gptq.factorize(full.total())
+    scales = gptq.SCALES["nvfp4"]["hessian"](matrices, blocks)
+    return {name: form.store(gptq.round_matrix(weight, scales[name], factor, form), scales[name]) for name, weight in matrices.items()}
 
 
 def main() -> None:
@@ -78,11 +94,11 @@ def main() -> None:
     chosen = parser.parse_args()
     found = {kind: layer_errors(index, chosen.tokens, chosen.unseen) for kind, index in KINDS.items()}
     rows = [
-        (kind, name, f"{errors['max']:.5f}", *(f"{errors[choice] / errors['max']:.3f}" for choice in CHOICES[1:]))
+        (kind, name, f"{errors['max']:.5f}", *(f"{errors[choice] / errors['max']:.3f}" for choice in (*CHOICES[1:], GPTQ)))
         for kind, linears in found.items()
         for name, errors in linears.items()
     ]
-    table(["layer", "linear", "max", *(f"{choice} / max" for choice in CHOICES[1:])], rows)
+    table(["layer", "linear", "max", *(f"{choice} / max" for choice in (*CHOICES[1:], GPTQ))], rows)
     write_json(chosen.json, {"errors": found, "tokens": chosen.tokens, "unseen": chosen.unseen})
 
 

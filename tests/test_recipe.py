@@ -197,7 +197,6 @@ def test_names_that_are_none(asked: str, hint: str) -> None:
         ({"calibration": [{"samples": 3}]}, ["calibration.0.samples", *CalibrationSource.model_fields]),
         ({"calibration": [{}, {"num_samples": 0}]}, ["calibration.1.num_samples", "0"]),
         ({"kv_cache": "fp8", "constant_input_scale": 0.1}, ["kv_cache: 'fp8' takes its scales from samples", "take fp8_cast"]),
-        ({"rounding": "gptq", "kv_cache": "fp8"}, ["kv_cache: 'fp8' does not go with rounding gptq", "take fp8_cast"]),
         ({"format": "int4", "kv_cache": "fp8"}, ["kv_cache: 'fp8' does not go with format int4; valid: auto"]),
         ({"chat_template": "ours"}, ["chat_template", "'ours'", "'source' or 'mtpress'"]),
         ({"generation_config": {"temprature": 1}}, ["did you mean temperature?", *GenerationConfig.model_fields]),

@@ -29,6 +29,7 @@ from mtpress.recipe import Formats, Recipe
 from mtpress.shard_writer import OutputTensor
 
 MAX_STEPS = 250_000
+NUM_MEASURED = 16  # samples that formats are measured with
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from mtpress.plan import Step
 
 FORWARDS = 3.8  # of all samples through a layer: exact, rounded, up to each group of linears, those that are held out twice more
 HELD_BYTES = 3.2
-FLOAT32_SHARE = 0.5  # of the rate of BF16 products
-FACTOR_SHARE = 0.3
+# of the rate of BF16 products: H; the errors of 128 columns carried on to the others; Cholesky. The second is fitted to a whole run.
+SUMS_SHARE, CARRY_SHARE, FACTOR_SHARE = 0.45, 0.28, 0.3
 COLUMN_SECONDS, COLUMN_TRAFFIC = 1.5e-4, 150.0  # a column of a matrix; bytes of a code in it, as if copied
 ACTIVATION_TRAFFIC = 200.0  # bytes of an activation that is rounded to NVFP4, as if copied
 
@@ -42,7 +42,7 @@ def seconds(step: Step, machine: Machine, tokens: int, rounds_activations: bool)
     """What a layer takes beside its forwards."""
     found, traffic = 0.0, 0.0
     for k, ns in _groups(step):
-        products = k * k * (tokens + sum(ns)) / FLOAT32_SHARE + k**3 / 3 / FACTOR_SHARE
+        products = k * k * (tokens / SUMS_SHARE + sum(ns) / CARRY_SHARE) + k**3 / 3 / FACTOR_SHARE
         found += products / machine.matmul + COLUMN_SECONDS * k * len(ns)
         traffic += COLUMN_TRAFFIC * k * sum(ns) + (ACTIVATION_TRAFFIC * FORWARDS * k * tokens if rounds_activations else 0.0)
     return found + traffic / machine.copy / max(1, torch.get_num_threads())

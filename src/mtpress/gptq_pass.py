@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtpress import kv_cache
 from mtpress.calibration import InputAmax
 from mtpress.chat import Sample
 from mtpress.errors import InputError
 from mtpress.formats import nvfp4
 from mtpress.full_hessian import FullHessian
 from mtpress.input_hessian import BLOCK
+from mtpress.kv_cache import SeenCache
 from mtpress.models.qwen3_5_layers import reading
 from mtpress.plan import Plan, Step
 from mtpress.rounding import gptq
@@ -84,7 +86,8 @@ class GptqPass(TwoStreams):
 
     @torch.no_grad()
     def layer(self, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
-        """Name of a quantized module → its tensors by suffix, on the CPU; input_scale among them where the format has one.
+        """Name of a quantized module → its tensors by suffix, on the CPU; input_scale among them where the format has one, and the scales
+        of an FP8 cache, where one is calibrated.
 
         InputError names a matrix that is not finite.
         """
@@ -95,8 +98,9 @@ class GptqPass(TwoStreams):
         start = f"{self.plan.prefix}layers.{step.layer}."
         module = self.body.decoder_layer(step.layer, {name.removeprefix(start): tensor for name, tensor in tensors.items()})
         seen = InputAmax()
+        cached = [output.name for job in step.jobs if job.kind == "measure" for output in job.outputs]
         with reading(module, seen):
-            self.move(module, self.exact)
+            self.move(module, self.exact, SeenCache(seen) if cached else None)
         linears = {name: linear for name, linear in module.named_modules() if isinstance(linear, nn.Linear)}
         nearest: dict[str, Stored] = {}
         found: dict[str, Stored] = {}
@@ -121,7 +125,11 @@ class GptqPass(TwoStreams):
             chosen = found
             install(linears, found, self.form)
         self.move(module, self.rounded)
-        return {f"{start}{name}": {suffix: tensor.cpu() for suffix, tensor in stored.items()} for name, stored in chosen.items()}
+        made = {f"{start}{name}": {suffix: tensor.cpu() for suffix, tensor in stored.items()} for name, stored in chosen.items()}
+        for name, scale in kv_cache.scales(cached, seen).items():
+            linear, _, suffix = name.rpartition(".")
+            made.setdefault(linear, {})[suffix] = scale
+        return made
 
     def _kernel(self, seen: InputAmax, group: Sequence[str]) -> "Kernel":
         return Kernel(input_scale(seen, group) if self.plan.recipe.format == "nvfp4" else None)

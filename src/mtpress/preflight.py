@@ -33,6 +33,7 @@ import torch
 from mtpress import gptq_cost
 from mtpress.disk import NUM_STAGES, PIECE_BYTES
 from mtpress.errors import ResourceError
+from mtpress.format_choice import NUM_MEASURED, Choices
 from mtpress.hidden_states import NUM_SLOTS, NUM_WAITING
 from mtpress.input_hessian import BLOCK
 from mtpress.machine import Machine
@@ -89,6 +90,32 @@ def promise(
         seconds=(START_SECONDS if workers == 1 else WORKER_START_SECONDS)
         + _work_seconds(plan, machine, steps)
         + _forward_seconds(plan, machine, steps, lengths),
+    )
+
+
+def with_measuring(promised: Promise, found: Choices, machine: Machine, lengths: Sequence[int]) -> Promise:
+    """The promise of the smallest output, with what comes before it under a byte budget: the pass that measures (sensitivity_pass.py).
+
+    A layer is gone through once with all samples and once with those measured, then once more for each linear of the mixer and each format
+    that rounds it; for those of the MLP only the MLP is. Each is packed once a format. The output may be as large as the budget.
+    """
+    plan, times = found.least, len(found.plans)
+    some = lengths[:: -(-len(lengths) // NUM_MEASURED)] if lengths else []
+    layers = [step for step in plan.steps if step.layer is not None]
+    once, measured = (_forward_seconds(plan, machine, layers, of) for of in (lengths, some))
+    seconds = once + measured
+    for step in layers:
+        jobs = [job for job in step.jobs if job.kind == "quantize"]
+        mlp = [job for job in jobs if job.component == "mlp"]
+        of_mlp = sum(info.num_params for job in mlp for info in job.sources)
+        seconds += times * (len(jobs) - len(mlp)) * _forward_seconds(plan, machine, [step], some)
+        seconds += times * len(mlp) * 2.0 * of_mlp * sum(some) / machine.matmul
+        seconds += times * sum(info.num_bytes for job in jobs for info in job.sources) / machine.pack
+    largest = max(info.num_bytes for job in plan.jobs if job.kind == "quantize" for info in job.sources)
+    return Promise(
+        memory_bytes=promised.memory_bytes + 2 * largest,  # a fused linear, rounded
+        disk_bytes=promised.disk_bytes + min(found.budget, found.most_bytes) - found.least_bytes,
+        seconds=promised.seconds + seconds,
     )
 
 

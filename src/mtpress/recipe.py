@@ -253,8 +253,6 @@ class Recipe(Strict):
             raise ValueError("constant_input_scale does not go with rounding hessian, which needs samples; take rounding sweep")
         if self.constant_input_scale and self.kv_cache == "fp8":
             raise ValueError("kv_cache: 'fp8' takes its scales from samples, constant_input_scale does without; take fp8_cast")
-        if self.rounding == "gptq" and self.kv_cache == "fp8":
-            raise ValueError("kv_cache: 'fp8' does not go with rounding gptq, which keeps no scales of the cache; take fp8_cast")
         if self.rounding != "signround" and "signround" in self.model_fields_set:
             raise ValueError(f"signround has settings of rounding signround, not of {self.rounding}; leave it out")
         if self.gptq and self.rounding != "gptq":

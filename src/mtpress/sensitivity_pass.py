@@ -35,7 +35,7 @@ from mtpress.calibration_pass import CalibrationPass
 from mtpress.chat import Sample
 from mtpress.errors import InputError
 from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear
-from mtpress.format_choice import Choices, choice_record, choose_formats
+from mtpress.format_choice import NUM_MEASURED, Choices, choice_record, choose_formats
 from mtpress.hidden_states import DiskStates
 from mtpress.journal import SENSITIVITY_NAME, Journal, difference, write_whole
 from mtpress.plan import Job, Plan, Step
@@ -45,7 +45,6 @@ from mtpress.shard_writer import disk_failure
 from mtpress.source_guard import SourceGuard
 from mtpress.stream import FP8, rounding
 
-NUM_MEASURED = 16
 Errors = list[dict[str, float]]  # of the fused linears of a layer: format → error
 
 

@@ -123,8 +123,7 @@ def run(
                             writer.write(name, tensor)
                         lap("write")
                 elif job.kind == "measure":
-                    assert isinstance(seen, InputAmax)
-                    for name, tensor in kv_cache.scales([output.name for output in job.outputs], seen).items():
+                    for name, tensor in _measured(job, seen).items():
                         writer.write(name, tensor)
                 lap("write")
             guard.look({info.file for job in step.jobs for info in job.sources})
@@ -158,6 +157,15 @@ def _rounded(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dic
     planned = {tensor.name for tensor in job.outputs}
     for made in (FP8 if job.format == "fp8" else rounding(plan)).round(plan, job, tensors, seen):
         yield {name: tensor for name, tensor in made.items() if name in planned}
+
+
+def _measured(job: Job, seen: Seen) -> dict[str, torch.Tensor]:
+    """Output name → what the samples show: the scales of an FP8 cache."""
+    names = [output.name for output in job.outputs]
+    if isinstance(seen, InputAmax):
+        return kv_cache.scales(names, seen)
+    assert isinstance(seen, Mapping)
+    return {name: cast(Stored, seen)[name.rpartition(".")[0]][name.rpartition(".")[2]] for name in names}
 
 
 RoundGroup = Callable[[Tensors, torch.Tensor | None], dict[str, dict[str, torch.Tensor]]]

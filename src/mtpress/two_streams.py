@@ -15,6 +15,7 @@ from torch import nn
 from mtpress.calibration_pass import embed
 from mtpress.chat import Sample
 from mtpress.hidden_states import DiskStates
+from mtpress.kv_cache import SeenCache
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.plan import Plan, Step
 
@@ -47,11 +48,11 @@ class TwoStreams:
             self.exact.advance()
             self.rounded.advance()
 
-    def move(self, module: nn.Module, states: DiskStates) -> None:
-        """Moves every sample of a stream through the layer."""
+    def move(self, module: nn.Module, states: DiskStates, cache: SeenCache | None = None) -> None:
+        """Moves every sample of a stream through the layer. cache: sees what a full-attention layer would cache."""
         with self.body.delta_rule(module):
             for i, positions in enumerate(self.body.positions):
-                states.put(i, self.body.through(module, states.get(i).to(self.body.device, non_blocking=True), positions))
+                states.put(i, self.body.through(module, states.get(i).to(self.body.device, non_blocking=True), positions, cache))
         states.advance()
 
     def sync(self, step: Step) -> None:

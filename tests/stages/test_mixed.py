@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE, CALIBRATION_IMAGES_FILE
 from mtpress.kv_cache import K_SCALE, V_SCALE
-from mtpress.recipe import CalibrationSource, load_recipe
+from mtpress.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe
 from mtpress.stages.quantize import quantize
 
 RECIPE = load_recipe("nvfp4-mixed-vlm").model_copy(update={"kv_cache": "fp8"})
@@ -36,13 +36,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     }
 
 
-def build(folder: Path, name: str, lines: list[list[str]], workers: int = 1) -> dict[str, torch.Tensor]:
+def build(folder: Path, name: str, lines: list[list[str]], workers: int = 1, recipe: Recipe = RECIPE) -> dict[str, torch.Tensor]:
     """The weights of a build calibrated by files of these lines."""
     named = []
     for number, rows in enumerate(lines):
         named.append(str(folder / f"{name}-{number}.jsonl"))
         Path(named[-1]).write_text("\n".join(rows))
-    quantize(BUILTIN_MODEL, folder / name, RECIPE, calibration=named, workers=workers, silent=True)
+    quantize(BUILTIN_MODEL, folder / name, recipe, calibration=named, workers=workers, silent=True)
     return load_file(folder / name / "model.safetensors")
 
 
@@ -79,6 +79,20 @@ def test_each_scale_is_the_largest_of_the_kinds(mixed: dict[str, torch.Tensor], 
         else:  # with `max` nothing else follows from the samples
             assert all(torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)) for found in values.values())
     assert len(decided) > 1
+
+
+@pytest.mark.parametrize("quantized", [("attention", "gdn", "mlp"), ("mlp",)], ids=["all", "mlp"])
+def test_gptq_finds_the_scales_that_calibration_finds(
+    quantized: tuple[str, ...], mixed: dict[str, torch.Tensor], files: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """Its BF16 stream is calibration's; whether k_proj is rounded or stays changes nothing of what it shows."""
+    recipe = parse_recipe(RECIPE.canonical() | {"rounding": "gptq", "quantize": quantized}, "test")
+    made = build(tmp_path, "gptq", list(files.values()), recipe=recipe)
+    from_samples = {name for name in made if name.endswith(".input_scale")} | KV
+    assert len(from_samples) == (27 if len(quantized) == 3 else 4 * 3 + 2)
+    assert all(torch.equal(made[name], mixed[name]) for name in from_samples)
+    up = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert made[up].shape == mixed[up].shape and not torch.equal(made[up], mixed[up])
 
 
 def test_sources_of_a_recipe_are_files_one_after_another(tmp_path: Path) -> None:

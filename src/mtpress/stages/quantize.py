@@ -9,9 +9,9 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import PARTIAL_SUFFIX, CheckpointWriter, remove_journal
 from mtpress.device import choose_device
 from mtpress.errors import InputError
-from mtpress.format_choice import choices, chosen_recipe
+from mtpress.format_choice import Choices, choices, chosen_recipe
 from mtpress.journal import Journal, difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
 from mtpress.plan import LAYOUTS, Plan, make_plan
@@ -117,7 +117,7 @@ def quantize(
     begun = machine.begin(plan, target)
     if dry_run:
         lengths = dry_lengths(checkpoint, chosen, calibration)
-        promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes)
+        promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes, open_choice)
         reach = open_choice.range_record() if open_choice else None
         return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat, "budget": reach})
     guard = SourceGuard(checkpoint)
@@ -135,21 +135,12 @@ def quantize(
         return describe(plan, target, measured={key: record.get(key) for key in (*MEASURED, "budget")} | chat)
     identity: dict[str, Any] = {}
     if open_choice:
-        from mtpress.sensitivity_pass import settle
-
         assert calibrated is not None
 
         def ready(partial: Path) -> None:
-            lengths = [len(sample.input_ids) for sample in calibrated.samples]
-            promised, loaded_bytes = foresee(plan, begun, device_used, lengths, Spread(source), (), beside_bytes)
-            more = 2 * max(info.num_bytes for job in plan.jobs if job.kind == "quantize" for info in job.sources)
-            promised = replace(promised, memory_bytes=promised.memory_bytes + more)  # a fused linear, rounded
-            preflight.refuse(plan, promised, lengths, partial, loaded_bytes, device_used)
+            refuse_measuring(open_choice, begun, device_used, calibrated, partial, beside_bytes)
 
-        made_of = {"candidates": list(open_choice.plans), **run_identity(plan, guard, calibrated, device_used)}
-        journal = Journal(target.with_name(target.name + PARTIAL_SUFFIX))
-        formats, made_from["budget"] = settle(open_choice, journal, made_of, calibrated.samples, device_used, ready, guard, resume, silent)
-        plan = make_plan(checkpoint, chosen_recipe(open_choice, formats))
+        plan, made_from["budget"] = settle_formats(open_choice, target, calibrated, device_used, ready, guard, resume, silent)
         beside = {**carried, **config_files(plan)}
         identity = {"budget": open_choice.budget}
     identity |= run_identity(plan, guard, calibrated, device_used)
@@ -207,6 +198,38 @@ def quantize(
     return describe(plan, target, measured=measured)
 
 
+def settle_formats(
+    open_choice: Choices,
+    target: Path,
+    calibrated: "CalibrationSet",
+    device: Any,
+    ready: Callable[[Path], None],
+    guard: SourceGuard,
+    resume: bool,
+    silent: bool,
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of the formats that a byte budget leaves, by measuring what each loses; and what the record says of the choice."""
+    from mtpress.sensitivity_pass import settle
+
+    least = open_choice.least
+    made_of = {"candidates": list(open_choice.plans), **run_identity(least, guard, calibrated, device)}
+    journal = Journal(target.with_name(target.name + PARTIAL_SUFFIX))
+    formats, said = settle(open_choice, journal, made_of, calibrated.samples, device, ready, guard, resume, silent)
+    return make_plan(least.source, chosen_recipe(open_choice, formats)), said
+
+
+def refuse_measuring(
+    open_choice: Choices, begun: "Future[dict[str, float]]", device: Any, calibrated: "CalibrationSet", partial: Path, beside_bytes: int
+) -> None:
+    """ResourceError where the machine cannot measure, or the disk cannot hold an output of the budget."""
+    from mtpress import preflight
+    from mtpress.workers import Spread
+
+    least, lengths = open_choice.least, [len(sample.input_ids) for sample in calibrated.samples]
+    promised, loaded_bytes = foresee(least, begun, device, lengths, Spread(least.source.path), (), beside_bytes, open_choice)
+    preflight.refuse(least, promised, lengths, partial, loaded_bytes, device)
+
+
 def without_samples(recipe: Recipe) -> dict[str, Any] | None:
     """What the record says in place of the samples."""
     return {"constant_input_scale": recipe.constant_input_scale} if recipe.constant_input_scale else None
@@ -240,8 +263,10 @@ def foresee(
     spread: "Spread",
     steps_done: Collection[str] = (),
     beside_bytes: int = 0,
+    open_choice: Choices | None = None,
 ) -> "tuple[preflight.Promise, int]":
-    """What the run will take, and the memory that this process has loaded by now, in bytes."""
+    """What the run will take, and the memory that this process has loaded by now, in bytes. open_choice: formats that are still to be
+    measured, from the plan of the smallest output."""
     from mtpress import machine, preflight
 
     if lengths:
@@ -251,6 +276,8 @@ def foresee(
     promised = preflight.promise(
         plan, rates, lengths, loaded_bytes, beside_bytes=beside_bytes, steps_done=steps_done, workers=spread.workers
     )
+    if open_choice is not None:
+        promised = preflight.with_measuring(promised, open_choice, rates, lengths)
     return promised, loaded_bytes
 
 
