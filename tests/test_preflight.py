@@ -16,10 +16,11 @@ from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import Checkpoint
 from mtpress.cli import main
 from mtpress.errors import ResourceError
+from mtpress.format_choice import choices
 from mtpress.machine import Machine
 from mtpress.models import family
 from mtpress.plan import Plan, make_plan
-from mtpress.preflight import START_SECONDS, promise, refuse, states_bytes
+from mtpress.preflight import START_SECONDS, promise, refuse, states_bytes, with_measuring
 from mtpress.recipe import load_recipe, parse_recipe
 
 CPU = torch.device("cpu")
@@ -311,7 +312,7 @@ def test_gptq_takes_more_time_than_calibration(by_gptq: dict[str, Plan], plan: P
     columns = sum(info.shape[1] for job in by_gptq["int4"].jobs if job.kind == "quantize" for info in job.sources)
     groups = [(job.sources[0].shape[1], sum(i.shape[0] for i in job.sources)) for job in by_gptq["int4"].jobs if job.kind == "quantize"]
     never = {"attention": 1e18, "delta_rule": 0.0}
-    products = 2 * 3.8 * params * 2000 + sum(2 * k * k * (2000 + n) + k**3 / 0.9 for k, n in groups)
+    products = 2 * 3.8 * params * 2000 + sum(k * k * (2000 / 0.45 + n / 0.28) + k**3 / 0.9 for k, n in groups)
     assert seconds(by_gptq["int4"], **never) == pytest.approx(products / 1e11 + 1.5e-4 * columns)
     assert seconds(by_gptq["int4"], **never) < seconds(by_gptq["int4"], **never, copy=1e9) < seconds(by_gptq["nvfp4"], **never, copy=1e9)
 
@@ -340,3 +341,26 @@ def test_gptq_that_does_not_fit_says_what_would(
     monkeypatch.setattr(preflight, "free_memory_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"free \d.* or use a machine with more"):
         refuse(asked, promise(asked, MACHINE, lengths, 0), lengths, tmp_path, 0, CPU)
+
+
+def test_a_budget_pays_for_the_pass_that_measures() -> None:
+    """Two rounded formats: each linear of a mixer is a forward more for each, of the MLP its share; a fused linear more of memory."""
+    source, named = Checkpoint.open(BUILTIN_MODEL), {"name": "mine", "summary": "x", "budget": {"bytes": 7_000_000}}
+    found = choices(source, parse_recipe(named, "a test"))
+    lengths = [100] * 20
+    plain = promise(found.least, MACHINE, lengths, LOADED)
+    promised = with_measuring(plain, found, MACHINE, lengths)
+    assert promised.disk_bytes - plain.disk_bytes == 7_000_000 - found.least_bytes
+    largest = max(info.num_bytes for job in found.least.jobs if job.kind == "quantize" for info in job.sources)
+    assert promised.memory_bytes - plain.memory_bytes == 2 * largest
+    free = Machine(**{**vars(FAST), "attention": 1e18, "delta_rule": 0.0, "pack": 1e18})
+    spent = with_measuring(plain, found, free, lengths).seconds - plain.seconds
+    forward = mixer = mlp = 0.0
+    for step in (step for step in found.least.steps if step.layer is not None):
+        params = {job: sum(i.num_params for i in job.sources if len(i.shape) == 2) for job in step.jobs if job.sources}
+        quantized = [job for job in params if job.kind == "quantize"]
+        forward += sum(params.values())
+        mixer += sum(params.values()) * sum(job.component != "mlp" for job in quantized)
+        mlp += sum(n for job, n in params.items() if job in quantized and job.component == "mlp") * 2
+    tokens, measured = 2000, 1000  # every second sample, as 20 are more than 16
+    assert spent == pytest.approx(2 / free.matmul * (tokens * forward + measured * (forward + 2 * mixer + 2 * mlp)))
