@@ -13,7 +13,7 @@ from mtpress.builtin import BUILTIN_MODEL, EVALUATION_FILE
 from mtpress.chat import ChatEncoder
 from mtpress.checkpoint import Checkpoint
 from mtpress.evaluation.documents import load
-from mtpress.evaluation.linears import EMULATIONS
+from mtpress.evaluation.linears import EMULATIONS, round_by_groups
 from mtpress.evaluation.statistics import draws, interval, ratio_of_sums
 from mtpress.formats import nvfp4
 from mtpress.rounding.max import round_group
@@ -34,7 +34,7 @@ def under_vllm(engine_python: Path, script: str, *arguments: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def test_nvfp4_has_the_bits_of_vllm_s_emulation(engine_python: Path, tmp_path: Path) -> None:
+def test_rounding_has_the_bits_of_vllm_s_emulation(engine_python: Path, tmp_path: Path) -> None:
     dice = torch.Generator().manual_seed(5)
     x = torch.randn(96, 512, generator=dice).mul_(torch.rand(96, 1, generator=dice) * 8).to(torch.bfloat16)
     x[0] = 0  # no scale to divide by
@@ -58,6 +58,8 @@ def test_nvfp4_has_the_bits_of_vllm_s_emulation(engine_python: Path, tmp_path: P
     assert torch.equal(rounded, theirs["rounded"])
     assert torch.equal(ours.matrix, theirs["weight"])
     assert torch.equal(ours(x), theirs["out"])
+    codes, steps = theirs["fp8_codes"].float().view(96, -1, 128), theirs["fp8_scales"].float().unsqueeze(-1)
+    assert torch.equal(round_by_groups(x), (codes * steps).view(x.shape))
 
 
 def test_kl_agrees_with_that_of_vllm_s_own_logprobs(engine_python: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def other_token(e: Edit) -> None:
 def in_blocks(e: Edit) -> None:
     name = f"{PREFIX}layers.0.mlp.up_proj"
     e.tensors[f"{name}.weight"] = e.tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
-    e.tensors[f"{name}.weight_scale"] = torch.ones(2, 2)
+    e.tensors[f"{name}.weight_scale_inv"] = torch.ones(2, 2)
 
 
 REFUSED: dict[str, tuple[Callable[[Edit], object], str]] = {
@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[Callable[[Edit], object], str]] = {
     "a missing matrix": (without(f"{PREFIX}layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight is missing"),
     "other sizes": (other_width, "another model than the base"),
     "another tokenizer": (other_token, "its tokenizer is not the base's"),
-    "FP8 in blocks": (in_blocks, "FP8 with a scale a block is not emulated"),
+    "FP8 in other blocks": (in_blocks, r"weight_scale_inv \[2, 2\] is not of blocks of 128×128"),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import in_int4
-from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear
+from mtpress.evaluation.linears import BLOCK_FP8, EMULATIONS, EmulatedLinear
 from mtpress.formats import compressed_tensors, int4, nvfp4
 from mtpress.formats.fp8 import to_e4m3
 from mtpress.rounding.max import round_group
@@ -145,3 +145,25 @@ def test_fused_fp8_is_rounded_again_under_the_largest_scale(weight: Tensor) -> N
     assert torch.equal(linear.matrix, expected.to(BF16))
     assert not torch.equal(linear.matrix, one["weight"].to(BF16))
     assert linear.output_scale is not None and torch.equal(linear.output_scale, other["weight_scale"])
+
+
+def test_fp8_in_blocks_has_a_scale_for_each() -> None:
+    """The last block of rows is not whole; one group of inputs is zero, so its scale is the least there is."""
+    n, k = 296, 384
+    rows = torch.randn(n, k, generator=dice(1)).to(BF16)
+    rows[:128] *= 50
+    inputs = torch.randn(2, T, k, generator=dice(2)).mul_(torch.rand(2, T, 1, generator=dice(4)) * 9).to(BF16)
+    inputs[0, 0, :128] = 0
+    places = [(slice(r, r + 128), slice(c, c + 128)) for r in range(0, len(rows), 128) for c in range(0, k, 128)]
+    scales = torch.stack([rows[place].float().abs().max() / 448 for place in places]).view(-1, k // 128)
+    whole = scales.repeat_interleave(128, 0)[: len(rows)].repeat_interleave(128, 1)
+    stored = to_e4m3(rows, whole)
+    linear = BLOCK_FP8.make({"weight": stored, "weight_scale_inv": scales}, [], True, BF16)
+    groups = inputs.double().view(*inputs.shape[:-1], -1, 128)
+    steps = (groups.abs().amax(-1, keepdim=True) / 448).float().double().clamp(min=1e-9)
+    rounded = (groups / steps).float().to(torch.float8_e4m3fn).double() * steps
+    expected = rounded.flatten(-2) @ (stored.double() * whole.double()).t()
+    assert linear(inputs).dtype == BF16
+    assert (linear(inputs).double() - expected).norm() / expected.norm() < 3e-3  # one rounding to BF16
+    exact = inputs.double() @ rows.double().t()
+    assert 0.01 < (expected - exact).norm() / exact.norm() < 0.06

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoints import Edit
-from mtpress.builtin import CALIBRATION_FILE
+from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE
 from mtpress.cli import main
 from mtpress.errors import InputError
 from mtpress.evaluation.plots import draw
@@ -53,6 +54,37 @@ def test_the_figures_of_every_checkpoint(result: EvalResult, pair: list[Path]) -
     first, second = (result.checkpoints[name].groups["all"] for name in (two.first, two.second))
     assert two.kl_ratio.value == pytest.approx(second.kl_mean.value / first.kl_mean.value)
     assert two.top1_difference.value == pytest.approx(second.top1_agreement.value - first.top1_agreement.value)
+
+
+def in_fp8_blocks(folder: Path) -> Path:
+    """The built-in model as Qwen releases its own in FP8: codes with a scale for 128×128 of them, the draft head and lm_head in BF16."""
+    made = Path(shutil.copytree(BUILTIN_MODEL, folder / "fp8"))
+    e = Edit(made)
+    kept = ("in_proj_a", "in_proj_b")
+    names = [
+        name for name, tensor in e.tensors.items() if ".layers." in name and not name.startswith("mtp.") and tensor.ndim == 2
+        and not any(f".{module}." in name for module in kept) and "visual" not in name
+    ]  # fmt: skip
+    for name in names:
+        n, k = e.tensors[name].shape
+        blocks = e.tensors[name].float().view(n // 128, 128, k // 128, 128)
+        scales = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+        e.tensors |= {name: codes.view(n, k), name.removesuffix("weight") + "weight_scale_inv": scales.to(torch.bfloat16)}
+    e.config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *kept, "mtp", "visual"],
+    }  # fmt: skip
+    e.save()
+    return made
+
+
+def test_a_release_in_fp8_blocks_is_measured(tmp_path: Path) -> None:
+    found = evaluate([in_fp8_blocks(tmp_path)], BUILTIN_MODEL, limit=4, resamples=2, silent=True).checkpoints["fp8"]
+    assert found.forms == {"FP8": 25}
+    assert 1e-6 < found.groups["all"].kl_mean.value < 5e-4  # of NVFP4: some 1e-3
+    assert all(0.01 < layer.mlp < 0.04 and 0.01 < layer.mixer < 0.06 for layer in found.layers)
+    assert found.acceptance is not None
 
 
 def test_the_command_line(small_bf16: Path, pair: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,11 @@ def test_the_environment_that_is_named_is_used(tmp_path: Path) -> None:
     assert find_harness(str(tmp_path)) == tmp_path / "bin" / "python"
 
 
+def test_a_server_has_no_weights_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "http://127.0.0.1:9", "--base", TINY]) == 2
+    assert "http://127.0.0.1:9: a running server is asked --tasks" in capsys.readouterr().err
+
+
 def test_a_server_that_does_not_answer_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "http://127.0.0.1:9", "--tasks", "gsm8k", "--lm-eval", sys.executable]) == 2
     assert "http://127.0.0.1:9" in capsys.readouterr().err

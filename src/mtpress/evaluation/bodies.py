@@ -18,7 +18,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
 from mtpress.checkpoint import Checkpoint, TensorInfo, read_json_object, read_rows, read_tensor
 from mtpress.errors import InputError
-from mtpress.evaluation.linears import EMULATIONS, INPUT_SCALES, EmulatedLinear
+from mtpress.evaluation.linears import EMULATIONS, INPUT_SCALES, EmulatedLinear, emulation_of
 from mtpress.formats import fp8
 from mtpress.models.draft_head import DraftHead
 from mtpress.models.qwen3_5_layers import StreamedBody
@@ -87,7 +87,7 @@ class Body:
             if info is None:
                 return f"{name} is missing"
             return None if info.shape == shape else f"{name} is {list(info.shape)}, config.json calls for {list(shape)}"
-        emulation = EMULATIONS.get(form)
+        emulation = emulation_of(form, infos)
         if emulation is None or len(shape) != 2:
             return f"{module} is stored as {TITLES[form]}, which eval does not emulate"
         missing = [part for part in emulation.parts if part not in infos]
@@ -169,7 +169,9 @@ class Body:
         form = self.subject.form(module)
         if form == "plain":
             return EmulatedLinear(parts[WEIGHT].to(DTYPE))
-        return EMULATIONS[form].make(parts, group, self._rounds_input(module), DTYPE)
+        emulation = emulation_of(form, parts)
+        assert emulation is not None
+        return emulation.make(parts, group, self._rounds_input(module), DTYPE)
 
     def _fill(self, module: nn.Module, start: str, tensors: Mapping[str, Tensor]) -> None:
         """Puts the tensors below `start` into a module that is on the meta device."""

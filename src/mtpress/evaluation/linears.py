@@ -8,12 +8,13 @@ multiplies with, and what it does to its input. Leaves out: which module is stor
     NVFP4 W4A16   the same weight, inputs as they are
     INT4 W4A16    weight: (code − zero point) · scale, scale and product in the dtype of the activations, as vLLM keeps them
     FP8           inputs and weights in E4M3, their product times both scales. Input scale static, or per token where none is stored
+    FP8 in blocks weights with a scale for 128×128 of them, inputs for 128 of a token, dynamic; products and sums in float32
 
 Fused linears (q, k and v; gate and up; …) have one scale for all in vLLM: the largest stored weight_scale_2 and input_scale, or
 of compressed-tensors' reciprocals the largest too (modelopt.py, compressed_tensors_w4a4_nvfp4.py). So do they here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ from mtpress.rules.stored import (
     QZEROS,
     SCALE,
     SCALE_2,
+    SCALE_INV,
     SCALES,
     WEIGHT,
     WEIGHT_PACKED,
@@ -43,6 +45,8 @@ Parts = Mapping[str, Tensor]  # the tensors of a module by the last part of thei
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # an input → what the kernel multiplies with, and what it scales by after
 PIECE_BYTES = 32 << 20  # float32 working set of rounding
 INT4_BITS = 4
+FP8_BLOCK = 128
+FP8_LEAST_SCALE = 1 / (448 * 512)  # vLLM 0.32, input_quant_fp8.py
 
 
 class EmulatedLinear(nn.Module):
@@ -60,6 +64,34 @@ class EmulatedLinear(nn.Module):
         if scale is None or self.output_scale is None:
             return out
         return (out.float() * (scale * self.output_scale)).to(x.dtype)
+
+
+class BlockFP8Linear(EmulatedLinear):
+    """codes float8_e4m3fn [N, K] and their scales, float32, one for FP8_BLOCK rows and columns."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        super().__init__(codes)
+        self.scales = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded = round_by_groups(x)
+        rows = FP8_BLOCK * max(1, PIECE_BYTES // (4 * FP8_BLOCK * self.matrix.shape[1]))
+        made = [F.linear(rounded, self.rows(start, start + rows)).to(x.dtype) for start in range(0, len(self.matrix), rows)]
+        return torch.cat(made, -1)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """float32: rows start to stop of the weight; start is a multiple of FP8_BLOCK."""
+        scales = self.scales[start // FP8_BLOCK : -(-stop // FP8_BLOCK)].repeat_interleave(FP8_BLOCK, 1)
+        codes = self.matrix[start:stop].float()
+        return codes * scales.repeat_interleave(FP8_BLOCK, 0)[: len(codes)]
+
+
+def round_by_groups(x: Tensor) -> Tensor:
+    """float32: each FP8_BLOCK numbers of a token to E4M3 under a scale of their own, and back."""
+    groups = x.float().view(*x.shape[:-1], -1, FP8_BLOCK)
+    steps = (groups.abs().amax(-1, keepdim=True) / nvfp4.E4M3_MAX).clamp(min=FP8_LEAST_SCALE)
+    codes = (groups / steps).clamp(-nvfp4.E4M3_MAX, nvfp4.E4M3_MAX).to(torch.float8_e4m3fn)
+    return (codes.float() * steps).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -152,6 +184,10 @@ def _fp8(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.d
     return EmulatedLinear(weight.to(dtype), rounding, output_scale)
 
 
+def _block_fp8(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
+    return BlockFP8Linear(parts[WEIGHT], parts[SCALE_INV].float())
+
+
 def _no_nvfp4(codes: str, shared: str) -> Callable[[Mapping[str, TensorInfo], tuple[int, int]], str | None]:
     def problem(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
         n, k = shape
@@ -181,7 +217,16 @@ def _no_compressed_int4(infos: Mapping[str, TensorInfo], shape: tuple[int, int])
 def _no_fp8(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
     if infos[WEIGHT].shape != shape or infos[WEIGHT].dtype != "F8_E4M3":
         return f"its weight is {infos[WEIGHT].dtype} {list(infos[WEIGHT].shape)}, must be F8_E4M3 {list(shape)}"
-    return None if infos[SCALE].num_params in (1, shape[0]) else "FP8 with a scale a block is not emulated, only one a tensor or a row"
+    return None if infos[SCALE].num_params in (1, shape[0]) else f"its weight_scale {list(infos[SCALE].shape)} is not one a tensor or a row"
+
+
+def _no_block_fp8(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
+    n, k = shape
+    if infos[WEIGHT].shape != shape or infos[WEIGHT].dtype != "F8_E4M3":
+        return f"its weight is {infos[WEIGHT].dtype} {list(infos[WEIGHT].shape)}, must be F8_E4M3 {list(shape)}"
+    if k % FP8_BLOCK or infos[SCALE_INV].shape != (-(-n // FP8_BLOCK), k // FP8_BLOCK):
+        return f"its weight_scale_inv {list(infos[SCALE_INV].shape)} is not of blocks of {FP8_BLOCK}×{FP8_BLOCK} of a matrix {[n, k]}"
+    return None
 
 
 EMULATIONS: dict[Form, Emulation] = {
@@ -191,4 +236,12 @@ EMULATIONS: dict[Form, Emulation] = {
     "pack-quantized": Emulation((WEIGHT_PACKED, SCALE), _compressed_int4, _no_compressed_int4),
     "fp8": Emulation((WEIGHT, SCALE), _fp8, _no_fp8),
 }
+BLOCK_FP8 = Emulation((WEIGHT, SCALE_INV), _block_fp8, _no_block_fp8)
+
+
+def emulation_of(form: Form, stored: Collection[str]) -> Emulation | None:
+    """What emulates a module of this form that has these tensors; None for 16-bit numbers and what is not emulated."""
+    return BLOCK_FP8 if form == "fp8" and SCALE_INV in stored else EMULATIONS.get(form)
+
+
 INPUT_SCALES: dict[Form, str] = {"nvfp4": INPUT_SCALE, "nvfp4-pack-quantized": INPUT_GLOBAL_SCALE}

@@ -18,6 +18,7 @@ TITLES: dict[Form, str] = {
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 
 WEIGHT, SCALE, SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
+SCALE_INV = "weight_scale_inv"  # of FP8 in blocks, as Qwen releases it: what its codes are multiplied with
 GLOBAL_SCALE, INPUT_GLOBAL_SCALE = "weight_global_scale", "input_global_scale"  # compressed-tensors': reciprocals
 ZERO_POINT, WEIGHT_SHAPE = "weight_zero_point", "weight_shape"
 NVFP4_GROUP_SIZE = 16
@@ -29,7 +30,7 @@ KV_SCALES = ("k_scale", "v_scale")
 SUFFIXES: dict[Form, tuple[str, ...]] = {
     "plain": (WEIGHT,),
     "nvfp4": (WEIGHT, *NVFP4_SCALES),
-    "fp8": (WEIGHT, "weight_scale", "weight_scale_inv", "input_scale"),
+    "fp8": (WEIGHT, SCALE, SCALE_INV, INPUT_SCALE),
     "nvfp4-pack-quantized": (WEIGHT_PACKED, SCALE, GLOBAL_SCALE, INPUT_GLOBAL_SCALE),
     "pack-quantized": (WEIGHT_PACKED, SCALE, WEIGHT_SHAPE, ZERO_POINT, "weight_g_idx"),
     "gptq": (QWEIGHT, QZEROS, SCALES, "g_idx"),

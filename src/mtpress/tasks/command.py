@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refuse_without_tasks(options: argparse.Namespace) -> None:
     """InputError for what only tasks have a use for."""
+    if addresses := [text for text in options.checkpoints if text.startswith(("http://", "https://"))]:
+        raise InputError(f"{addresses[0]}: a running server is asked --tasks; to compare on documents name its checkpoint")
     foreign = [f"--{name.replace('_', '-')}" for name in OF_TASKS if getattr(options, name)] + ["--"] * bool(options.engine_arguments)
     if foreign:
         raise InputError(f"{foreign[0]} is for --tasks; without them nothing is served")
