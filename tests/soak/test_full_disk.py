@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer, Run
-from whole_runs import KINDS, MAX_SHARD_BYTES, Whole, hashes, make_source, record, recorded_hashes, run_whole
+from whole_runs import MAX_SHARD_BYTES, ORDER, Whole, arguments, hashes, make_source, record, recorded_hashes, run_whole
 
 FULL, SAMPLE = 20, 2
 DISK_BYTES = 256_000_000
@@ -41,18 +41,18 @@ def test_full_disks(tmp_path: Path, disk: Path | None, server: ForkServer, soak:
     num = FULL if soak else SAMPLE
     shards = MAX_SHARD_BYTES if disk is not None else None
     resumed_behind = []
-    whole = {kind: run_whole(server, case, kind, tmp_path / kind, times=1, max_shard_bytes=shards) for kind in KINDS}
+    whole = {kind: run_whole(server, case, kind, tmp_path / kind, times=1, max_shard_bytes=shards) for kind in dict.fromkeys(ORDER[:num])}
     for number in range(num):
-        kind = KINDS[number % len(KINDS)]
+        kind = ORDER[number % len(ORDER)]
         out = (disk or tmp_path) / "out"
         room = int(whole[kind].num_bytes * (number + 0.5) / num)
         said = f"point {number}, {kind}, room for {room} of {whole[kind].num_bytes} bytes"
-        arguments = case.arguments(kind, out)
-        run = fill_the_disk(server, arguments, out, room) if disk else server.run(arguments, max_file_bytes=room)
+        command = arguments(case, kind, out)
+        run = fill_the_disk(server, command, out, room) if disk else server.run(command, max_file_bytes=room)
         refused(run, out, said)
         if disk:
             (disk / "ballast").unlink()
-        run = server.run([*arguments, "--resume"], max_shard_bytes=shards)
+        run = server.run([*command, "--resume"], max_shard_bytes=shards)
         assert run.code == 0, f"{said}\n{run.stderr}"
         same(out, whole[kind], said)
         resumed_behind.append(record(out).get("resumed", {}).get("steps_before", 0))
@@ -63,10 +63,10 @@ def test_full_disks(tmp_path: Path, disk: Path | None, server: ForkServer, soak:
     assert max(resumed_behind) > 0
 
 
-def fill_the_disk(server: ForkServer, arguments: list[str], out: Path, room: int) -> Run:
+def fill_the_disk(server: ForkServer, command: list[str], out: Path, room: int) -> Run:
     """Runs until the first shard stands in OUT.partial, then leaves room there for just so many bytes, and lets it go on."""
     partial = out.with_name(out.name + ".partial")
-    child = server.start(arguments, max_shard_bytes=MAX_SHARD_BYTES)
+    child = server.start(command, max_shard_bytes=MAX_SHARD_BYTES)
     end = time.monotonic() + 60
     while not list(partial.glob("*.safetensors")) and time.monotonic() < end:
         time.sleep(0.0005)

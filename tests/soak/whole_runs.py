@@ -12,11 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from broken import Case, make_sound
 from fork_server import ForkServer
 
+from mtpress.checkpoint import Checkpoint
+from mtpress.format_choice import choices
+from mtpress.recipe import load_recipe, parse_recipe
+
 RECORD = "mtpress.json"
-KINDS = ("weight-only", "calibrated")
+# The kinds of broken.Case, and what a run of samples carries besides: sums of products, codes that make up for others, measurements.
+CARRIES: dict[str, dict[str, Any]] = {"hessian": {"rounding": "hessian"}, "gptq": {"rounding": "gptq"}, "budget": {}}
+KINDS = ("weight-only", "calibrated", *CARRIES)
+QUICK = KINDS[:3]
+ORDER = (*QUICK, *QUICK, "gptq", *QUICK[1:], "budget")  # in which runs are disturbed; the last two kinds take ten times as long
 MAX_SHARD_BYTES = 2_000_000  # a dozen megabytes of output then have several shards
 
 
@@ -33,6 +42,22 @@ class Whole:
 def make_source(directory: Path) -> Case:
     """Twelve layers of hidden size 512 in three shards, and four samples."""
     return make_sound(directory, layers=12, hidden_size=512, intermediate_size=1024)
+
+
+def arguments(case: Case, kind: str, out: Path) -> list[str]:
+    """The command line of a kind of run."""
+    if kind not in CARRIES:
+        return case.arguments(kind, out)
+    file = case.recipe.with_name(f"{kind}.yaml")
+    if not file.exists():
+        content = load_recipe(case.recipe).canonical() | CARRIES[kind]
+        if kind == "budget":
+            content = {key: value for key, value in content.items() if key not in ("format", "quantize")}
+            budget = {"bytes": 1 << 40, "candidates": ["nvfp4", "fp8"]}
+            reach = choices(Checkpoint.open(case.source), parse_recipe(content | {"budget": budget}, "here"))
+            content["budget"] = budget | {"bytes": (reach.least_bytes + reach.most_bytes) // 2}
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return ["quantize", str(case.source), str(out), "--recipe", str(file), "--calibration", str(case.samples)]
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -59,7 +84,7 @@ def run_whole(server: ForkServer, case: Case, kind: str, out: Path, times: int =
     seconds = []
     for _ in range(times):
         shutil.rmtree(out, ignore_errors=True)
-        run = server.run(case.arguments(kind, out), **limits)
+        run = server.run(arguments(case, kind, out), **limits)
         assert run.code == 0, run.stderr
         seconds.append(run.seconds)
     whole = Whole(statistics.median(seconds), hashes(out), recorded_hashes(out), sum(p.stat().st_size for p in out.iterdir()))
