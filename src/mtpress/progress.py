@@ -36,6 +36,7 @@ class Progress:
         self.silent, self.stream = silent, stream or sys.stderr
         self.live = self.stream.isatty()
         self.done, self.note = 0.0, ""
+        self.told = 0.0  # what was done when a line was last written
         self.started = self.shown = time.monotonic()
         self.process = psutil.Process()
 
@@ -45,7 +46,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.silent or not self.done:
             return
-        if kind is None or self.live:
+        if self.live or (kind is None and self.told < self.done):
             self._show(end="\n")
 
     def skip(self, amount: float) -> None:
@@ -66,10 +67,11 @@ class Progress:
             self._show(end="" if self.live else "\n")
 
     def _show(self, end: str) -> None:
+        self.told = self.done
         seconds = max(time.monotonic() - self.started, 1e-6)
         rate = self.done / seconds
         left = (self.total - self.done) / rate if rate and self.total > self.done else 0.0
-        amount = f"{human_bytes(rate)}/s" if self.unit == "B" else f"{rate:,.0f} {self.unit}/s"
+        amount = f"{human_bytes(rate)}/s" if self.unit == "B" else f"{rate:{',.0f' if rate >= 10 else '.2g'}} {self.unit}/s"
         share = min(self.done / self.total, 1.0) if self.total else 1.0
         timing = f"{human_seconds(left)} left" if share < 1 else f"in {seconds:.1f} s"
         memory = human_bytes(self.process.memory_info().rss)

@@ -52,7 +52,7 @@ class Run:
     @property
     def error_lines(self) -> list[str]:
         """What stands on stderr, without empty lines and without progress."""
-        return [line for line in self.stderr.splitlines() if line.strip() and not line.startswith("quantize  ")]
+        return [line for line in self.stderr.splitlines() if line.strip() and not line.startswith(("quantize  ", "measure  "))]
 
 
 class ForkServer:
