@@ -43,7 +43,7 @@ from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
 from mtpress.shard_writer import disk_failure
 from mtpress.source_guard import SourceGuard
-from mtpress.stream import FP8, rounding
+from mtpress.stream import round_job
 
 Errors = list[dict[str, float]]  # of the fused linears of a layer: format → error
 
@@ -229,7 +229,7 @@ class Layer:
     def _emulated(self, name: str, plan: Plan, job: Job) -> dict[str, EmulatedLinear]:
         """Name within the layer → what vLLM computes of what this build would store."""
         stored: dict[str, dict[str, Tensor]] = {}
-        for made in (FP8 if name == "fp8" else rounding(plan)).round(plan, job, self.tensors, self.seen):
+        for made in round_job(plan, job, self.tensors, self.seen):
             for full, tensor in made.items():
                 module, _, suffix = full.rpartition(".")
                 stored.setdefault(module.removeprefix(self.start), {})[suffix] = tensor.to(self.forward.body.device)

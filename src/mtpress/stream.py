@@ -117,7 +117,7 @@ def run(
                 elif job.kind == "quantize":
                     tensors = whole or next(weights)
                     lap("read")
-                    for rounded in _rounded(plan, job, tensors, seen):
+                    for rounded in round_job(plan, job, tensors, seen):
                         lap("round")
                         for name, tensor in rounded.items():
                             writer.write(name, tensor)
@@ -151,7 +151,7 @@ def _groups(step: Step, forward: Forward | None) -> Sequence[Sequence[TensorInfo
     return [job.sources for job in step.jobs if job.kind == "quantize"]
 
 
-def _rounded(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
+def round_job(plan: Plan, job: Job, tensors: Tensors, seen: Seen) -> Iterator[dict[str, torch.Tensor]]:
     """What a job's linears become, one after another: the recipe's rounding, or that of FP8, which has one; and only what is planned,
     for weight-only NVFP4 has no input_scale."""
     planned = {tensor.name for tensor in job.outputs}

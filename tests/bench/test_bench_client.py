@@ -106,7 +106,7 @@ for number, line in enumerate(sys.stdin):
     with BenchClient(stand_in(tmp_path, body), tmp_path / "log") as client:
         pid = client.process.pid
         assert [client.measure(Load(CELL, 3, Path("p")), "http://h:1", "m").seconds for _ in range(2)] == [1.0, 2.0]
-        with pytest.raises(EngineError, match="no http://h:1"):
+        with pytest.raises(EngineError, match=r"^50 tokens × 2 streams: vLLM.s benchmark client: no http://h:1"):
             client.measure(Load(CELL, 3, Path("p")), "http://h:1", "fail")
     assert not Path(f"/proc/{pid}").exists()
 

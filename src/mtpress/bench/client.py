@@ -75,7 +75,7 @@ class BenchClient(DriverProcess):
 
     def measure(self, load: Load, url: str, model: str, *, configuration: int = 0, round: int = 0, acceptance: bool = True) -> CellRun:
         """Runs one cell; EngineError where no request at all was answered."""
-        result = self.ask({"arguments": load.arguments(url, model)})
+        result = self.ask({"arguments": load.arguments(url, model)}, about=str(load.cell))
         return cell_run(result, load.cell, configuration, round, acceptance)
 
 

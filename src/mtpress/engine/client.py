@@ -23,6 +23,11 @@ MAX_MESSAGE = 500
 NUM_CONNECTIONS = 1024  # the pool must not be what limits a benchmark's streams
 
 
+def is_address(text: str) -> bool:
+    """Whether it names a server, and no directory or Hub id."""
+    return text.startswith(("http://", "https://"))
+
+
 class Client:
     """One server. May be used from several threads. A context manager, for its connections."""
 
@@ -70,9 +75,11 @@ class Client:
 
     def models(self) -> list[str]:
         """The names under which the server answers."""
+        return [entry["id"] for entry in self._listed() if isinstance(entry.get("id"), str)]
+
+    def _listed(self) -> list[dict[str, Any]]:
         listed = self._json("GET", "/v1/models").get("data")
-        names = [entry.get("id") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-        return [name for name in names if isinstance(name, str)]
+        return [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
     @property
     def model(self) -> str:
@@ -87,8 +94,7 @@ class Client:
     @property
     def max_model_len(self) -> int:
         """Tokens of context of the first of models()."""
-        listed = self._json("GET", "/v1/models").get("data")
-        said = listed[0].get("max_model_len") if isinstance(listed, list) and listed and isinstance(listed[0], dict) else None
+        said = next((entry.get("max_model_len") for entry in self._listed()), None)
         if type(said) is not int:
             raise EngineError(f"{self.url} does not say how long its context is; it is no vLLM server")
         return said

@@ -56,8 +56,8 @@ class DriverProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
-    def ask(self, request: Mapping[str, Any], on_news: Callable[[Any], None] | None = None) -> Any:
-        """The answer to one request; what is said before it goes to on_news."""
+    def ask(self, request: Mapping[str, Any], on_news: Callable[[Any], None] | None = None, about: str = "") -> Any:
+        """The answer to one request; what is said before it goes to on_news. about: what the request is, before an error of it."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
@@ -68,7 +68,7 @@ class DriverProcess:
             if on_news is not None:
                 on_news(answer["news"])
         if "error" in answer:
-            raise EngineError(f"{self.title}: {answer['error']}; {self.log} has the rest")
+            raise EngineError(f"{about}{': ' if about else ''}{self.title}: {answer['error']}; {self.log} has the rest")
         return answer["result"]
 
     def _read(self) -> dict[str, Any]:

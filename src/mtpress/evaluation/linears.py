@@ -214,16 +214,22 @@ def _no_compressed_int4(infos: Mapping[str, TensorInfo], shape: tuple[int, int])
     return None
 
 
+def _no_e4m3(weight: TensorInfo, shape: tuple[int, int]) -> str | None:
+    if weight.shape == shape and weight.dtype == "F8_E4M3":
+        return None
+    return f"its weight is {weight.dtype} {list(weight.shape)}, must be F8_E4M3 {list(shape)}"
+
+
 def _no_fp8(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
-    if infos[WEIGHT].shape != shape or infos[WEIGHT].dtype != "F8_E4M3":
-        return f"its weight is {infos[WEIGHT].dtype} {list(infos[WEIGHT].shape)}, must be F8_E4M3 {list(shape)}"
+    if problem := _no_e4m3(infos[WEIGHT], shape):
+        return problem
     return None if infos[SCALE].num_params in (1, shape[0]) else f"its weight_scale {list(infos[SCALE].shape)} is not one a tensor or a row"
 
 
 def _no_block_fp8(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> str | None:
     n, k = shape
-    if infos[WEIGHT].shape != shape or infos[WEIGHT].dtype != "F8_E4M3":
-        return f"its weight is {infos[WEIGHT].dtype} {list(infos[WEIGHT].shape)}, must be F8_E4M3 {list(shape)}"
+    if problem := _no_e4m3(infos[WEIGHT], shape):
+        return problem
     if k % FP8_BLOCK or infos[SCALE_INV].shape != (-(-n // FP8_BLOCK), k // FP8_BLOCK):
         return f"its weight_scale_inv {list(infos[SCALE_INV].shape)} is not of blocks of {FP8_BLOCK}×{FP8_BLOCK} of a matrix {[n, k]}"
     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpress.engine.api_key import KEY_VARIABLES, given_key
+from mtpress.engine.client import is_address
 from mtpress.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def refuse_without_tasks(options: argparse.Namespace) -> None:
     """InputError for what only tasks have a use for."""
-    if addresses := [text for text in options.checkpoints if text.startswith(("http://", "https://"))]:
+    if addresses := [text for text in options.checkpoints if is_address(text)]:
         raise InputError(f"{addresses[0]}: a running server is asked --tasks; to compare on documents name its checkpoint")
     foreign = [f"--{name.replace('_', '-')}" for name in OF_TASKS if getattr(options, name)] + ["--"] * bool(options.engine_arguments)
     if foreign:

@@ -2,8 +2,9 @@
 
 It imports nothing but lm_eval. Requests:
 
-    {"prepare": {tasks, include_path, limit}}      → {"tasks": [{name, output_type, num_docs}]} or {"refused": reason}
-    {"measure": {tasks, include_path, limit, num_fewshot, url, model, tokenizer, max_length, streams, gen_kwargs, output}}
+    {"prepare": {tasks, include_path, limit}}      → {"tasks": [{name, output_type, num_docs}], "generating": names, "comparing": names}
+                                                    or {"refused": reason}
+    {"measure": {generating, comparing, include_path, limit, num_fewshot, url, model, tokenizer, max_length, streams, gen_kwargs, output}}
                                                     → {"scores", "samples", "subtasks"}; before it, news {"total": n} and {"done": 1}
 
 scores   [{task, metric, filter, value, stderr, higher_is_better, num_fewshot, num_docs, version, is_group}]; stderr null where lm_eval
@@ -23,6 +24,7 @@ from typing import Any
 REQUEST_SECONDS = 7200
 MAX_RETRIES = 3
 NUM_NEAR = 3
+GENERATES = "generate_until"
 
 
 def load() -> tuple[str, Callable[[dict[str, Any], Callable[[Any], None]], dict[str, Any]]]:
@@ -43,6 +45,8 @@ def prepare(tasks: list[str], include_path: str | None, limit: int | None) -> di
     """What the names stand for, their data sets fetched."""
     manager = task_manager(include_path)
     found: dict[str, dict[str, Any]] = {}
+    generating: dict[str, None] = {}
+    comparing: dict[str, None] = {}
     for name in tasks:
         if name not in manager.all_tasks:
             return {"refused": f"{name}: no task, group or tag of lm-eval{nearest(name, manager.all_tasks)}"}
@@ -56,7 +60,10 @@ def prepare(tasks: list[str], include_path: str | None, limit: int | None) -> di
             count = len(list(task.eval_docs))
             kind = str(task.get_config("output_type") or task.OUTPUT_TYPE)
             found[leaf] = {"name": leaf, "output_type": kind, "num_docs": min(count, limit or count)}
-    return {"tasks": list(found.values())}
+        generates = {leaf: found[leaf]["output_type"] == GENERATES for leaf in loaded}
+        for asked in [name] if len(set(generates.values())) == 1 else generates:
+            (generating if generates.get(asked, any(generates.values())) else comparing)[asked] = None
+    return {"tasks": list(found.values()), "generating": list(generating), "comparing": list(comparing)}
 
 
 def task_manager(include_path: str | None) -> Any:
@@ -74,7 +81,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def measure(
     say: Callable[[Any], None],
-    tasks: list[str],
+    generating: list[str],
+    comparing: list[str],
     include_path: str | None,
     limit: int | None,
     num_fewshot: int | None,
@@ -91,7 +99,6 @@ def measure(
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
     manager = task_manager(include_path)
-    generating, comparing = by_kind(manager, tasks)
     shared = {"model": model, "num_concurrent": streams, "max_retries": MAX_RETRIES, "timeout": REQUEST_SECONDS, "max_length": max_length}
     results: list[dict[str, Any]] = []
     if generating:
@@ -113,18 +120,6 @@ def measure(
         "samples": {task: sampled(kept) for result in results for task, kept in result["samples"].items()},
         "subtasks": {group: list(names) for result in results for group, names in result.get("group_subtasks", {}).items() if names},
     }
-
-
-def by_kind(manager: Any, names: list[str]) -> tuple[list[str], list[str]]:
-    """The names of those that generate, and of those that compare likelihoods."""
-    generating: dict[str, None] = {}
-    comparing: dict[str, None] = {}
-    for name in names:
-        tasks = manager.load([name])["tasks"]
-        generates = {leaf: (task.get_config("output_type") or task.OUTPUT_TYPE) == "generate_until" for leaf, task in tasks.items()}
-        for asked in [name] if len(set(generates.values())) == 1 else generates:
-            (generating if generates.get(asked, any(generates.values())) else comparing)[asked] = None
-    return list(generating), list(comparing)
 
 
 def told(model: Any, say: Callable[[Any], None]) -> Any:

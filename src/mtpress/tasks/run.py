@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpress.engine.api_key import API_KEY
-from mtpress.engine.client import Client
+from mtpress.engine.client import Client, is_address
 from mtpress.engine.driver_process import DriverProcess, client_environment
 from mtpress.engine.hardware import read_hardware
 from mtpress.engine.installed import find_engine, python_at
@@ -30,7 +30,6 @@ from mtpress.progress import Progress, human_seconds
 from mtpress.tasks.scores import Measured, TasksResult, measured
 
 DRIVER = Path(__file__).with_name("driver.py")
-GENERATES = "generate_until"
 THINKING_TOKENS = 32768
 TRY = "pip install 'mtpress[lm-eval]', or name an environment that has it with --lm-eval PATH"
 
@@ -50,8 +49,8 @@ class Asked:
     gen_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def request(self) -> dict[str, Any]:
-        path = str(self.include_path.absolute()) if self.include_path is not None else None
-        return {"tasks": list(self.tasks), "include_path": path, "limit": self.limit}
+        """Of both kinds of requests (driver.py)."""
+        return {"include_path": str(self.include_path.absolute()) if self.include_path is not None else None, "limit": self.limit}
 
     def generation(self) -> dict[str, Any]:
         """lm-eval's gen_kwargs. With thinking, a task's stop strings are left out: they would end the thoughts."""
@@ -75,12 +74,15 @@ class Harness(DriverProcess):
     def __init__(self, python: Path, log: Path, api_key: str | None) -> None:
         super().__init__(python, DRIVER, log, client_environment(os.environ, api_key, offline=False), "lm-eval")
 
-    def prepare(self, asked: Asked) -> list[dict[str, Any]]:
-        """The tasks behind the names, their data fetched: name, output_type, num_docs. InputError for a name that is none."""
-        answer = self.ask({"prepare": asked.request()})
+    def prepare(self, asked: Asked) -> dict[str, Any]:
+        """What is behind the names, data fetched: tasks (name, output_type, num_docs), and the names that generate and that compare.
+
+        InputError for a name that is none.
+        """
+        answer: dict[str, Any] = self.ask({"prepare": {"tasks": list(asked.tasks), **asked.request()}})
         if "refused" in answer:
             raise InputError(str(answer["refused"]))
-        return list(answer["tasks"])
+        return answer
 
 
 def find_harness(where: str | None) -> Path:
@@ -115,7 +117,7 @@ def targets_of(named: Sequence[str], api_key: str | None) -> list[Target]:
     """One for each checkpoint or address; names are made different. InputError or EngineError where one cannot be used."""
     found = []
     for text in named:
-        if text.startswith(("http://", "https://")):
+        if is_address(text):
             with Client(text, api_key) as client:
                 found.append(Target(client.model, text, None, client.url, client.model, client.max_model_len))
         else:
@@ -158,8 +160,9 @@ def run_tasks(
     key = next((launch.environment[API_KEY] for launch in launches.values() if API_KEY in launch.environment), api_key)
     try:
         with Harness(python, logs / "lm-eval.log", key) as process:
-            tasks = process.prepare(asked)
-            _refuse_tokenizers(targets, tasks)
+            prepared = process.prepare(asked)
+            tasks = prepared["tasks"]
+            _refuse_tokenizers(targets, prepared["comparing"])
             count = sum(task["num_docs"] for task in tasks)
             _say(silent, f"{len(tasks)} tasks, {count:,} questions, of {len(targets)} models")
             for target in targets:
@@ -167,7 +170,7 @@ def run_tasks(
                 results = output / f"{file_name}.json" if output is not None else None
                 try:
                     with _served(target, launches.get(target.name), logs / f"{file_name}.log", silent) as served:
-                        done[target.name] = _measure(process, target, asked, served, results, silent)
+                        done[target.name] = _measure(process, target, asked, prepared, served, results, silent)
                 except MtpressError as error:  # one that fails must not take hours of the others with it
                     failures[target.name] = str(error)
                     _say(silent, f"{target.name}: {error}")
@@ -195,9 +198,8 @@ def _launches(
     }
 
 
-def _refuse_tokenizers(targets: Sequence[Target], tasks: Sequence[dict[str, Any]]) -> None:
+def _refuse_tokenizers(targets: Sequence[Target], comparing: Sequence[str]) -> None:
     """Likelihoods are compared token by token, so the tokenizer must be at hand."""
-    comparing = [task["name"] for task in tasks if task["output_type"] != GENERATES]
     without = [target.served for target in targets if target.tokenizer is None]
     if comparing and without:
         raise InputError(
@@ -229,9 +231,12 @@ def _served(target: Target, launch: Launch | None, log: Path, silent: bool) -> I
         yield Served(launch.url, launch.served_model_name, settings.max_model_len)
 
 
-def _measure(process: Harness, target: Target, asked: Asked, served: Served, results: Path | None, silent: bool) -> Measured:
+def _measure(
+    process: Harness, target: Target, asked: Asked, prepared: dict[str, Any], served: Served, results: Path | None, silent: bool
+) -> Measured:
     request = {
-        **asked.request(), "num_fewshot": asked.num_fewshot, "url": served.url, "model": served.model, "tokenizer": target.tokenizer,
+        **asked.request(), "generating": prepared["generating"], "comparing": prepared["comparing"], "num_fewshot": asked.num_fewshot,
+        "url": served.url, "model": served.model, "tokenizer": target.tokenizer,
         "max_length": served.max_model_len, "streams": asked.streams, "gen_kwargs": asked.generation(),
         "output": str(results.absolute()) if results is not None else None,
     }  # fmt: skip
