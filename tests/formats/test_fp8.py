@@ -76,3 +76,42 @@ def test_weights_that_are_no_numbers_show_in_the_scale() -> None:
     damaged = weight()
     damaged[3, 3] = float("nan")
     assert not bool(torch.isfinite(round_group({"q": weight(), "k": damaged})["q"][fp8.SCALE]))
+
+
+SCALES = {  # of a matrix [48, 80], blocks of 32×32
+    "tensor": (), "tensor as one": (1,), "row": (48,), "row as a column": (48, 1), "block": (2, 3), "modelopt's block": (2, 1, 3, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SCALES.values(), ids=list(SCALES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_times_the_scale_of_their_tensor_row_or_block(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = (100 * torch.randn(48, 80, generator=generator)).to(torch.float8_e4m3fn)
+    scale = (0.01 * torch.rand(shape, generator=generator)).to(dtype)
+    flat = scale.double().reshape(-1)
+    expected = torch.empty(48, 80, dtype=torch.float64)
+    for i in range(48):
+        for j in range(80):
+            which = 0 if flat.numel() == 1 else i if flat.numel() == 48 else 3 * (i // 32) + j // 32
+            expected[i, j] = codes[i, j].double() * flat[which]
+    made = fp8.dequantize(codes, scale, (32, 32))
+    assert torch.equal(made, expected.float())
+    for rows_bytes in (fp8.ROWS_BYTES, 1):
+        monkeypatch.setattr(fp8, "ROWS_BYTES", rows_bytes)
+        rounded, exact = fp8.to_bf16(codes, scale, (32, 32))
+        assert torch.equal(rounded, made.bfloat16())
+        assert exact == bool((made.bfloat16().float() == made).all())
+
+
+def test_a_scale_of_four_bits_loses_nothing_in_bf16() -> None:
+    codes = (100 * torch.randn(4, 16)).to(torch.float8_e4m3fn)
+    assert fp8.to_bf16(codes, torch.tensor(0.375))[1]
+    assert not fp8.to_bf16(codes, torch.tensor(1 / 3))[1]
+
+
+def test_a_scale_of_no_known_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"scales \[3\] are none of a matrix \[4, 16\]"):
+        fp8.dequantize(torch.zeros(4, 16).to(torch.float8_e4m3fn), torch.ones(3))

@@ -1,7 +1,8 @@
-"""FP8: E4M3 weights with one float32 scale a tensor, activations by one static scale (modelopt's "FP8").
+"""FP8: E4M3 weights. Made here with one float32 scale a tensor, activations by one static scale (modelopt's "FP8"); read with a scale
+a tensor, a row or a block, as every layout stores them.
 
-In: a BF16 matrix [N, K] and a scale. Out: float8_e4m3fn [N, K]. Leaves out: which linears share a scale (rounding/fp8.py), and
-where the tensors go.
+In: a BF16 matrix [N, K] and a scale. Out: float8_e4m3fn [N, K], or the numbers that stored codes stand for. Leaves out: which linears
+share a scale (rounding/fp8.py), and where the tensors go.
 
 Arithmetic, bit for bit modelopt 0.47 (torch/export/quant_utils.py, to_quantized_weight; unified_export_hf.py):
     scale = amax / 448, in float32; of an amax that is zero: 1, as modelopt takes for a linear that never saw an activation
@@ -11,6 +12,7 @@ Arithmetic, bit for bit modelopt 0.47 (torch/export/quant_utils.py, to_quantized
 import torch
 
 E4M3_MAX = 448.0
+BLOCK = (128, 128)  # rows and columns under one scale, as Qwen releases FP8
 ROWS_BYTES = 32 << 20  # working set: rows are quantized in pieces of about this size
 WEIGHT, SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
 
@@ -36,9 +38,44 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 [N, K] of codes [N, K] and their scale."""
-    return codes.float().mul_(scale.float())
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+    """float32 [N, K] of codes [N, K] and their scale: one, one a row ([N] or [N, 1]) or one a block ([N/128, K/128], modelopt's
+    [N/128, 1, K/128, 1]), the last blocks being what is left. ValueError for a scale of another shape.
+    """
+    n, k = codes.shape
+    if scale.numel() == 1:
+        return codes.float().mul_(scale.float().reshape(()))
+    if scale.shape in ((n,), (n, 1)):
+        return codes.float().mul_(scale.float().reshape(n, 1))
+    rows, columns = -(-n // block[0]), -(-k // block[1])
+    if scale.shape not in ((rows, columns), (rows, 1, columns, 1)):
+        raise ValueError(f"scales {list(scale.shape)} are none of a matrix {[n, k]}")
+    return codes.float().mul_(spread(scale.float().reshape(rows, columns), n, k, block))
+
+
+def spread(scales: torch.Tensor, n: int, k: int, block: tuple[int, int] = BLOCK) -> torch.Tensor:
+    """[N, K] of one scale a block."""
+    return scales.repeat_interleave(block[0], 0)[:n].repeat_interleave(block[1], 1)[:, :k]
+
+
+def to_bf16(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = BLOCK) -> tuple[torch.Tensor, bool]:
+    """dequantize() rounded to BF16, and whether no number was rounded: E4M3 has 4 significant bits and BF16 has 8, so a scale of
+    4 (1, 0.5, 0.375, …) always fits, and float32 has taken every product of a BF16 scale exactly. Some rows at a time.
+    """
+    made = torch.empty(codes.shape, dtype=torch.bfloat16)
+    by_row = scale.numel() > 1 and scale.shape[0] == len(codes)
+    step = block[0] * max(1, ROWS_BYTES // (4 * block[0] * codes.shape[1]))
+    exact = True
+    for start in range(0, len(codes), step):
+        part = codes[start : start + step]
+        if by_row:
+            scales = scale[start : start + len(part)]
+        else:
+            scales = scale if scale.numel() == 1 else scale[start // block[0] : -(-(start + len(part)) // block[0])]
+        product = dequantize(part, scales, block)
+        made[start : start + step] = product
+        exact = exact and bool((made[start : start + step].float() == product).all())
+    return made, exact
 
 
 def to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
