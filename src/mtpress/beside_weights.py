@@ -5,6 +5,7 @@ In: a plan. Out: file names and contents. Leaves out: the record (record.py) and
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,29 @@ from mtpress.plan import Plan
 from mtpress.recipe import Recipe, SignRound
 from mtpress.record import RECORD_NAME
 from mtpress.rules.subject import Subject
+from mtpress.rules.template import templates
 from mtpress.rules.tokenizer import END, GENERATION, SAMPLING, TEXT_END, TOKENIZER_CONFIG, token_ids
+from mtpress.template_origin import Origin, origin
 from mtpress.templating import template
 
 # Written anew, or left behind: the source's card, record and quantization config do not describe the output.
 NOT_CARRIED = {"config.json", "tokenizer_config.json", "hf_quant_config.json", "quantization_config.json", "README.md", RECORD_NAME}
 MAX_CARRIED_BYTES = 200_000_000
 TEMPLATE, TEMPLATE_KEY = "chat_template.jinja", "chat_template"
+NAMED_TEMPLATES = "additional_chat_templates"  # transformers': a folder of NAME.jinja beside the default one
 HOLD_TEMPLATES = (TOKENIZER_CONFIG, "processor_config.json")  # JSON files with other content, in which an engine may find one
 
 
 def carried_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Files beside the weights that go over byte for byte, and tokenizer_config.json without what newer libraries add."""
     carried: dict[str, bytes] = {}
-    for path in checkpoint.other_files():
+    for path in (*checkpoint.other_files(), *sorted((checkpoint.path / NAMED_TEMPLATES).glob("*.jinja"))):
         if path.name in NOT_CARRIED or path.name.startswith(".") or path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py", ".gguf"):
             continue
         try:
             if path.stat().st_size > MAX_CARRIED_BYTES:
                 raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB beside the weights; move it out of the checkpoint")
-            carried[path.name] = path.read_bytes()
+            carried[str(path.relative_to(checkpoint.path))] = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     for name in carried:
@@ -69,10 +73,45 @@ def chosen_files(recipe: Recipe, checkpoint: Checkpoint, carried: dict[str, byte
     return files
 
 
+@dataclass(frozen=True)
+class TemplateChoice:
+    """ours: whether our template is installed. source: what the source's is (template_origin.py). note: what is to be said before."""
+
+    ours: bool
+    source: Origin
+    note: str | None = None
+
+    def record(self) -> dict[str, str]:
+        return asdict(self.source)
+
+
+def template_choice(recipe: Recipe, checkpoint: Checkpoint) -> TemplateChoice:
+    """Whose template the output gets; InputError where that would be one that does not work."""
+    subject = Subject(checkpoint)
+    name, text = next(iter(templates(subject).items()), ("", None))
+    source = origin(text, bool(subject.stored_vision)) if name else Origin("none", "it has none")
+    wanted = recipe.chat_template != "source"
+    if source.kind == "broken" and not wanted:
+        raise InputError(f"{checkpoint.path / name}: {source.what}; take --chat-template mtpress, or mend it")
+    if not wanted or source.kind in ("none", "ours", "official"):
+        return TemplateChoice(wanted, source)
+    if source.kind == "own" and recipe.chat_template == "mtpress":
+        return TemplateChoice(False, source, (
+            f"{name}: the source's template is its author's own and is kept ({source.what}); chat_template: source says so without this "
+            "line, --chat-template replace installs mtpress's"
+        ))  # fmt: skip
+    return TemplateChoice(True, source, f"{name}: mtpress's template replaces the source's, {REPLACED[source.kind]} ({source.what}); "
+                          "chat_template: source keeps it")  # fmt: skip
+
+
+REPLACED = {"official-like": "which is none of the official ones", "own": "which is its author's own", "broken": "which does not work"}
+
+
 def install_template(files: dict[str, bytes]) -> None:
     """Puts ours into a checkpoint's files, and takes every other out, so that all engines find the same."""
     files[TEMPLATE] = template().encode()
-    files.pop("chat_template.json", None)
+    for name in [name for name in files if name == "chat_template.json" or name.startswith(f"{NAMED_TEMPLATES}/")]:
+        del files[name]
     for name in HOLD_TEMPLATES:
         if name in files and TEMPLATE_KEY in (content := json.loads(files[name])):
             files[name] = _json({key: value for key, value in content.items() if key != TEMPLATE_KEY})
@@ -88,7 +127,10 @@ def end_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
 def template_of(recipe: Recipe, files: dict[str, bytes]) -> str:
     """Which template is written, in the words of the recipe: "mtpress", "source", or "none" where the source has none."""
     inside = any(TEMPLATE_KEY in json.loads(files[name]) for name in HOLD_TEMPLATES if name in files)
-    return recipe.chat_template if inside or TEMPLATE in files or "chat_template.json" in files else "none"
+    named = any(name.startswith(f"{NAMED_TEMPLATES}/") for name in files)
+    if not (inside or named or TEMPLATE in files or "chat_template.json" in files):
+        return "none"
+    return recipe.chat_template
 
 
 def sampling_of(files: dict[str, bytes]) -> dict[str, Any]:

@@ -174,6 +174,7 @@ class CheckpointWriter(ShardWriter):
     def write_file(self, name: str, content: bytes) -> None:
         """Writes a small file beside the weights."""
         try:
+            (self.partial / name).parent.mkdir(exist_ok=True)
             with (self.partial / name).open("xb") as file:
                 file.write(content)
                 file.flush()

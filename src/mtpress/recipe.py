@@ -217,8 +217,9 @@ class Recipe(Strict):
         None, gt=0, le=1e4, description="weight-only: this input_scale for every linear, no calibration data"
     )
     calibration: Sources = Field(default_factory=CalibrationSource, description="one source of samples, or a list of them")
-    chat_template: Literal["source", "mtpress"] = Field(
-        "source", description="the template of the output: the source's own, or the one that ships with mtpress"
+    chat_template: Literal["replace", "source", "mtpress"] = Field(
+        "source",
+        description="the template of the output: the source's; mtpress's in place of an official one; replace: mtpress's in place of any",
     )
     generation_config: GenerationConfig | None = Field(None, description="sampling that the output's generation_config.json asks for")
 

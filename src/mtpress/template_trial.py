@@ -14,7 +14,23 @@ from functools import lru_cache
 from typing import Any
 
 from mtpress.templating import Failure, behaviour, template
-from mtpress.templating_cases import ASSISTANT, CASES, HELLO, OFF, WEATHER, Case, assistant, call, system, tool, user
+from mtpress.templating_cases import (
+    ASSISTANT,
+    CASES,
+    HELLO,
+    IMAGE,
+    OFF,
+    PREAMBLE,
+    WEATHER,
+    Case,
+    assistant,
+    call,
+    system,
+    tool,
+    user,
+    written,
+)
+from mtpress.templating_cases import END as TURN_END
 
 MAX_SECONDS = 20.0  # all cases take half a second
 MAX_TEMPLATE_CHARS = 1_000_000
@@ -36,12 +52,50 @@ def plain_conversation(pictures: bool = True) -> tuple[Case, ...]:
     return cases if pictures else cases[:-1]
 
 
+SPOKEN_OF = {10: "tool", 13: "tool", 14: "tool", 19: "image"}  # the rest every model is sent: questions, answers, system messages
+
+
+def official_format(pictures: bool = True) -> tuple[Case, ...]:
+    """What the templates of Qwen3.5, 3.6 and 3.8 and ours write alike, but for the thought. A system prompt that nobody sent, and another
+    form of anything, show a template of its author's own."""
+    start, hello = "<|im_start|>", f"<|im_start|>user\nHello!{TURN_END}"
+    called = (user("Rain in Tarn?"), assistant("I look it up.", tool_calls=[call("get_weather", town="Tarn")]), tool("Drizzle, 9 degrees."))
+    turns = (
+        f"{start}user\nRain in Tarn?{TURN_END}{ASSISTANT}I look it up.\n\n{written('get_weather', town='Tarn')}{TURN_END}"
+        f"{start}user\n<tool_response>\nDrizzle, 9 degrees.\n</tool_response>{TURN_END}{ASSISTANT}"
+    )
+    picture = (user([{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is on it?"}]),)
+    cases = (
+        Case(1, "a question without a system message", HELLO, {"words": f"{hello}{ASSISTANT}"}, kwargs=OFF),
+        Case(
+            7, "a system message", (system("Be kind."), *HELLO),
+            {"words": f"{start}system\nBe kind.{TURN_END}{hello}{ASSISTANT}"}, kwargs=OFF,
+        ),
+        Case(
+            17, "an earlier answer", (*HELLO, assistant("Good morning."), *HELLO),
+            {"words": f"{hello}{ASSISTANT}Good morning.{TURN_END}{hello}{ASSISTANT}"}, kwargs=OFF,
+        ),
+        Case(10, "a tool", HELLO, {"words": f"{PREAMBLE}{TURN_END}{hello}{ASSISTANT}"}, [WEATHER], OFF),
+        Case(13, "a call and its result", called, {"words": f"{PREAMBLE}{TURN_END}{turns}"}, [WEATHER], OFF),
+        Case(19, "a picture", picture, {"words": f"{start}user\n{IMAGE}What is on it?{TURN_END}{ASSISTANT}"}, kwargs=OFF),
+    )  # fmt: skip
+    return cases if pictures else cases[:-1]
+
+
 @dataclass(frozen=True)
 class Trial:
-    """lost: what of the plain conversation fails; if nothing does, failures: of the numbered rules."""
+    """lost: what of the plain conversation fails; if nothing does, failures: of the numbered rules. foreign: where it leaves the official
+    format. silent: of "tool" and "image", which words are not in it at all."""
 
     lost: tuple[Failure, ...] = ()
     failures: tuple[Failure, ...] = ()
+    foreign: tuple[Failure, ...] = ()
+    silent: tuple[str, ...] = ()
+
+    @property
+    def cripples(self) -> tuple[Failure, ...]:
+        """Of `lost`, what a template fails in that it should do. One that never speaks of tools, or of pictures, was made without."""
+        return tuple(failure for failure in self.lost if SPOKEN_OF.get(failure.number) not in self.silent)
 
 
 @lru_cache(maxsize=16)
@@ -60,12 +114,13 @@ def tried(text: str, pictures: bool = True) -> Trial:
             timeout=MAX_SECONDS,
             check=False,
         )
-        lost, failures = ([Failure(*entry) for entry in part] for part in json.loads(answer.stdout))
+        *parts, silent = json.loads(answer.stdout)
+        lost, failures, foreign = (tuple(Failure(*entry) for entry in part) for part in parts)
     except subprocess.TimeoutExpired:
         return Trial((_whole(f"rendering takes over {MAX_SECONDS:.0f} s; look for a loop without end in it"),))
     except ValueError:  # what it said is no answer: it was ended
         return Trial((_whole("rendering ends the process it runs in"),))
-    return Trial(tuple(lost), tuple(failures))
+    return Trial(lost, failures, foreign, tuple(silent))
 
 
 def _whole(what: str) -> Failure:
@@ -84,4 +139,9 @@ def shows_pictures(case: Case) -> bool:
 
 
 if __name__ == "__main__":
-    json.dump([[astuple(failure) for failure in part] for part in answer(*json.loads(sys.stdin.read()))], sys.stdout)
+    given, sees = json.loads(sys.stdin.read())
+    silent = [word for word in ("tool", "image") if word not in given]
+    json.dump(
+        [*([astuple(failure) for failure in part] for part in (*answer(given, sees), behaviour(given, official_format(sees)))), silent],
+        sys.stdout,
+    )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mtpress.errors import InputError
-from mtpress.templating_cases import CASES, Case, Continuation
+from mtpress.templating_cases import CASES, NO_THOUGHT, Case, Continuation
 
 TEMPLATE = Path(__file__).with_name("templates") / "qwen3_5.jinja"
 MAX_RENDER_SECONDS, MAX_RENDER_BYTES = 5.0, 400_000_000
@@ -194,6 +194,12 @@ def _equals(shown: _Shown, text: str) -> str | None:
     return None if shown.text == text else f"{_difference(shown.text, text)}"
 
 
+def _words(shown: _Shown, text: str) -> str | None:
+    """Equal but for the thought, which is there or not by the template's own default."""
+    told = shown.text.replace(NO_THOUGHT, "").removesuffix("<think>\n")
+    return None if told == text else f"{_difference(told, text)}"
+
+
 def _starts(shown: _Shown, text: str) -> str | None:
     return None if shown.text.startswith(text) else f"does not begin as it must: {_difference(shown.text[: len(text)], text)}"
 
@@ -290,7 +296,8 @@ def _handoff(shown: _Shown, with_tools: Sequence[Mapping[str, Any]]) -> str | No
 
 _SYSTEM_BLOCK = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", re.DOTALL)
 PREDICATES: Mapping[str, Callable[[_Shown, Any], str | None]] = {
-    "equals": _equals, "starts": _starts, "ends": _ends, "holds": _holds, "lacks": _lacks, "counts": _counts, "raises": _raises,
+    "equals": _equals, "words": _words, "starts": _starts, "ends": _ends, "holds": _holds, "lacks": _lacks, "counts": _counts,
+    "raises": _raises,
     "same_as": _same_as, "same_mode": _same_mode, "unset": _unset, "prefix": _prefix, "prefills": _prefills, "handoff": _handoff,
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from mtpress.repairs.repair import Context, Fix, Left, Repair
 from mtpress.rules.rule import Finding
 from mtpress.rules.template import KEY, templates
 from mtpress.rules.tokenizer import TEMPLATES
+from mtpress.template_origin import origin
 from mtpress.templating import template
 
 INSTALLED = "mtpress's template installed: it thinks only when a request or a system message asks for it (docs/chat-template.md)"
@@ -20,6 +21,10 @@ def install(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if ctx.keep_template:
         yield Left("--keep-template", "run it again without, or serve with vLLM's --chat-template FILE")
         return
+    for text in templates(ctx.subject).values():
+        if origin(text, bool(ctx.subject.stored_vision)).kind == "own":
+            yield Left("it is in a format of its author's own", "serve with vLLM's --chat-template FILE to try another")
+            return
     write_only(ctx, template())
     yield Fix(INSTALLED)
 
@@ -49,8 +54,8 @@ def write_only(ctx: Context, text: str) -> None:
 
 
 REPAIRS = (
-    Repair("template-loses", "mtpress's template is installed, unless `--keep-template`", install),
-    Repair("template-behaviour", "mtpress's template is installed, unless `--keep-template`", install),
+    Repair("template-loses", "mtpress's template is installed, unless `--keep-template` or the author's own serves plain talk", install),
+    Repair("template-behaviour", "mtpress's template is installed, unless `--keep-template` or it is the author's own", install),
     Repair("template-choices", "a choice of the build, not a fault"),
     Repair("template-twice", "the one that transformers and vLLM read is kept", keep_first),
 )

@@ -15,11 +15,13 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong: a sentence, and the names it concerns (tensors, modules, entries or files). remedy: in place of the rule's."""
+    """One thing wrong: a sentence, and the names it concerns (tensors, modules, entries or files). remedy, severity: in place of the
+    rule's."""
 
     message: str
     where: tuple[str, ...] = ()
     remedy: str | None = None
+    severity: Severity | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def apply(rules: Iterable[Rule[S]], subject: S) -> Iterator[Finding]:
     """The findings of every rule, in the order of the rules."""
     for rule in rules:
         for problem in rule.find(subject):
-            yield Finding(rule.id, rule.severity, problem.message, problem.where, problem.remedy or rule.remedy)
+            yield Finding(rule.id, problem.severity or rule.severity, problem.message, problem.where, problem.remedy or rule.remedy)
 
 
 def count(number: int, noun: str) -> str:

@@ -18,6 +18,7 @@ from mtpress.templating import Failure
 CHOICES = frozenset({1, 3, 5, 17})  # thinking unless asked, no tags, no handoff, earlier reasoning left out
 KEY = "chat_template"
 OURS = "install mtpress's: mtpress repair CKPT OUT"
+OWN = "nothing, if the model is to be served without; else quantize again with --chat-template replace"
 
 
 def templates(subject: Subject) -> dict[str, str | None]:
@@ -56,11 +57,15 @@ def template_loses(subject: Subject) -> Iterator[Problem]:
     name, text = first
     if text is None:
         yield Problem(f"{name}: holds no template in UTF-8", (name,))
-    elif lost := tried(text, bool(subject.stored_vision)).lost:
+    elif lost := (trial := tried(text, bool(subject.stored_vision))).lost:
         # a template that does nothing right fails alike everywhere: one reason is enough
         reasons = [f"{failure.title} ({failure.what})" for failure in lost]
         said = reasons[0] if len({failure.what for failure in lost}) == 1 and len(lost) > 1 else "; ".join(reasons)
-        yield Problem(f"{name}: fails in {count(len(lost), 'part')} of a plain conversation: {said}", (name,))
+        message = f"{name}: fails in {count(len(lost), 'part')} of a plain conversation: {said}"
+        if trial.cripples:
+            yield Problem(message, (name,))
+        else:
+            yield Problem(f"{message}; it was made without, and plain talk goes through", (name,), OWN, "warning")
 
 
 def template_behaviour(subject: Subject) -> Iterator[Problem]:
@@ -92,7 +97,7 @@ RULES = (
         "template-loses",
         "error",
         "The chat template refuses a plain conversation, leaves a part of it out (system message, tool, call, result, picture), or does "
-        "not end: the model never sees what was sent.",
+        "not end: the model never sees what was sent. A warning where it was made without: it never speaks of tools, or of pictures.",
         OURS,
         template_loses,
     ),

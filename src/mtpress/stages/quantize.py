@@ -8,6 +8,7 @@ stands beside the weights.
 import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_of
+from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_choice, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import PARTIAL_SUFFIX, CheckpointWriter, remove_journal
 from mtpress.device import choose_device
@@ -43,8 +44,9 @@ MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the rec
 @dataclass(frozen=True)
 class QuantizeResult:
     """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone.
-    chat_template: mtpress, source or none. generation_config: the sampling in it. budget: what the recipe's can reach and, of a run, what
-    was chosen (format_choice.py); the plan of a dry run is then that of the smallest output."""
+    chat_template: mtpress, source or none. notes: what was said before it began. generation_config: the sampling in it.
+    budget: what the recipe's can reach and, of a run, what was chosen (format_choice.py); the plan of a dry run is
+    then that of the smallest output."""
 
     out: str
     recipe: str
@@ -60,6 +62,7 @@ class QuantizeResult:
     ignore: tuple[str, ...]
     misfits: tuple[str, ...] = ()
     chat_template: str = "source"
+    notes: Sequence[str] = ()
     generation_config: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
     promised: dict[str, Any] | None = None
@@ -108,22 +111,28 @@ def quantize(
     checkpoint = Checkpoint.open(source)
     open_choice = choices(checkpoint, chosen) if chosen.budget is not None else None
     plan = open_choice.least if open_choice else make_plan(checkpoint, chosen)
-    carried = chosen_files(chosen, checkpoint, carried_files(checkpoint))
+    templated = template_choice(chosen, checkpoint)
+    settled = chosen.model_copy(update={"chat_template": "mtpress" if templated.ours else "source"})
+    carried = chosen_files(settled, checkpoint, carried_files(checkpoint))
     beside = {**carried, **config_files(plan)}
-    chat = {"chat_template": template_of(chosen, beside), "generation_config": sampling_of(beside)}
+    chat = {"chat_template": template_of(settled, beside), "generation_config": sampling_of(beside)}
+    said = {"notes": [note for note in (templated.note,) if note]}
+    if not silent:
+        for note in said["notes"]:
+            print(f"quantize  {note}", file=sys.stderr)
     beside_bytes = sum(len(content) for content in beside.values())
     spread = Spread(source, workers, ray)
     device_used = choose_device(device)
     begun = machine.begin(plan, target)
     if dry_run:
-        lengths = dry_lengths(checkpoint, chosen, calibration)
+        lengths = dry_lengths(checkpoint, settled, calibration)
         promised, _ = foresee(plan, begun, device_used, lengths, spread, (), beside_bytes, open_choice)
         reach = open_choice.range_record() if open_choice else None
-        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat, "budget": reach})
+        return describe(plan, target, dry_run=True, measured={"promised": promised.as_json(), **chat, **said, "budget": reach})
     guard = SourceGuard(checkpoint)
     calibrated = None
     if chosen.needs_samples:
-        calibrated = samples_of(checkpoint, chosen, calibration)
+        calibrated = samples_of(checkpoint, settled, calibration)
     made_from: dict[str, Any] = {
         "recipe": chosen.canonical(),
         "calibration": calibrated.record() if calibrated else without_samples(chosen),
@@ -132,7 +141,7 @@ def quantize(
         record = finished_record(target, made_from, checkpoint)
         if open_choice:
             plan = make_plan(checkpoint, chosen_recipe(open_choice, [group["format"] for group in record["budget"]["groups"]]))
-        return describe(plan, target, measured={key: record.get(key) for key in (*MEASURED, "budget")} | chat)
+        return describe(plan, target, measured={key: record.get(key) for key in (*MEASURED, "budget")} | chat | said)
     identity: dict[str, Any] = {}
     if open_choice:
         assert calibrated is not None
@@ -175,6 +184,8 @@ def quantize(
             },
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             **chat,
+            "source_template": templated.record(),
+            **said,
             "device": str(device_used),
             "kernel": kernel(plan, device_used),
             "seconds": {kind: round(value, 3) for kind, value in {**written.seconds, "total": took.seconds}.items()},
@@ -194,7 +205,7 @@ def quantize(
             entries["resumed"] = {"steps_before": len(steps_done)}
         writer.write_file(RECORD_NAME, record_bytes("quantize", **entries))
         writer.finish()
-    measured = {"promised": promised.as_json(), **chat, "budget": entries.get("budget")} | {key: entries[key] for key in MEASURED}
+    measured = {"promised": promised.as_json(), **chat, **said, "budget": entries.get("budget")} | {key: entries[key] for key in MEASURED}
     return describe(plan, target, measured=measured)
 
 
@@ -345,6 +356,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "mtpress; repeatable",
     )  # fmt: skip
     parser.add_argument("--weight-only", type=float, metavar="SCALE", help="no calibration: this input_scale for every linear")
+    parser.add_argument(
+        "--chat-template", choices=("source", "mtpress", "replace"),
+        help="in place of the recipe's: source; mtpress, unless the source's is its author's own; replace: mtpress's in any case",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the forward and the packing run")
     parser.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="spread the samples (weight-only: the shards) over N processes")
@@ -364,6 +379,8 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
                 f"--weight-only {options.weight_only}: an input_scale must be positive; 1/2688 times the largest activation is usual"
             )
         recipe = parse_recipe({**recipe.canonical(), "constant_input_scale": options.weight_only}, f"--weight-only, recipe {recipe.name}")
+    if options.chat_template is not None:
+        recipe = recipe.model_copy(update={"chat_template": options.chat_template})
     if not 1 <= options.workers <= 1024:
         raise InputError(f"--workers {options.workers}: from 1 to 1024")
     result = quantize(
