@@ -4,7 +4,6 @@ In: two open checkpoints. Out: a `Comparison`: which kept tensors are equal byte
 matrix is from its source. Leaves out: judging (rules/base.py). Memory holds one matrix in both forms, never the model.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mtpress.checkpoint import Checkpoint, TensorInfo, read_tensor
 from mtpress.disk import read_pieces
+from mtpress.meanings.difference import Difference
+from mtpress.meanings.files import differences
 from mtpress.progress import Progress
 from mtpress.rules.stored import GLOBAL_SCALE, QWEIGHT, QZEROS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED, ZERO_POINT, Form
 from mtpress.rules.subject import Subject
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 ROWS_BYTES = 32 << 20  # float32 working set
-COMPARED_CONFIGS = ("text_config", "vision_config")
-# Keys that a build may change: how it is stored, and what it does not hold.
-FREE_KEYS = {"model_type", "dtype", "torch_dtype", "transformers_version", "quantization_config", "_name_or_path"}
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 # What a quantized matrix is dequantized from; zero points that are not stored are the middle of the range.
 PARTS: dict[Form, tuple[str, ...]] = {
     "nvfp4": (WEIGHT, SCALE, SCALE_2),
@@ -41,7 +38,7 @@ class Comparison:
     """What was measured.
 
     error: module → ‖w − ŵ‖ / ‖w‖. int4, fp8: those of these modules that are INT4, and FP8. broken_blocks: module → how many block
-    scales are NaN, negative (of NVFP4; INT4's may be), or zero over weights.
+    scales are NaN, negative (of NVFP4; INT4's may be), or zero over weights. differences: what the files beside the weights say otherwise.
     """
 
     num_equal: int = 0
@@ -52,8 +49,7 @@ class Comparison:
     fp8: set[str] = field(default_factory=set)
     broken_blocks: dict[str, int] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
-    config_keys: list[str] = field(default_factory=list)
-    tokenizer_files: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         errors = sorted(self.error.values())
@@ -68,7 +64,7 @@ class Comparison:
 
 def compare(subject: Subject, base: Checkpoint, *, silent: bool = False) -> Comparison:
     """Compares everything stored; a tensor without a counterpart of equal dtype and shape is listed as absent."""
-    found = Comparison(config_keys=list(_config_keys(subject.config, base.config)), tokenizer_files=_tokenizer_files(subject, base))
+    found = Comparison(differences=differences(subject, base))
     jobs = list(_jobs(subject, base, found))
     total = sum(info.num_bytes for _, _, infos in jobs for info in infos)
     with Progress("compare", total, silent=silent) as progress:
@@ -269,25 +265,3 @@ def _broken(weight: "torch.Tensor", scale: "torch.Tensor") -> int:
     if bool(empty.any()):
         wrong |= empty & (weight.view(*raw.shape, -1).abs().amax(-1) > 0)
     return int(wrong.sum())
-
-
-def _config_keys(config: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of config.json that decide the computation and differ from the source's; a text-only config is its own text_config."""
-    flat = config.get("model_type") == "qwen3_5_text"
-    for section in COMPARED_CONFIGS:
-        here = config if flat and section == "text_config" else config.get(section)
-        there = base.get(section, base if base.get("model_type") == "qwen3_5_text" and section == "text_config" else None)
-        if not isinstance(here, Mapping) or not isinstance(there, Mapping):
-            continue
-        for key in sorted({*here, *there} - FREE_KEYS):
-            if key in there and here.get(key) != there[key] and not isinstance(there[key], Mapping):
-                said = json.dumps(here.get(key)) if key in here else "nothing"
-                yield f"{section}.{key}: {said[:60]}, the source has {json.dumps(there[key])[:60]}"
-            elif isinstance(there.get(key), Mapping) and here.get(key) != there[key]:
-                yield f"{section}.{key}"
-
-
-def _tokenizer_files(subject: Subject, base: Checkpoint) -> list[str]:
-    """Tokenizer files that both have and whose bytes differ."""
-    both = [name for name in TOKENIZER_FILES if subject.has(name) and (base.path / name).is_file()]
-    return [name for name in both if (subject.path / name).read_bytes() != (base.path / name).read_bytes()]

@@ -1,15 +1,13 @@
-"""Repairs of what a comparison with the base finds: kept tensors, files and keys are the base's again.
+"""Repairs of what a comparison with the base finds in the weights: kept tensors are the base's again.
 
 In: the findings of rules/base.py. Out: the base's tensors in place of those that differ. Leaves out: the comparison.
 """
 
-import copy
 from collections.abc import Iterator
 
 from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor, bring_back
 from mtpress.repairs.draft_head import head_from_base
-from mtpress.repairs.files import copy_files
-from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
+from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair
 from mtpress.rules.base import LARGEST_ERROR
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 
@@ -55,22 +53,6 @@ def far_matrices(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield Left(f"the base has no {missing[0]} of that shape", QUANTIZE_AGAIN)
 
 
-def config_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    assert ctx.base is not None
-    config = copy.deepcopy(ctx.overlay.config)
-    for entry in finding.where:
-        section, _, key = entry.partition(":")[0].partition(".")
-        ours = config[section] if isinstance(config.get(section), dict) else config
-        theirs = ctx.base.config[section] if isinstance(ctx.base.config.get(section), dict) else ctx.base.config
-        ours[key] = copy.deepcopy(theirs[key])
-    ctx.overlay.set_config(config)
-    yield Fix(f"{count(len(finding.where), 'key')} of config.json set to the base's")
-
-
-def tokenizer_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    yield from copy_files(ctx, finding.where)
-
-
 REPAIRS = (
     Repair("mtp-differs", "the whole head is put from the base, bit for bit", mtp_differs),
     Repair("kept-differs", "put from the base, bit for bit; left where the matrices of the layer are far from the base's too, as norms may "
@@ -80,6 +62,4 @@ REPAIRS = (
     Repair("blocks-broken", "the module in BF16 from the base", far_matrices),
     Repair("error-large", f"the module in BF16 from the base, where that is at most {LARGEST_SHARE:.0%} of them; else left", far_matrices),
     Repair("error-outlier", "left: an outlier is a choice to look at, not a fault"),
-    Repair("config-differs", "the keys are set to the base's", config_differs, Turn.CONFIG),
-    Repair("tokenizer-differs", "the base's files, byte for byte", tokenizer_differs),
 )  # fmt: skip

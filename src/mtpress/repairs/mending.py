@@ -14,13 +14,11 @@ from typing import Any
 from mtpress.comparison import Comparison, compare
 from mtpress.repairs.registry import REPAIRS
 from mtpress.repairs.repair import Context, Fix, Left
-from mtpress.rules.base import config_differs, tokenizer_differs
-from mtpress.rules.registry import BASE_RULES, STATIC_RULES
+from mtpress.rules.meanings import RULES as FILE_RULES
+from mtpress.rules.registry import STATIC_RULES
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, apply
 from mtpress.rules.subject import Subject
 
-FILE_RULES = tuple(rule for rule in BASE_RULES if rule.find in (config_differs, tokenizer_differs))
-WEIGHT_RULES = tuple(rule for rule in BASE_RULES if rule not in FILE_RULES)
 MAX_ROUNDS = 200
 
 
@@ -59,7 +57,6 @@ def _find(ctx: Context) -> list[Finding]:
     found = list(apply(STATIC_RULES, subject))
     if ctx.base is not None:
         files = compare(Subject(replace(subject.checkpoint, tensors={})), ctx.base, silent=True)
-        files.tokenizer_files = [name for name in files.tokenizer_files if name not in ctx.overlay.files]
         found += apply(FILE_RULES, files)
     return found
 

@@ -8,6 +8,7 @@ from mtpress.repairs import (
     declaration,
     draft_head,
     files,
+    meanings,
     other_formats,
     scales,
     template,
@@ -20,7 +21,21 @@ from mtpress.repairs.repair import Repair
 
 REPAIRS: dict[str, Repair] = {
     repair.rule_id: repair
-    for topic in (files, config, tensors, declaration, other_formats, scales, draft_head, vision, tokenizer, template, base, untouched)
+    for topic in (
+        files,
+        config,
+        tensors,
+        declaration,
+        other_formats,
+        scales,
+        draft_head,
+        vision,
+        tokenizer,
+        template,
+        base,
+        meanings,
+        untouched,
+    )
     for repair in topic.REPAIRS
 }
 

@@ -95,16 +95,6 @@ def error_outlier(found: Comparison) -> Iterator[Problem]:
             yield Problem(f"{message}: up to {found.error[names[0]]:.4g}, the median is {median:.4g}", names)
 
 
-def config_differs(found: Comparison) -> Iterator[Problem]:
-    if found.config_keys:
-        yield Problem(f"{count(len(found.config_keys), 'key')} of config.json not as in the source", tuple(found.config_keys))
-
-
-def tokenizer_differs(found: Comparison) -> Iterator[Problem]:
-    if found.tokenizer_files:
-        yield Problem(f"{' and '.join(found.tokenizer_files)} not byte for byte the source's", tuple(found.tokenizer_files))
-
-
 RULES = (
     Rule(
         "mtp-differs",
@@ -156,19 +146,5 @@ RULES = (
         "from its source than the median matrix.",
         "look at it: outliers in a few channels, or another global scale than its group's",
         error_outlier,
-    ),
-    Rule(
-        "config-differs",
-        "warning",
-        "Keys of text_config or vision_config are not the source's: the engine computes something else.",
-        "mtpress repair CKPT OUT --base SRC",
-        config_differs,
-    ),
-    Rule(
-        "tokenizer-differs",
-        "warning",
-        "Tokenizer files are not the source's, byte for byte.",
-        "mtpress repair CKPT OUT --base SRC",
-        tokenizer_differs,
     ),
 )

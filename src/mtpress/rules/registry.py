@@ -16,6 +16,7 @@ from mtpress.rules import (
     hashes,
     ignore_lists,
     kv_cache,
+    meanings,
     quantization,
     scales,
     template,
@@ -39,7 +40,7 @@ STATIC_RULES = (
     *tokenizer.RULES,
     *template.RULES,
 )
-BASE_RULES = base.RULES
+BASE_RULES = (*base.RULES, *meanings.RULES)
 HASH_RULES = hashes.RULES
 ENGINE_RULES = engine.RULES
 
@@ -48,7 +49,7 @@ def table() -> Iterator[str]:
     """The rule tables of docs/check.md, line by line."""
     sections: dict[str, Iterable[Rule[Any]]] = {
         "Always: headers, small files and float32 scalars": (*OPEN_RULES, *STATIC_RULES),
-        "With `--base SRC`: weights against the source": BASE_RULES,
+        "With `--base SRC`: weights, and what stands beside them, against the source": BASE_RULES,
         "With `--hashes`: files against mtpress.json": HASH_RULES,
         "With `--engine`: what vLLM does with it": ENGINE_RULES,
     }

@@ -18,12 +18,12 @@ from mtpress.comparison import compare
 from mtpress.errors import InputError
 from mtpress.progress import human_bytes
 from mtpress.repairs.base_files import open_base
-from mtpress.repairs.mending import WEIGHT_RULES, Outcome, compared, find, mend_all, mend_reindexed
+from mtpress.repairs.mending import Outcome, compared, find, mend_all, mend_reindexed
 from mtpress.repairs.opening import open_broken
 from mtpress.repairs.overlay import Overlay
 from mtpress.repairs.repair import Context, Left
 from mtpress.revision import Revision, RevisionPlan
-from mtpress.rules.base import RULES as BASE_RULES
+from mtpress.rules.base import RULES as WEIGHT_RULES
 from mtpress.rules.registry import STATIC_RULES
 from mtpress.rules.rule import Finding, Severity, apply, count
 from mtpress.rules.subject import Subject
@@ -164,7 +164,7 @@ def judged(out: Path, overlay: Overlay, base: Checkpoint | None) -> list[Finding
     if base is not None:
         changed = {name: made.tensors[name] for name in overlay.new_tensors}
         whole = {name: info for name, info in made.tensors.items() if name.rpartition(".")[0] in {n.rpartition(".")[0] for n in changed}}
-        errors = [rule for rule in BASE_RULES if rule.severity == "error"]
+        errors = [rule for rule in WEIGHT_RULES if rule.severity == "error"]
         findings += apply(errors, compare(Subject(replace(made, tensors=whole)), base, silent=True))
     return findings
 

@@ -1,0 +1,94 @@
+"""Rules on what stands beside the weights, against the source: an engine that goes by it computes what the source computes."""
+
+from collections.abc import Callable, Iterator
+
+from mtpress.comparison import Comparison
+from mtpress.meanings.difference import Topic
+from mtpress.rules.rule import Problem, Rule, count
+
+FROM_SOURCE = "mtpress repair CKPT OUT --base SRC"
+
+
+def of_topic(topic: Topic, noun: str) -> Callable[[Comparison], Iterator[Problem]]:
+    """The differences of one topic as one problem, each in a line of its own."""
+
+    def find(found: Comparison) -> Iterator[Problem]:
+        of = [difference for difference in found.differences if difference.topic == topic]
+        if of:
+            files = " and ".join(dict.fromkeys(difference.file for difference in of))
+            yield Problem(f"{files}: {count(len(of), noun)} not as in the source", tuple(map(str, of)))
+
+    return find
+
+
+def tokenizer_respelled(found: Comparison) -> Iterator[Problem]:
+    files = tuple(difference.file for difference in found.differences if difference.topic == "tokenizer-spelling")
+    if files:
+        yield Problem(f"{' and '.join(files)} not byte for byte the source's, with the same tokens", files)
+
+
+def template_differs(found: Comparison) -> Iterator[Problem]:
+    for difference in found.differences:
+        if difference.topic == "template":
+            yield Problem(f"{difference.file}: neither the source's chat template nor mtpress's", (difference.file,))
+
+
+RULES = (
+    Rule(
+        "config-differs",
+        "error",
+        "Keys of config.json that decide what is computed do not say what the source's say, or are not in the source: the engine computes "
+        "something else, or dies. What transformers 4 and 5 spell differently is equal.",
+        FROM_SOURCE,
+        of_topic("config", "key"),
+    ),
+    Rule(
+        "config-unknown",
+        "warning",
+        "Keys of config.json that the source lacks and that no engine is known to read.",
+        "take them out if nobody put them there on purpose",
+        of_topic("config-unknown", "key"),
+    ),
+    Rule(
+        "processor-differs",
+        "error",
+        "A setting of the picture or video processor is not the source's: the model sees other patches than it was trained on.",
+        FROM_SOURCE,
+        of_topic("processor", "setting"),
+    ),
+    Rule(
+        "tokenizer-differs",
+        "error",
+        "The tokenizer makes other tokens than the source's: vocabulary, merges, added tokens, or a step before or after them.",
+        FROM_SOURCE,
+        of_topic("tokenizer", "part"),
+    ),
+    Rule(
+        "tokenizer-respelled",
+        "note",
+        "tokenizer.json was written anew, by another version of the library: other bytes, the same tokens.",
+        "nothing needs to be done",
+        tokenizer_respelled,
+    ),
+    Rule(
+        "generation-differs",
+        "error",
+        "generation_config.json is not the source's in what ends or bounds an answer, or sets sampling that no model is served with.",
+        FROM_SOURCE,
+        of_topic("generation", "key"),
+    ),
+    Rule(
+        "sampling-differs",
+        "warning",
+        "generation_config.json sets another sampling than the source's, and no recipe in mtpress.json says so.",
+        "set it by the recipe's generation_config, or: mtpress repair CKPT OUT --base SRC",
+        of_topic("sampling", "key"),
+    ),
+    Rule(
+        "template-differs",
+        "warning",
+        "The chat template is neither the source's nor mtpress's: what it does beyond the cases that check tries is not known.",
+        "read it; copy the source's, or let quantize install mtpress's with chat_template: mtpress in the recipe",
+        template_differs,
+    ),
+)
