@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpress import __version__
+from mtpress.engine.api_key import without_secrets
 
 RECORD_NAME = "mtpress.json"
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -34,9 +35,9 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command as it was typed; a Python caller is recorded as such."""
+    """The command as it was typed, without secrets; a Python caller is recorded as such."""
     if sys.argv and sys.argv[0].rsplit("/", 1)[-1] in ("mtpress", "__main__.py"):
-        return shlex.join(["mtpress", *sys.argv[1:]])
+        return shlex.join(["mtpress", *without_secrets(sys.argv[1:])])
     return "python"
 
 

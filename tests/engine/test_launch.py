@@ -11,7 +11,7 @@ from mtpress.engine.arguments import final_values, read
 from mtpress.engine.launch import Launch, compose
 from mtpress.engine.ports import free_port
 from mtpress.engine.served_model import ServedModel
-from mtpress.engine.settings import REASONING_PARSER
+from mtpress.engine.settings import REASONING_PARSER, is_local
 from mtpress.errors import InputError, ResourceError
 from served_layouts import make_layout
 
@@ -154,7 +154,7 @@ def test_the_launch_says_what_the_users_arguments_come_to() -> None:
         (["--port", "70000"], "not a port"),
         (["--max-model-len", "long"], "not a whole number"),
         (["--gpu-memory-utilization", "most"], "not a number"),
-        (["--api-key", "a", "b"], "one key"),
+        (["--api-key", "a", "b"], "one value"),
     ],
 )
 def test_arguments_that_cannot_be(extra: list[str], said: str) -> None:
@@ -164,7 +164,11 @@ def test_arguments_that_cannot_be(extra: list[str], said: str) -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [{"api_key": KEY}, {"extra": ["--api-key", KEY]}, {"extra": [f"--api_key={KEY}"]}, {"environ": {API_KEY: KEY}}],
+    [
+        {"api_key": KEY},
+        *({"extra": extra} for extra in (["--api-key", KEY], [f"--api_key={KEY}"], ["--api-ke", KEY], [f"--API-KEY={KEY}"])),
+        {"environ": {API_KEY: KEY}},
+    ],
 )  # fmt: skip
 def test_the_key_travels_in_the_environment_and_is_never_shown(asked: dict[str, object]) -> None:
     made = launch(**asked)
@@ -175,6 +179,45 @@ def test_the_key_travels_in_the_environment_and_is_never_shown(asked: dict[str, 
     assert f'{API_KEY}="${API_KEY}"' in made.shown()
     assert made.as_json()["api_key"] is True
     assert API_KEY not in launch().environment
+
+
+@pytest.mark.parametrize("extra", [["--api-key.x", KEY], ["--no-api-key", KEY], ["--api-key", KEY, "other"], ["--api-keys"]])
+def test_a_key_that_vllm_would_read_otherwise_is_refused_unseen(extra: list[str]) -> None:
+    with pytest.raises(InputError, match="--api-key: one value") as raised:
+        launch(extra=extra)
+    assert KEY not in str(raised.value)
+
+
+def test_other_secrets_leave_the_command_too(tmp_path: Path) -> None:
+    made = launch(extra=["--hf-token", KEY, "--otlp-traces-endpoint", f"http://u:{KEY}@collector:4317"])
+    assert made.environment["HF_TOKEN"] == KEY
+    for shown in (made.shown(), repr(made.settings), json.dumps(made.as_json())):
+        assert KEY not in shown
+    assert "http://collector:4317" in made.shown()
+    assert launch(extra=["--hf-token"]).command[-1] == "--hf-token"
+    config = tmp_path / "vllm.yaml"
+    config.write_text(f"api-key: {KEY}\n")
+    with pytest.raises(InputError, match="holds --api-key, which vLLM would write into its log") as raised:
+        launch(extra=["--config", str(config)])
+    assert KEY not in str(raised.value)
+
+
+def test_a_directory_is_no_flag() -> None:
+    made = launch(served=replace(model(), path=Path("--trust-remote-code"), name="--trust-remote-code"))
+    assert made.command[made.command.index("serve") + 1] == str(Path.cwd() / "--trust-remote-code")
+    assert "--trust-remote-code" not in made.command
+    assert made.served_model_name == "trust-remote-code"
+    assert launch(served=replace(model(), name="a b\x1b")).served_model_name == "a-b"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1.evil.example", "0.0.0.0", "::", "10.0.0.1", "127.evil.example", "localhost.evil.example"])
+def test_what_others_reach_is_not_local(host: str) -> None:
+    assert not is_local(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.10", "::1", "localhost", "LOCALHOST"])
+def test_what_only_this_machine_reaches(host: str) -> None:
+    assert is_local(host)
 
 
 def test_an_open_door_is_warned_of() -> None:

@@ -51,6 +51,7 @@ class BenchPlan:
     natural_end: bool = False
     serve: ServeOptions = field(default_factory=ServeOptions)
     api_key: str | None = field(default=None, repr=False)
+    addresses: tuple[str, ...] = field(default=(), repr=False)  # of running servers, as given: they may hold a login
 
     def num_requests(self, cell: Cell) -> int:
         return max(self.requests, 2 * cell.streams)
@@ -126,12 +127,12 @@ class Benchmark:
 
     @contextmanager
     def _served(self, number: int, round_number: int) -> Iterator[tuple[str, str]]:
-        """The address and model name of a server of this configuration."""
+        """The address, with its login, and the model name of a server of this configuration."""
         configuration = self.plan.configurations[number]
         if configuration.url is not None:
-            with Client(configuration.url, self.plan.api_key) as client:
+            with Client(self.plan.addresses[number], self.plan.api_key) as client:
                 self.servers.append(_facts(number, round_number, client, None, None))
-            yield configuration.url.rstrip("/").removesuffix("/v1"), configuration.build
+            yield self.plan.addresses[number].rstrip("/").removesuffix("/v1"), configuration.build
             return
         launch = self.plan.launch(configuration)
         self._tell(round_number, f"{configuration.label}: starting")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpress.bench.measurement import Cell, CellRun
+from mtpress.engine.api_key import split_login
 from mtpress.engine.driver_process import DriverProcess, client_environment
 from mtpress.engine.installed import Engine
 from mtpress.engine.metrics import SpecDecode
@@ -41,13 +42,15 @@ class Load:
 
         Its own test request is left out (--ready-check-timeout-sec 0): it decodes to the full length and the server is up.
         Token counts come from the server's `usage`, so no tokenizer is loaded; without one vLLM would ask for one token,
-        hence max_completion_tokens. The template is the server's.
+        hence max_completion_tokens. The template is the server's. A login of the address becomes a header, which vLLM does not print.
         """
+        url, authorization = split_login(url)
         body: dict[str, Any] = {"cache_salt": self.salt} if self.salt else {}
         shared = [
             "--base-url", url, "--model", model, "--served-model-name", model, "--num-prompts", str(self.num_requests),
             "--max-concurrency", str(self.cell.streams), "--temperature", str(self.temperature), "--seed", "0",
             "--ready-check-timeout-sec", "0", "--save-detailed", "--disable-tqdm", *([] if self.natural_end else ["--ignore-eos"]),
+            *(["--header", f"Authorization={authorization}"] if authorization else []),
         ]  # fmt: skip
         if self.dataset is None:
             source = [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mtpress.bench.prompt_mix import NO_ACCEPTANCE
 from mtpress.bench.result import Configuration
+from mtpress.engine.api_key import without_login
 from mtpress.engine.client import Client
 from mtpress.engine.served_model import ServedModel
 from mtpress.errors import EngineError, InputError
@@ -40,12 +41,13 @@ def running(urls: Sequence[str], model: str | None, api_key: str | None) -> tupl
         with Client(url, api_key) as client:
             served = client.models()
             drafted = _drafted_by(client)
+        shown = without_login(url)
         if model is not None and model not in served:
-            raise InputError(f"{url} does not serve {model}; it has {', '.join(served) or 'no model'}")
+            raise InputError(f"{shown} does not serve {model}; it has {', '.join(served) or 'no model'}")
         if not served:
-            raise InputError(f"{url} serves no model")
+            raise InputError(f"{shown} serves no model")
         name = model or served[0]
-        found.append(Configuration(name if len(urls) == 1 else f"{name} at {url}", name, drafted, url=url))
+        found.append(Configuration(name if len(urls) == 1 else f"{name} at {shown}", name, drafted, url=shown))
     return tuple(found)
 
 

@@ -5,7 +5,6 @@ In: what bench was called with. Out: plain dictionaries and text for bench.json.
 
 import hashlib
 import platform
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,6 @@ from typing import Any
 from mtpress.bench.prompt_mix import NO_ACCEPTANCE, PromptMix
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.served_model import ServedModel
-
-
-def without_key(command: str) -> str:
-    """A command line that may be published."""
-    return re.sub(r"(--api-key[= ])('[^']*'|\S+)", r"\1...", command)
 
 
 def prompt_facts(mix: PromptMix) -> dict[str, Any]:

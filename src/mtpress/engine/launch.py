@@ -9,9 +9,10 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress.engine.api_key import API_KEY
+from mtpress.engine.api_key import API_KEY, SECRET_VARIABLES, secret_flag, without_login, without_secrets
 from mtpress.engine.arguments import ON, Argument, read, split_command
 from mtpress.engine.meaning import Meaning, listening_port, speculative, url
 from mtpress.engine.ports import free_port
@@ -23,6 +24,7 @@ from mtpress.engine.settings import (
     as_that_version_knows,
     environment_settings,
     is_local,
+    path_argument,
     profile_settings,
     served_name,
 )
@@ -63,20 +65,22 @@ class Launch:
 
     def shown(self) -> str:
         """The command for a shell: environment first, one flag a line; the API key stands there as the variable it is read from."""
-        named = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items() if name != API_KEY]
-        if API_KEY in self.environment:
-            named.append(f'{API_KEY}="${API_KEY}"')
-        start, arguments = split_command(self.command)
+        named = [f"{name}={shlex.quote(value)}" for name, value in self._shown_environment().items()]
+        named += [f'{name}="${name}"' for name in SECRET_VARIABLES.values() if name in self.environment]
+        start, arguments = split_command(without_secrets(self.command))
         lines = [" ".join(named)] if named else []
         lines.append(shlex.join(start))
         lines += [f"  {shlex.join(argument.tokens)}" for argument in arguments]
         return " \\\n".join(lines)
 
+    def _shown_environment(self) -> dict[str, str]:
+        return {name: value for name, value in self.environment.items() if name not in SECRET_VARIABLES.values()}
+
     def as_json(self) -> dict[str, Any]:
-        """Everything but the key."""
+        """Everything but secrets."""
         return {
-            "command": list(self.command),
-            "environment": {name: value for name, value in self.environment.items() if name != API_KEY},
+            "command": without_secrets(self.command),
+            "environment": self._shown_environment(),
             "api_key": API_KEY in self.environment,
             "profile": self.profile,
             "chosen_by": self.chosen_by,
@@ -121,8 +125,8 @@ def compose(
     from mtpress.engine.thinking import read_template
 
     environ = os.environ if environ is None else environ
-    theirs, key = _without_key(read(extra))
-    key = key or api_key or environ.get(API_KEY)
+    theirs, secrets = _without_secrets(read(extra))
+    key = secrets.get(API_KEY) or api_key or environ.get(API_KEY)
     refused: list[MtpressError] = []
     chosen = profiles.named(profile) if profile is not None else profiles.choose(hardware, engine.platform, model)
     here = profiles.described(hardware)
@@ -162,11 +166,11 @@ def compose(
     environment = {s.flag: s.value or "" for s in settings if s.is_environment and environ.get(s.flag) != s.value}
     return Launch(
         command=(
-            *engine.command, "serve", str(model.path),
+            *engine.command, "serve", path_argument(model.path),
             *(token for setting in settings if not setting.is_environment for token in setting.tokens),
             *(token for argument in theirs for token in argument.tokens),
         ),
-        environment=environment | ({API_KEY: key} if key else {}),
+        environment=environment | secrets | ({API_KEY: key} if key else {}),
         settings=(*settings, *_written(theirs)),
         warnings=tuple(warnings),
         host=values["--host"],
@@ -225,24 +229,40 @@ def plain(flag: str) -> str:
     return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else flag
 
 
-def _without_key(arguments: Iterable[Argument]) -> tuple[list[Argument], str | None]:
-    """The user's arguments without --api-key, and the key: it travels in the environment."""
+def _without_secrets(arguments: Iterable[Argument]) -> tuple[list[Argument], dict[str, str]]:
+    """The user's arguments without those that are secret, and these by variable: they travel in the environment."""
     kept: list[Argument] = []
-    key = None
+    secrets: dict[str, str] = {}
     for argument in arguments:
+        flag = secret_flag(argument.tokens[0])
         if argument.flag == "--uds":
             raise InputError("--uds: mtpress watches the server by host and port; leave it out, or start vllm itself")
-        if argument.flag != "--api-key":
+        if argument.flag == "--config":
+            _refuse_secrets_in(argument.text or "")
+        if flag is None or (flag == "--hf-token" and argument.tokens == (flag,)):  # alone it means the token that is stored
             kept.append(argument)
-        elif len(argument.values) == 1:
-            key = argument.values[0]
+        elif len(argument.values) == 1 and not argument.key and not argument.negated:
+            secrets[SECRET_VARIABLES[flag]] = argument.values[0]
         else:
-            raise InputError("--api-key: one key; several would stand in the command, where every user of the machine reads them")
-    return kept, key
+            raise InputError(f"{flag}: one value; others would stand in the command, where every user of the machine reads them")
+    return kept, secrets
+
+
+def _refuse_secrets_in(config: str) -> None:
+    """InputError where a file of --config holds one, which vLLM would write into its log. An unreadable file is vLLM's to refuse."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return
+    for name in content if isinstance(content, dict) else ():
+        if flag := secret_flag(f"--{name}"):
+            raise InputError(f"{config}: holds {flag}, which vLLM would write into its log; take it out and set {SECRET_VARIABLES[flag]}")
 
 
 def _written(arguments: Iterable[Argument]) -> tuple[Setting, ...]:
-    written = ((a.tokens[0].partition("=")[0], a.text) for a in arguments)
+    written = ((a.tokens[0].partition("=")[0], without_login(a.text) if a.text is not None else None) for a in arguments)
     return tuple(Setting(flag, text, "written after --", YOU) for flag, text in written)
 
 

@@ -4,6 +4,7 @@ Names are those of vLLM 0.32 (Prometheus; counters end in _total). The series of
 added. Leaves out: rates over time, which are differences of two of these (a - b), and anything that is no counter of vLLM's.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ COUNTERS = {
     "generation_tokens": "vllm:generation_tokens_total",
     "preemptions": "vllm:num_preemptions_total",
 }
+READ = (DRAFTS, DRAFT_TOKENS, ACCEPTED, ACCEPTED_PER_POSITION, *COUNTERS.values())
+MAX_COUNT, MAX_POSITIONS, MAX_LINE = 1e18, 1024, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -111,19 +114,26 @@ class Metrics:
         """EngineError where the text is no Prometheus page."""
         from prometheus_client.parser import text_string_to_metric_families
 
+        if any(len(line) > MAX_LINE for line in text.splitlines()):
+            raise EngineError(f"/metrics is no page of Prometheus metrics (a line of over {MAX_LINE} characters); is this a vLLM server?")
+
         counted: defaultdict[str, float] = defaultdict(float)
         positions: defaultdict[int, float] = defaultdict(float)
         labels: Mapping[str, str] | None = None
         try:
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
+                    if sample.name in READ and not 0 <= sample.value < MAX_COUNT:
+                        raise ValueError(f"{sample.name} is {sample.value}")
                     counted[sample.name] += sample.value
                     if sample.name == ACCEPTED_PER_POSITION:
-                        positions[int(sample.labels["position"])] += sample.value
+                        if not 0 <= (position := int(sample.labels["position"])) < MAX_POSITIONS:
+                            raise ValueError(f"there is no position {position}")
+                        positions[position] += sample.value
                     elif sample.name == CACHE_CONFIG and labels is None:
                         labels = sample.labels
-        except (ValueError, KeyError) as error:
-            raise EngineError(f"/metrics is no page of Prometheus metrics ({error}); is this a vLLM server?") from None
+        except Exception as error:  # the parser meets what is no page with errors of every kind
+            raise EngineError(f"/metrics is no page of Prometheus metrics ({str(error)[:120]}); is this a vLLM server?") from None
         spec_decode = None
         if DRAFTS in counted:
             accepted = tuple(int(positions[position]) for position in range(max(positions, default=-1) + 1))
@@ -135,6 +145,7 @@ class Metrics:
 def _number(text: str | None) -> float | None:
     """vLLM writes Python's str() of whatever it holds: "None" is no number."""
     try:
-        return None if text is None else float(text)
+        number = math.nan if text is None else float(text)
     except ValueError:
         return None
+    return number if 0 <= number < MAX_COUNT else None

@@ -4,7 +4,9 @@ In: a checkpoint, an engine, a profile, what the user asked for. Out: `Setting`s
 arguments and known issues (launch.py).
 """
 
+import ipaddress
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,11 +166,20 @@ def as_that_version_knows(setting: Setting, release: Version) -> Setting:
 
 
 def is_local(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Whether only this machine reaches it: localhost, or a loopback address. 127.0.0.1.example.org is a name like any other."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def served_name(model: "ServedModel") -> str:
-    """The directory's name; of a snapshot in the Hub's cache the name of its repository."""
+    """The directory's name; of a snapshot in the Hub's cache the name of its repository. What is no name for a request becomes a dash."""
     if model.path.parent.name == "snapshots" and model.path.parents[1].name.startswith("models--"):
         return model.path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return model.name
+    return re.sub(r"[^\w.+@:=-]+", "-", model.name).strip("-") or "model"
+
+
+def path_argument(path: Path) -> str:
+    """A checkpoint's path as vLLM takes it for one, also where it begins with a dash."""
+    return str(path.absolute() if str(path).startswith("-") else path)

@@ -60,7 +60,7 @@ def bench(
     """
     from mtpress.bench.benchmark import Benchmark, BenchPlan
     from mtpress.bench.configurations import baseline_of, configurations_of, refuse_random, running
-    from mtpress.bench.facts import describe_machine, identity, prompt_facts, without_key
+    from mtpress.bench.facts import describe_machine, identity, prompt_facts
     from mtpress.bench.measurement import Cell
     from mtpress.bench.prompt_mix import load_prompts
     from mtpress.bench.result import BenchResult
@@ -89,6 +89,7 @@ def bench(
         natural_end=natural_end,
         serve=serve or ServeOptions(),
         api_key=api_key,
+        addresses=tuple(urls),
     )
     chosen = baseline_of(baseline, configurations)
     plan = replace(plan, api_key=_check_launches(plan) or plan.api_key)
@@ -100,7 +101,7 @@ def bench(
     machine = describe_machine(plan.hardware) | ({"note": "of the client; the server may be elsewhere"} if urls else {})
     settings = {"rounds": rounds, "requests": requests, "temperature": temperature, "natural_end": natural_end, "running": bool(urls)}
     return BenchResult(
-        command=without_key(command_line()),
+        command=command_line(),
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         engine=plan.engine.version,
         machine=machine,
@@ -119,7 +120,7 @@ def bench(
 def _check_launches(plan: "BenchPlan") -> str | None:
     """Everything that can be refused is refused here: launches that cannot fit, prompts that are too long. Gives the launches' API key."""
     key = None
-    for configuration in plan.configurations:
+    for number, configuration in enumerate(plan.configurations):
         if configuration.checkpoint is not None:
             launch = plan.launch(configuration)
             key = launch.environment.get(API_KEY, key)
@@ -127,7 +128,7 @@ def _check_launches(plan: "BenchPlan") -> str | None:
             assert settings is not None
             plan.check_prompts(configuration, settings.max_model_len)
         elif configuration.url is not None:
-            _check_running(plan, configuration.url, configuration.build)
+            _check_running(plan, plan.addresses[number], configuration.build)
     return key
 
 

@@ -4,7 +4,8 @@ It imports nothing but lm_eval. Requests:
 
     {"prepare": {tasks, include_path, limit}}      → {"tasks": [{name, output_type, num_docs}], "generating": names, "comparing": names}
                                                     or {"refused": reason}
-    {"measure": {generating, comparing, include_path, limit, num_fewshot, url, model, tokenizer, max_length, streams, gen_kwargs, output}}
+    {"measure": {generating, comparing, include_path, limit, num_fewshot, url, authorization, model, tokenizer, max_length, streams,
+    gen_kwargs, output}}
                                                     → {"scores", "samples", "subtasks"}; before it, news {"total": n} and {"done": 1}
 
 scores   [{task, metric, filter, value, stderr, higher_is_better, num_fewshot, num_docs, version, is_group}]; stderr null where lm_eval
@@ -87,6 +88,7 @@ def measure(
     limit: int | None,
     num_fewshot: int | None,
     url: str,
+    authorization: str | None,
     model: str,
     tokenizer: str | None,
     max_length: int,
@@ -99,7 +101,15 @@ def measure(
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
     manager = task_manager(include_path)
-    shared = {"model": model, "num_concurrent": streams, "max_retries": MAX_RETRIES, "timeout": REQUEST_SECONDS, "max_length": max_length}
+    headers = {"header": {"Authorization": authorization}} if authorization else {}
+    shared = {
+        "model": model,
+        **headers,
+        "num_concurrent": streams,
+        "max_retries": MAX_RETRIES,
+        "timeout": REQUEST_SECONDS,
+        "max_length": max_length,
+    }
     results: list[dict[str, Any]] = []
     if generating:
         chat = told(LocalChatCompletion, say)(base_url=f"{url}/v1/chat/completions", eos_string="<|im_end|>", **shared)

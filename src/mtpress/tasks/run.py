@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mtpress.engine.api_key import API_KEY
+from mtpress.engine.api_key import API_KEY, split_login, without_login
 from mtpress.engine.client import Client, is_address
 from mtpress.engine.driver_process import DriverProcess, client_environment
 from mtpress.engine.hardware import read_hardware
@@ -96,7 +96,7 @@ def find_harness(where: str | None) -> Path:
 
 @dataclass(frozen=True)
 class Target:
-    """A model to ask: a checkpoint (model), or a server that runs (url, what it calls its model, its tokens of context).
+    """A model to ask: a checkpoint (model), or a server that runs (url, what it calls its model, its tokens of context, its login).
 
     name: what the result calls it; served: the directory or the address.
     """
@@ -107,6 +107,7 @@ class Target:
     url: str | None = None
     model_name: str = ""
     max_model_len: int = 0
+    authorization: str | None = field(default=None, repr=False)
 
     @property
     def tokenizer(self) -> str | None:
@@ -119,7 +120,9 @@ def targets_of(named: Sequence[str], api_key: str | None) -> list[Target]:
     for text in named:
         if is_address(text):
             with Client(text, api_key) as client:
-                found.append(Target(client.model, text, None, client.url, client.model, client.max_model_len))
+                found.append(
+                    Target(client.model, without_login(text), None, client.url, client.model, client.max_model_len, split_login(text)[1])
+                )
         else:
             model = ServedModel.read(text)
             found.append(Target(model.name, str(model.path), model))
@@ -236,7 +239,7 @@ def _measure(
 ) -> Measured:
     request = {
         **asked.request(), "generating": prepared["generating"], "comparing": prepared["comparing"], "num_fewshot": asked.num_fewshot,
-        "url": served.url, "model": served.model, "tokenizer": target.tokenizer,
+        "url": served.url, "authorization": target.authorization, "model": served.model, "tokenizer": target.tokenizer,
         "max_length": served.max_model_len, "streams": asked.streams, "gen_kwargs": asked.generation(),
         "output": str(results.absolute()) if results is not None else None,
     }  # fmt: skip

@@ -1,0 +1,77 @@
+"""What of a command line is recorded: no secret, however it is spelled, and everything else."""
+
+import pytest
+
+from mtpress.engine.api_key import secret_flag, split_login, without_login, without_secrets
+from mtpress.errors import InputError
+
+SECRET = "a-SECRET"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--api-key", SECRET],
+        [f"--api-key={SECRET}"],
+        ["--api-key", f"my {SECRET} key"],
+        [f"--api-key=my {SECRET} key"],
+        ["--api-key", f"it's {SECRET}"],
+        ["--api-key", f"--{SECRET}"],
+        ["--url", f"http://user:{SECRET}@host:1"],
+        [f"--url=https://user:{SECRET}@host:1/v1"],
+        ["--url", f"http://user:a/{SECRET}@host"],
+        *(
+            ["--", *behind]
+            for behind in (
+                ["--api-key", SECRET],
+                ["--api_key", SECRET],
+                [f"--api_key={SECRET}"],
+                ["--api-ke", SECRET],
+                ["--api-k", SECRET],
+                ["--api-key", "one", SECRET],
+                ["--api-key", "--x", SECRET],
+                ["--api-key.x", SECRET],
+                ["--no-api-key", SECRET],
+                ["--API-KEY", SECRET],
+                ["-api-key", SECRET],
+                [f"--hf-token={SECRET}"],
+                ["--hf_tok", SECRET],
+            )
+        ),
+    ],
+)
+def test_secrets_are_dropped(given: list[str]) -> None:
+    recorded = without_secrets(["bench", "CKPT", *given, "--rounds", "1"])
+    assert SECRET not in str(recorded)
+    assert recorded[:2] == ["bench", "CKPT"]
+    assert recorded[-2:] == ["--rounds", "1"]
+
+
+def test_the_rest_stays() -> None:
+    given = [
+        "bench",
+        "CKPT",
+        "--url",
+        "http://host:1",
+        "--api-server-count",
+        "2",
+        "--",
+        "--api",
+        "x",
+        "--hf-config-path",
+        "y",
+        "--seed",
+        "-1",
+    ]
+    assert without_secrets(given) == given
+    assert without_secrets(["bench", "--api-key", "k", "CKPT"]) == ["bench", "CKPT"]
+    assert secret_flag("api-key") is None
+
+
+def test_a_login_is_for_the_header_alone() -> None:
+    assert split_login("http://host:1/v1") == ("http://host:1/v1", None)
+    assert split_login("http://us%40er:p%2Fw@host:1/v1") == ("http://host:1/v1", "Basic dXNAZXI6cC93")
+    assert without_login("GET http://u:p@h/ and https://q@i failed") == "GET http://h/ and https://i failed"
+    with pytest.raises(InputError, match=r"write / .* as %2F") as raised:
+        split_login(f"http://user:a/{SECRET}@host")
+    assert SECRET not in str(raised.value)
