@@ -3,7 +3,7 @@
 import pytest
 
 from mtpress import template_trial
-from mtpress.template_trial import Trial, answer, plain_conversation, tried
+from mtpress.template_trial import Trial, judged, plain_conversation, tried
 from mtpress.templating import behaviour, template
 from mtpress.templating_cases import CASES
 
@@ -16,8 +16,8 @@ def anew() -> None:
 
 
 def test_ours_loses_nothing_and_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert answer(template(), True) == ([], [])
-    monkeypatch.setattr(template_trial.subprocess, "run", None)
+    assert judged(template(), True) == ([], [])
+    monkeypatch.setattr(template_trial, "_process", None)
     assert tried(template()) == Trial()
 
 

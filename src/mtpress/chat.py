@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
 from mtpress.messages import CONTROL_TOKENS, FORMAT_WORDS, MODE_TAGS, normalize_messages, part_kind
+from mtpress.template_trial import rendered
 from mtpress.templating import reason, refusals
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would hand others to programs of the system
@@ -161,8 +162,11 @@ class ChatEncoder:
     ) -> str:
         """The text of a conversation; `kwargs` (tools, enable_thinking, …) go to the template."""
         normal = normalize_messages(messages, where=where, control_tokens=self.control_tokens)
+        tools = kwargs.pop("tools", None)
         with refusals(where):
-            return str(self.tokenizer.apply_chat_template(normal, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs))
+            text = str(self.tokenizer.get_chat_template(tools=tools))
+        variables = {**self.tokenizer.special_tokens_map, **kwargs, "add_generation_prompt": add_generation_prompt}
+        return rendered(text, normal, tools, where=where, **variables)
 
     def encode_text(self, text: str, *, where: str = "text") -> Sample:
         if len(text) > MAX_TEXT_CHARS:

@@ -29,6 +29,7 @@ SINGLE_NAME = "model.safetensors"
 # some 13 MB.
 MAX_HEADER_BYTES = 32_000_000
 MAX_JSON_BYTES = 25_000_000
+MAX_TEXT_BYTES = 8_000_000  # of a chat template; merges.txt of the family has 2 MB
 PIECE_BYTES = 16 << 20
 
 DTYPE_BITS = {
@@ -98,6 +99,22 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({str(error)[:120]}); restore it from the source checkpoint") from None
+
+
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str | None:
+    """The content of a text file; None where it is not UTF-8. InputError if it is too large, a pipe or a device, or cannot be read."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: cannot be read (it is not a file)")
+        if path.stat().st_size > max_bytes:
+            raise InputError(
+                f"{path}: larger than {max_bytes // 1_000_000} MB, which no such file is; restore it from the source checkpoint"
+            )
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        return None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

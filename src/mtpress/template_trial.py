@@ -1,18 +1,19 @@
-"""What a stranger's chat template does, found out in a process of its own: a template is a program.
+"""A stranger's chat template, rendered and tried in a process of its own: a template is a program.
 
-In: the text of a template. Out: the `Failure`s of the plain conversation below and of the numbered rules. Leaves out: judging them
-(rules/template.py). A template that never ends, in Python or in C, and one that eats memory cost MAX_SECONDS at most; ours is not tried,
-as the tests do that.
+In: the text of a template; a conversation, or none. Out: its text, or the `Failure`s of the plain conversation below and of the numbered
+rules. Leaves out: judging them (rules/template.py). A template that never ends, in Python or in C, and one that eats memory cost seconds
+and megabytes at most; ours is not tried, as the tests do that.
 """
 
 import json
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any
 
+from mtpress import templating
+from mtpress.confined import Confined, TooLargeError, TooLongError
+from mtpress.errors import InputError
 from mtpress.templating import Failure, behaviour, template
 from mtpress.templating_cases import (
     ASSISTANT,
@@ -82,6 +83,10 @@ def official_format(pictures: bool = True) -> tuple[Case, ...]:
     return cases if pictures else cases[:-1]
 
 
+class RefusedError(InputError):
+    """A template that raises an error on a conversation, as it may."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """lost: what of the plain conversation fails; if nothing does, failures: of the numbered rules. foreign: where it leaves the official
@@ -106,31 +111,59 @@ def tried(text: str, pictures: bool = True) -> Trial:
     if len(text) > MAX_TEMPLATE_CHARS:
         return Trial((_whole(f"it has {len(text):,} characters, over {MAX_TEMPLATE_CHARS:,}"),))
     try:
-        answer = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps([text, pictures]),
-            capture_output=True,
-            text=True,
-            timeout=MAX_SECONDS,
-            check=False,
-        )
-        *parts, silent = json.loads(answer.stdout)
-        lost, failures, foreign = (tuple(Failure(*entry) for entry in part) for part in parts)
-    except subprocess.TimeoutExpired:
+        parts = _process.ask({"try": [text, pictures]}, MAX_SECONDS)
+    except TooLongError:
         return Trial((_whole(f"rendering takes over {MAX_SECONDS:.0f} s; look for a loop without end in it"),))
-    except ValueError:  # what it said is no answer: it was ended
+    except TooLargeError:
         return Trial((_whole("rendering ends the process it runs in"),))
-    return Trial(lost, failures, foreign, tuple(silent))
+    except ValueError as error:
+        return Trial((_whole(str(error)),))
+    lost, failures, foreign = (tuple(Failure(*entry) for entry in part) for part in parts)
+    return Trial(lost, failures, foreign, tuple(word for word in ("tool", "image") if word not in text))
+
+
+def rendered(
+    text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None, *, where: str, **kwargs: Any
+) -> str:
+    """What a template makes of a conversation. InputError, naming `where`, if it refuses it, does not end or eats memory."""
+    if text == template():
+        with templating.refusals(where):
+            return templating.unguarded(text, messages, tools, kwargs)
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise InputError(f"{where}: the chat template has {len(text):,} characters, over {MAX_TEMPLATE_CHARS:,}")
+    asked = json.loads(json.dumps([text, messages, tools, kwargs], default=_kind))
+    try:
+        return str(_process.ask({"render": asked}, templating.MAX_RENDER_SECONDS))
+    except TooLongError:
+        raise InputError(templating.too_long(where)) from None
+    except TooLargeError:
+        raise InputError(templating.too_large(where)) from None
+    except ValueError as error:
+        raise RefusedError(f"{where}: the chat template refuses this conversation: {error}") from None
+
+
+def _kind(value: object) -> str:
+    """What a template sees of a picture: that there is one."""
+    return type(value).__name__
 
 
 def _whole(what: str) -> Failure:
     return Failure(1, "any conversation", what)
 
 
-def answer(text: str, pictures: bool) -> tuple[Sequence[Failure], Sequence[Failure]]:
+def judged(text: str, pictures: bool) -> tuple[Sequence[Failure], Sequence[Failure]]:
     """(lost, failures), in this process."""
     lost = behaviour(text, plain_conversation(pictures))
     return lost, [] if lost else behaviour(text, [case for case in CASES if pictures or not shows_pictures(case)])
+
+
+def answer(request: Mapping[str, Any]) -> Any:
+    """What the process of its own is asked: {"try": [text, pictures]} or {"render": [text, messages, tools, kwargs]}."""
+    if "try" in request:
+        text, pictures = request["try"]
+        parts = (*judged(text, pictures), behaviour(text, official_format(pictures)))
+        return [[astuple(failure) for failure in part] for part in parts]
+    return templating.unguarded(*request["render"])
 
 
 def shows_pictures(case: Case) -> bool:
@@ -138,10 +171,4 @@ def shows_pictures(case: Case) -> bool:
     return any(f"'{kind}" in repr(case.messages) for kind in ("image", "video"))
 
 
-if __name__ == "__main__":
-    given, sees = json.loads(sys.stdin.read())
-    silent = [word for word in ("tool", "image") if word not in given]
-    json.dump(
-        [*([astuple(failure) for failure in part] for part in (*answer(given, sees), behaviour(given, official_format(sees)))), silent],
-        sys.stdout,
-    )
+_process = Confined(__name__, templating.MAX_RENDER_BYTES)

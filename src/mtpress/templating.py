@@ -3,7 +3,8 @@
 In: the text of a template; messages, tools and switches as a request holds them. Out: rendered text, or `Failure`s that cite the
 numbered rules of docs/chat-template.md. Leaves out: tokenizers and pictures (chat.py), mending messages (messages.py).
 
-Templates come from strangers: they run in the sandbox that transformers and vLLM use, under limits of time and memory.
+Templates run in the sandbox that transformers and vLLM use, under limits of time and memory. These do not reach into C (9 ** 9 ** 9), so
+what a stranger wrote is rendered in a process of its own (template_trial.py).
 """
 
 import json
@@ -71,13 +72,19 @@ def refusals(where: str) -> Iterator[None]:
         with within_limits():
             yield
     except TooLong:
-        raise InputError(f"{where}: the chat template ran for {MAX_RENDER_SECONDS:.0f} s; look for a loop without end in it") from None
+        raise InputError(too_long(where)) from None
     except MemoryError:
-        raise InputError(
-            f"{where}: the chat template wants over {MAX_RENDER_BYTES // 1_000_000} MB; look for text that it repeats"
-        ) from None
+        raise InputError(too_large(where)) from None
     except Exception as error:  # jinja's errors share no base with transformers' own, and a template can meet any of Python's
         raise InputError(f"{where}: the chat template refuses this conversation: {reason(error)}") from None
+
+
+def too_long(where: str) -> str:
+    return f"{where}: the chat template ran for {MAX_RENDER_SECONDS:.0f} s; look for a loop without end in it"
+
+
+def too_large(where: str) -> str:
+    return f"{where}: the chat template wants over {MAX_RENDER_BYTES // 1_000_000} MB; look for text that it repeats"
 
 
 def reason(error: BaseException) -> str:
@@ -90,10 +97,13 @@ def render(
 ) -> str:
     """The text of a conversation. kwargs: add_generation_prompt, enable_thinking, …; InputError says why a template refuses."""
     with refusals("messages"):
-        return _render(template_text, messages, tools, kwargs)
+        return unguarded(template_text, messages, tools, kwargs)
 
 
-def _render(text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, kwargs: Mapping[str, Any]) -> str:
+def unguarded(
+    text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, kwargs: Mapping[str, Any]
+) -> str:
+    """render() without limits, for those who set their own."""
     return str(_compile(text).render(messages=deepcopy(list(messages)), tools=deepcopy(tools), documents=None, **kwargs))
 
 
@@ -187,7 +197,7 @@ class _Shown:
 
     def render(self, messages: Sequence[Mapping[str, Any]], **changed: Any) -> str:
         kwargs = {**self.case.kwargs, "tools": self.case.tools, **changed}
-        return _render(self.template_text, messages, kwargs.pop("tools"), {k: v for k, v in kwargs.items() if v is not ...})
+        return unguarded(self.template_text, messages, kwargs.pop("tools"), {k: v for k, v in kwargs.items() if v is not ...})
 
 
 def _equals(shown: _Shown, text: str) -> str | None:

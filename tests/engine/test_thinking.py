@@ -4,7 +4,10 @@ from typing import Literal
 
 import pytest
 
+from mtpress import template_trial, templating
+from mtpress.confined import Confined
 from mtpress.engine.thinking import Template, read_template
+from mtpress.errors import InputError
 
 OURS = (Path(__file__).parents[2] / "src/mtpress/templates/qwen3_5.jinja").read_text()
 LAST = "{% if add_generation_prompt %}<|im_start|>assistant\nLAST{% endif %}"
@@ -56,3 +59,36 @@ def test_no_template_and_no_readable_one(tmp_path: Path) -> None:
     assert read_template(tmp_path) == Template(None, None, False)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     assert read_template(tmp_path) == Template(None, None, False)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+            "ran for",
+        ),
+        ("{{ 9 ** (9 ** 9) }}", "ran for"),
+        ("{% set n = namespace(x='ab') %}{% for a in range(36) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", "wants over 400 MB"),
+        ("{{ 'x' * 10 ** 8 }}", "wants over 400 MB"),
+        ("x" * 1_000_001, "has 1,000,001 characters"),
+    ],
+)
+def test_a_template_that_would_stop_the_server_stops_nothing_here(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templating, "MAX_RENDER_SECONDS", 1.0 if said == "ran for" else 30.0)
+    with pytest.raises(InputError, match=said) as raised:
+        read_template(written(tmp_path, source))
+    assert "chat_template.jinja" in str(raised.value)
+    assert read_template(written(tmp_path, last("<think>\n"))).default == "on"
+
+
+def test_a_module_beside_the_checkpoint_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process of its own starts in the current directory, which may be the checkpoint."""
+    for name in ("jinja2", "json", "mtpress"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(template_trial, "_process", Confined("mtpress.template_trial", templating.MAX_RENDER_BYTES))
+    assert read_template(written(tmp_path, last("<think>\n"))).default == "on"
+    assert not (tmp_path / "ran").exists()

@@ -211,7 +211,7 @@ class Client:
         raise EngineError(f"{self.url}{path} broke off ({type(error).__name__}); the engine's log says why") from None
 
     def _message(self, answer: Any) -> str:
-        """What an error object says: vLLM's {"error": {"message": …}}, or FastAPI's {"detail": …}; without the key, if it says that back."""
+        """What an error object says: vLLM's {"error": {"message": …}} or FastAPI's {"detail": …}; without the key, if it says that back."""
         said = answer
         for key in ("error", "message", "detail"):
             if isinstance(said, dict) and key in said:

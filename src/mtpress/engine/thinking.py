@@ -1,14 +1,14 @@
 """What a checkpoint's chat template does when a request does not say whether to think.
 
-In: a checkpoint's directory. Out: a `Template`. Leaves out: everything else that a template does. It is rendered in
-Jinja's sandbox with one question, which is what an engine does with every request.
+In: a checkpoint's directory. Out: a `Template`. Leaves out: everything else that a template does. It is rendered
+with one question, which is what an engine does with every request, in a process of its own (template_trial.py).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-from mtpress.checkpoint import read_json_object
+from mtpress.checkpoint import read_json_object, read_text
 from mtpress.errors import InputError
 
 FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -30,14 +30,17 @@ class Template:
 
 
 def read_template(checkpoint: Path) -> Template:
-    """The template beside the weights, else the one in tokenizer_config.json, as vLLM looks for it."""
+    """The template beside the weights, else the one in tokenizer_config.json, as vLLM looks for it.
+
+    InputError for one that does not end or eats memory: every request would do that to the server.
+    """
     file, source = FILE, _text(checkpoint / FILE)
     if source is None:
         file, inside = TOKENIZER_CONFIG, tokenizer_config(checkpoint).get("chat_template")
         source = inside if isinstance(inside, str) else None
     if source is None:
         return Template(None, None, False)
-    return Template(file, _default(source), ON_TAG in source)
+    return Template(file, _default(source, checkpoint / file), ON_TAG in source)
 
 
 def tokenizer_config(checkpoint: Path) -> dict[str, Any]:
@@ -49,25 +52,15 @@ def tokenizer_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str | None:
+    return read_text(path) if path.exists() else None
+
+
+def _default(source: str, where: Path) -> Literal["on", "off"] | None:
+    from mtpress.template_trial import RefusedError, rendered
+
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _default(source: str) -> Literal["on", "off"] | None:
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = refuse
-    try:
-        shown = environment.from_string(source).render(messages=[{"role": "user", "content": "Hello"}], add_generation_prompt=True)
-    except Exception:  # a template is a program: whatever it raises, it says nothing of thinking
+        shown = rendered(source, [{"role": "user", "content": "Hello"}], where=str(where), add_generation_prompt=True)
+    except RefusedError:  # a template is a program: whatever it raises, it says nothing of thinking
         return None
     last = shown.rstrip()
     if last.endswith("<think>"):

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from mtpress.checkpoint import Checkpoint, Shard, TensorInfo, read_bytes, read_json_object, read_shard
+from mtpress.checkpoint import Checkpoint, Shard, TensorInfo, read_bytes, read_json_object, read_shard, read_text
 from mtpress.errors import InputError
 from mtpress.matching import Matcher, Scheme, Verdict, matcher_of
 from mtpress.models import family, qwen3_5_engine
@@ -55,10 +55,13 @@ class Subject:
         return (self.path / name).is_file()
 
     def text(self, name: str) -> str | None:
-        """A text file beside the weights; None where it is missing or not UTF-8."""
+        """A text file beside the weights; None where it is missing, not UTF-8 or, noted in `unreadable`, no file of a sensible size."""
+        if not self.has(name):
+            return None
         try:
-            return (self.path / name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            return read_text(self.path / name)
+        except InputError as error:
+            self.unreadable[name] = str(error)
             return None
 
     @cached_property
