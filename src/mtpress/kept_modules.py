@@ -23,6 +23,7 @@ from typing import Any
 
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.errors import InputError
+from mtpress.matching.expressions import matches
 from mtpress.models import family
 from mtpress.models.qwen3_5 import FUSED_OF, layer_index
 from mtpress.models.qwen3_5_engine import RENAMES
@@ -122,14 +123,7 @@ def _targets_lm_head(content: Mapping[str, Any]) -> bool:
         if isinstance(group, Mapping) and isinstance(group.get("targets"), list)
         for target in group["targets"]
     ]
-    return any(isinstance(target, str) and target.startswith("re:") and _starts(target[3:], ENGINE_LM_HEAD) for target in targets)
-
-
-def _starts(expression: str, name: str) -> bool:
-    try:
-        return re.match(expression, name) is not None
-    except (re.error, RecursionError, OverflowError):
-        return False
+    return any(isinstance(target, str) and target.startswith("re:") and matches(target[3:], ENGINE_LM_HEAD) for target in targets)
 
 
 def _spare_auto_round(content: dict[str, Any], kept: Sequence[str], quantized: Sequence[str], num_layers: int, prefix: str) -> None:
@@ -198,4 +192,4 @@ def _spares(key: str, module: str) -> bool:
     for renames in RENAMES.values():
         for old, new in renames:
             names |= {name.replace(old, new, 1) for name in names if name.startswith(old)}
-    return any(_starts(key[2:], name) for name in names)
+    return any(matches(key[2:], name) for name in names)

@@ -10,8 +10,6 @@ what a stranger wrote is rendered in a process of its own (template_trial.py).
 import json
 import re
 import resource
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mtpress.alarm import TimeUp, alarm
 from mtpress.errors import InputError
 from mtpress.templating_cases import CASES, NO_THOUGHT, Case, Continuation
 
@@ -35,33 +34,19 @@ def template(training: bool = False) -> str:
     return _TRAINING_MARK.sub(r"{%- \1 -%}", text) if training else text
 
 
-class TooLong(BaseException):
-    """A template ran out of time. Not an Exception: Jinja's optimizer swallows those."""
-
-
 @contextmanager
 def within_limits() -> Iterator[None]:
-    """Ends what runs too long with TooLong and refuses it memory with MemoryError; the clock needs the main thread."""
+    """Ends what runs too long with TimeUp and refuses it memory with MemoryError; the clock needs the main thread."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     status = Path("/proc/self/statm")
     if status.exists():
         now = int(status.read_text().split()[0]) * resource.getpagesize()
         limit = now + MAX_RENDER_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
-    timed = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     try:
-        if timed:
-
-            def ring(number: int, frame: object) -> None:
-                raise TooLong
-
-            signal.signal(signal.SIGALRM, ring)
-            signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_SECONDS)
-        yield
+        with alarm(MAX_RENDER_SECONDS):
+            yield
     finally:
-        if timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
@@ -71,7 +56,7 @@ def refusals(where: str) -> Iterator[None]:
     try:
         with within_limits():
             yield
-    except TooLong:
+    except TimeUp:
         raise InputError(too_long(where)) from None
     except MemoryError:
         raise InputError(too_large(where)) from None
@@ -164,7 +149,7 @@ def behaviour(template_text: str, cases: Sequence[Case] = CASES) -> list[Failure
         try:
             with within_limits():
                 what = case_failure(template_text, case)
-        except TooLong:
+        except TimeUp:
             what = f"it ran for {MAX_RENDER_SECONDS:.0f} s"
             return [*failures, *(Failure(c.number, c.title, what) for c in cases[cases.index(case) :])]
         except MemoryError:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0  # between two bytes; a long prompt on a slow machine says nothing for minutes
 HEALTH_SECONDS = 5.0
-FACTS_SECONDS = 20.0  # /v1/models and /metrics are computed from nothing
+FACTS_SECONDS = 10.0  # /v1/models and /metrics are computed from nothing
 STREAM_SECONDS = 7200.0
 MAX_ANSWER_BYTES, MAX_FACTS_BYTES, MAX_MESSAGE_BYTES = 256 << 20, 4 << 20, 1 << 16
 MAX_MESSAGE, MAX_NAME = 500, 256
@@ -167,7 +167,7 @@ class Client:
         seconds, most = (FACTS_SECONDS, MAX_FACTS_BYTES) if body is None else (STREAM_SECONDS, MAX_ANSWER_BYTES)
         with self._exchange(method, path, body, seconds) as exchange:
             status = exchange.response.status_code
-            return status, exchange.text(most if status == 200 else MAX_MESSAGE_BYTES)
+            return status, exchange.text(most) if status == 200 else exchange.beginning(MAX_MESSAGE_BYTES)
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         status, text = self._send(method, path, body)
@@ -181,7 +181,7 @@ class Client:
     def _stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with self._exchange("POST", path, body, STREAM_SECONDS) as exchange:
             if (status := exchange.response.status_code) != 200:
-                self._refused(path, status, exchange.text(MAX_MESSAGE_BYTES))
+                self._refused(path, status, exchange.beginning(MAX_MESSAGE_BYTES))
             for data in exchange.data_lines():
                 if data == "[DONE]":
                     return

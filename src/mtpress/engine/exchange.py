@@ -76,11 +76,23 @@ class Exchange:
             if size > max_bytes:
                 raise TooMuchError(f"answers with over {max_bytes >> 20} MiB")
             yield piece
+        if self.expired:  # a cut connection ends a body whose length was not said
+            raise TooMuchError("did not answer in time")
 
     def text(self, max_bytes: int) -> str:
         """The whole body as UTF-8, whatever charset it claims."""
         self._until = min(self._until, time.monotonic() + BODY_SECONDS)
         return b"".join(self._pieces(max_bytes)).decode("utf-8", "replace")
+
+    def beginning(self, num_bytes: int) -> str:
+        """At least the first num_bytes of the body, where it has as many."""
+        self._until = min(self._until, time.monotonic() + BODY_SECONDS)
+        found = b""
+        for piece in self._pieces(1 << 62):
+            found += piece
+            if len(found) >= num_bytes:
+                break
+        return found.decode("utf-8", "replace")
 
     def data_lines(self) -> Iterator[str]:
         """What stands behind `data:` on the lines of an event stream."""

@@ -13,8 +13,9 @@ Source: vLLM 0.32, layers/quantization/inc/inc.py (from_config, apply_vllm_mappe
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from mtpress.matching import expressions
 from mtpress.matching.matcher import Scheme, Verdict
-from mtpress.matching.names import every_name, pattern, rename
+from mtpress.matching.names import every_name, rename
 from mtpress.models.qwen3_5_engine import RENAMES, EngineLinear, layer_class, packed
 
 SPECIAL = frozenset(r"*+?^$()[]{}|\\")
@@ -45,7 +46,7 @@ class LayerConfig:
         }
         self.extra: dict[str, Mapping[str, Any]] = {self.keys[key]: extra[key] for key in self.keys}
         self.endings = {f".{key}": key for key in self.extra}
-        self.expressions = [key for key in self.extra if SPECIAL & set(key)]
+        self.expressions = tuple(key for key in self.extra if SPECIAL & set(key))
         self.resolved: dict[EngineLinear, Settings | None] = {}
         self.malformed = tuple(odd)
 
@@ -118,10 +119,7 @@ class LayerConfig:
 
 
 def _found(key: str, name: str) -> bool:
-    if not SPECIAL & set(key):
-        return False
-    expression = pattern(key)
-    return expression is not None and expression.search(name) is not None
+    return bool(SPECIAL & set(key)) and expressions.matches(key, name, "search")
 
 
 def _odd_bits(said: Any) -> bool:

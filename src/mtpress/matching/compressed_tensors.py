@@ -14,8 +14,9 @@ compressed_tensors/utils.py, utils/config_utils.py; compressed-tensors 0.17, qua
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from mtpress.matching import expressions
 from mtpress.matching.matcher import Scheme, Verdict
-from mtpress.matching.names import every_name, pattern, rename, shards_of
+from mtpress.matching.names import every_name, rename, shards_of
 from mtpress.models.qwen3_5_engine import RENAMES, EngineLinear, layer_class, packed
 
 EXPRESSION = "re:"
@@ -27,8 +28,7 @@ WITH_ACTIVATIONS = ("naive-quantized", "int-quantized", "float-quantized", "nvfp
 def matches(name: str, entry: str) -> bool:
     """Whether an entry is the name or, after `re:`, an expression that its start matches."""
     if entry.startswith(EXPRESSION):
-        found = pattern(entry.removeprefix(EXPRESSION))
-        return found is not None and found.match(name) is not None
+        return expressions.matches(entry.removeprefix(EXPRESSION), name)
     return entry == name
 
 
@@ -67,9 +67,9 @@ class ConfigGroups:
         targets = _targets(content, odd)
         self.targets = {self._renamed(target): scheme for target, scheme in targets.items()}
         self.written = {self._renamed(target): target for target in targets}
-        for entry in (*self.ignore, *self.targets):
-            if entry.startswith(EXPRESSION) and pattern(entry.removeprefix(EXPRESSION)) is None:
-                odd.append(f"{entry[:80]!r} is no regular expression")
+        entries = (*self.ignore, *self.targets)
+        self.expressions = tuple(entry.removeprefix(EXPRESSION) for entry in entries if entry.startswith(EXPRESSION))
+        odd += [f"{EXPRESSION + text[:80]!r} is no regular expression" for text in self.expressions if not expressions.is_expression(text)]
         self.malformed = tuple(odd)
 
     def _renamed(self, entry: str) -> str:

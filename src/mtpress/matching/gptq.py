@@ -14,8 +14,10 @@ Source: vLLM 0.32, layers/quantization/auto_gptq.py, utils/gptq_utils.py, models
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from mtpress.matching import expressions
+from mtpress.matching.expressions import is_expression
 from mtpress.matching.matcher import Scheme, Verdict
-from mtpress.matching.names import every_name, pattern, rename, shards_of
+from mtpress.matching.names import every_name, rename, shards_of
 from mtpress.models.qwen3_5_engine import RENAMES, EngineLinear, layer_class, packed
 
 WHOLE_DTYPES = ("F16", "BF16", "F32")
@@ -44,10 +46,11 @@ class ModuleList:
         if not isinstance(dynamic, Mapping):
             odd.append("dynamic must be an object, or not be there")
             dynamic = {}
-        odd += [f"dynamic: {key[:80]!r} is no regular expression" for key in dynamic if pattern(_expression(key)) is None]
+        odd += [f"dynamic: {key[:80]!r} is no regular expression" for key in dynamic if not is_expression(_expression(key))]
         odd += [f"dynamic: {key[:80]!r} must be an object" for key, value in dynamic.items() if not isinstance(value, Mapping)]
         self.dynamic = {key: value if isinstance(value, Mapping) else {} for key, value in dynamic.items()}
         self.malformed = tuple(odd)
+        self.expressions = tuple(map(_expression, dynamic))
 
     def _override(self, prefix: str) -> tuple[str, Mapping[str, Any]] | None:
         return next((entry for entry in self.dynamic.items() if _starts(entry[0], prefix)), None)
@@ -94,8 +97,7 @@ def _expression(key: str) -> str:
 
 
 def _starts(key: str, name: str) -> bool:
-    found = pattern(_expression(key))
-    return found is not None and found.match(name) is not None
+    return expressions.matches(_expression(key), name)
 
 
 def _flat(names: Any) -> list[str] | None:

@@ -33,9 +33,11 @@ class Matcher(Protocol):
     """A quantization config as the engine holds it after loading the target, which is what the draft is matched with too.
 
     malformed: what in the content is not what the engine reads there, a sentence each; it is taken as if it were not there.
+    expressions: the regular expressions of the content, which expressions.py runs within a budget.
     """
 
     malformed: tuple[str, ...]
+    expressions: tuple[str, ...]
 
     def verdict(self, linear: EngineLinear) -> Verdict:
         """What the engine takes the linear for."""

@@ -40,6 +40,7 @@ def split_star(entry: str) -> tuple[str, ...]:
 class IgnoreList:
     """An ignore list of modelopt. whole: how the linears that it does not name are stored."""
 
+    expressions: tuple[str, ...] = ()
     malformed: tuple[str, ...] = ()  # a list has nothing that could be; whether it is one, its reader says
 
     def __init__(self, entries: Iterable[str], architecture: str, whole: Scheme = NVFP4) -> None:

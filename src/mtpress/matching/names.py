@@ -3,9 +3,7 @@
 Source: vLLM 0.32, models/utils.py (WeightsMapper), layers/quantization/utils/quant_utils.py, config_utils.py, gptq_utils.py.
 """
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
 
 from mtpress.models.qwen3_5_engine import EngineLinear, packed
 
@@ -25,15 +23,6 @@ def shards_of(prefix: str, packed: Packed) -> tuple[str, ...]:
     """The names under which the shards of a fused linear would stand; empty for a linear that is not fused."""
     last = prefix.rpartition(".")[2]
     return tuple(prefix.replace(last, shard) for shard in packed.get(last, ()))
-
-
-@lru_cache(maxsize=4096)
-def pattern(text: str) -> re.Pattern[str] | None:
-    """A regular expression; None where it is none."""
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError):
-        return None
 
 
 def every_name(linears: Iterable[EngineLinear], architecture: str, others: Collection[str]) -> set[str]:

@@ -6,6 +6,7 @@ and block_name_to_quantize of AutoRound, modules_in_block_to_quantize and dynami
 
 from collections.abc import Iterator
 
+from mtpress.matching.expressions import MAX_SECONDS, is_endless
 from mtpress.matching.names import rename
 from mtpress.models import qwen3_5_engine
 from mtpress.models.qwen3_5_engine import EngineLinear
@@ -35,6 +36,11 @@ def ignore_malformed(subject: Subject) -> Iterator[Problem]:
     if subject.declared is not None and (held := subject.matcher(subject.declared)) is not None:
         for odd in held.malformed:
             yield Problem(f"{subject.declared.file}: {odd}", (subject.declared.file,))
+        for linear in subject.linears:  # each expression is held against each name, whatever is covered
+            held.verdict(linear)
+        for text in filter(is_endless, held.expressions):
+            said = f"the regular expression {text[:80]!r} takes over {MAX_SECONDS:.0f} s, as in vLLM, which would not start"
+            yield Problem(f"{subject.declared.file}: {said}", (subject.declared.file,))
     for declared in declarations(subject):
         if declared.format not in ("nvfp4", "modelopt-fp8", "modelopt-mixed"):
             continue
@@ -117,7 +123,8 @@ RULES = (
         "ignore-malformed",
         "error",
         "The ignore list is no list of names, or what stands for it in the format is not what the engine reads there (GPTQ's `dynamic` "
-        "as null is one, an entry of `quantized_layers` without quant_algo another): ValueError, or a crash inside the engine.",
+        "as null is one, an entry of `quantized_layers` without quant_algo another): ValueError, or a crash inside the engine; or "
+        "a regular expression in it does not end, and neither does the start of the engine.",
         REPAIR,
         ignore_malformed,
     ),
