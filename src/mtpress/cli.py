@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import os
 import signal
 import sys
@@ -18,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mtpress import __version__
+from mtpress.engine.api_key import without_secrets_in
 from mtpress.errors import MtpressError
+from mtpress.terminal import json_text, say, visible
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ STAGES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, without the secrets of the arguments given."""
+
+    given: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+        said = visible(" ".join(without_secrets_in(message, self.given).split()))
+        self.exit(2, f"{self.prog}: {said} (see {self.prog} --help)\n")
 
 
 def build_parser(stage: str | None) -> Parser:
@@ -67,6 +71,7 @@ def build_parser(stage: str | None) -> Parser:
 def run_stage(arguments: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """Runs one command line as main() does, but hands back (exit code, result) and lets errors through."""
     stage = next((a for a in arguments if not a.startswith("-")), None)
+    Parser.given = arguments
     options = build_parser(stage).parse_args(arguments)
     code, result = importlib.import_module(f"mtpress.stages.{options.stage}").run(options)
     return int(code), result
@@ -83,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code, result = run_stage(arguments)
         if "--json" in arguments:
-            print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+            print(json_text(result, indent=2))
         sys.stdout.flush()
         return code
     except MtpressError as error:
@@ -126,6 +131,6 @@ def _fail(stage: str | None, message: str, code: int, as_json: bool) -> int:
     with contextlib.suppress(OSError):  # the terminal may be gone
         if as_json:
             document: dict[str, Any] = {"error": message, "exit_code": code}
-            print(json.dumps(document, ensure_ascii=False), flush=True)
-        print(f"mtpress{f' {stage}' if stage else ''}: {message}", file=sys.stderr, flush=True)
+            print(json_text(document), flush=True)
+        say(f"mtpress{f' {stage}' if stage else ''}: {message}", to=sys.stderr)
     return code

@@ -7,6 +7,8 @@ from typing import Self, TextIO
 
 import psutil
 
+from mtpress.terminal import visible
+
 PLAIN_SECONDS = 10.0
 LIVE_SECONDS = 0.1
 
@@ -56,7 +58,7 @@ class Progress:
     def say(self, text: str) -> None:
         """One line of its own."""
         if not self.silent:
-            self._write(f"{self.label}  {text}\n")
+            self._write(visible(f"{self.label}  {text}") + "\n")
 
     def advance(self, amount: float, note: str = "") -> None:
         self.done += amount
@@ -77,7 +79,7 @@ class Progress:
         memory = human_bytes(self.process.memory_info().rss)
         text = f"{self.label}  {share:4.0%}  {self.note:<24} {amount}  {timing}  RAM {memory}"
         start = "\r\x1b[2K" if self.live else ""
-        self._write(start + text + end)
+        self._write(start + visible(text) + end)
 
     def _write(self, text: str) -> None:
         try:

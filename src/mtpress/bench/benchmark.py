@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from mtpress import terminal
 from mtpress.bench.client import BenchClient, Load
 from mtpress.bench.measurement import Cell, CellRun
 from mtpress.bench.prompt_mix import RANDOM, PromptMix
@@ -235,4 +236,4 @@ def _facts(number: int, round_number: int, client: Client, launch: Launch | None
 
 
 def _to_stderr(line: str) -> None:
-    print(f"bench  {line}", file=sys.stderr, flush=True)
+    terminal.say(f"bench  {line}", to=sys.stderr)

@@ -28,6 +28,7 @@ PNG_DPI = 200
 MARKERS, BESIDE = "os^Dv", 0.05
 Colour = tuple[float, float, float]
 STYLE = {
+    "text.parse_math": False,  # labels are names of strangers, in which a $ is a $
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
     "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,

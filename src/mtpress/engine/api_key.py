@@ -63,6 +63,14 @@ def without_login(text: str) -> str:
     return LOGIN.sub(r"\g<scheme>", text)
 
 
+def without_secrets_in(message: str, arguments: Sequence[str]) -> str:
+    """What is said of a command line, without what without_secrets() drops of it."""
+    kept = without_secrets(arguments)
+    for token in sorted((token for token in arguments if token not in kept and len(token) > 2), key=len, reverse=True):
+        message = message.replace(token, "…")
+    return without_login(message)
+
+
 def split_login(address: str) -> tuple[str, str | None]:
     """(address without user and password, both as the value of an Authorization header). InputError for a login that cannot be read."""
     found = re.fullmatch(r"(https?://)([^/?#]*)@([^@]*)", address, re.IGNORECASE)

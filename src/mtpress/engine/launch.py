@@ -6,7 +6,6 @@ arithmetic of memory (memory_model.py), and what is known of hardware and of vLL
 """
 
 import os
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from mtpress.engine.settings import (
     served_name,
 )
 from mtpress.errors import InputError, MtpressError, ResourceError
+from mtpress.terminal import quoted
 
 if TYPE_CHECKING:
     from mtpress.engine.hardware import Hardware
@@ -65,12 +65,12 @@ class Launch:
 
     def shown(self) -> str:
         """The command for a shell: environment first, one flag a line; the API key stands there as the variable it is read from."""
-        named = [f"{name}={shlex.quote(value)}" for name, value in self._shown_environment().items()]
+        named = [f"{name}={quoted(value)}" for name, value in self._shown_environment().items()]
         named += [f'{name}="${name}"' for name in SECRET_VARIABLES.values() if name in self.environment]
         start, arguments = split_command(without_secrets(self.command))
         lines = [" ".join(named)] if named else []
-        lines.append(shlex.join(start))
-        lines += [f"  {shlex.join(argument.tokens)}" for argument in arguments]
+        lines.append(" ".join(map(quoted, start)))
+        lines += [f"  {' '.join(map(quoted, argument.tokens))}" for argument in arguments]
         return " \\\n".join(lines)
 
     def _shown_environment(self) -> dict[str, str]:

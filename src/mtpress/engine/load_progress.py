@@ -11,6 +11,7 @@ from typing import Self, TextIO
 
 from mtpress.engine.engine_log import stage
 from mtpress.progress import human_bytes, human_seconds
+from mtpress.terminal import visible
 
 STILL_SECONDS = 15.0  # without a terminal: how long a stage may last before it is told again
 
@@ -51,7 +52,7 @@ class LoadProgress:
         self._say(f"engine  ready in {human_seconds(seconds)}  RAM {human_bytes(self._memory())}")
 
     def _line(self, now: float) -> str:
-        return f"engine  {self.stage:<44}  {human_seconds(now - self._started)}  RAM {human_bytes(self._memory())}"
+        return f"engine  {visible(self.stage):<44}  {human_seconds(now - self._started)}  RAM {human_bytes(self._memory())}"
 
     def _print(self, line: str) -> None:
         self._write(line + "\n")

@@ -16,9 +16,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress import terminal
 from mtpress.engine.api_key import API_KEY, KEY_VARIABLES, given_key
 from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import EngineError, InputError
+from mtpress.terminal import say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -271,7 +273,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if not options.json:
         show(result)
         for path in written:
-            print(path)
+            say(path)
     return (0 if result.complete else 1), result.as_json() | {"written": written}
 
 
@@ -307,19 +309,18 @@ def _shortened(checkpoints: Sequence[str], out: Path | None) -> dict[str, str]:
 
 def show(result: "BenchResult") -> None:
     """A table for each number of streams, acceptance and what failed, on stdout."""
-    from rich.console import Console
 
     from mtpress.bench.markdown import acceptance_rows, failure_part, lengths_and_streams, summary_note
 
-    console = Console(highlight=False)
+    console = terminal.console()
     for streams in lengths_and_streams(result)[1]:
         console.print(_speed_table(result, streams))
-    console.print(summary_note(result), soft_wrap=True, markup=False)
+    console.print(summary_note(result), soft_wrap=True)
     for label, rate, length, *shares in acceptance_rows(result):
         line = f"{label}: acceptance {rate}, mean accepted length {length}, by position {' '.join(shares)}"
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     for part in failure_part(result)[1:]:
-        console.print(part, soft_wrap=True, markup=False)
+        console.print(part, soft_wrap=True)
 
 
 def _speed_table(result: "BenchResult", streams: int) -> "Table":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtpress import terminal
 from mtpress.checkpoint import Checkpoint, resolve
 from mtpress.comparison import Comparison, compare
 from mtpress.engine.trial import ACCEPTANCE_FLOOR, NUM_DRAFTS, Run, Trial
@@ -205,15 +206,14 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def show(result: CheckResult) -> None:
     """The result as a table and one line of verdict on stdout."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = terminal.console()
     quantized = f", {count(result.num_quantized, 'module')} quantized" if result.num_quantized else ""
     console.print(
         f"{result.checkpoint}: {result.format}, {count(result.num_tensors, 'tensor')}, {human_bytes(result.num_bytes)}{quantized}",
-        highlight=False, soft_wrap=True,
+        soft_wrap=True,
     )  # fmt: skip
     if result.findings:
         table = Table(show_lines=True)
@@ -221,19 +221,19 @@ def show(result: CheckResult) -> None:
             table.add_column(heading, overflow="fold")
         for finding in sorted(result.findings, key=lambda f: SEVERITIES.index(f.severity)):
             color = COLORS[finding.severity]
-            label = f"[{color}]{finding.severity}[/{color}]\n{escape(finding.id)}"
-            table.add_row(label, escape(with_names(finding)), escape(finding.remedy))
+            label = Text.assemble((finding.severity, color), f"\n{finding.id}")
+            table.add_row(label, with_names(finding), finding.remedy)
         console.print(table)
     if result.comparison is not None:
-        console.print(summary(result.comparison), highlight=False, soft_wrap=True)
+        console.print(summary(result.comparison), soft_wrap=True)
     if result.num_files_hashed is not None:
-        console.print(f"{count(result.num_files_hashed, 'file')} hashed", highlight=False)
+        console.print(f"{count(result.num_files_hashed, 'file')} hashed")
     if result.trial is not None:
         for line in evidence(result.trial):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         said = f"written into {RECORD_NAME}" if result.recorded else f"no {RECORD_NAME} to write it into"
-        console.print(f"engine logs: {result.trial.logs}; {said}", highlight=False, soft_wrap=True)
-    console.print(verdict(result), highlight=False, soft_wrap=True)
+        console.print(f"engine logs: {result.trial.logs}; {said}", soft_wrap=True)
+    console.print(verdict(result), soft_wrap=True)
 
 
 def with_names(finding: Finding) -> str:

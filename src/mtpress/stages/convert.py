@@ -16,6 +16,7 @@ from mtpress.models import family
 from mtpress.progress import human_bytes
 from mtpress.rules.subject import CONFIG, HF_QUANT_CONFIG, Subject
 from mtpress.rules.vision import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
+from mtpress.terminal import say
 
 if TYPE_CHECKING:
     from mtpress.conversion import Conversion, Layout
@@ -237,7 +238,8 @@ def show(result: ConvertResult) -> None:
         f"{human_bytes(result.bytes_written)} written, {human_bytes(result.bytes_linked)} linked, in {result.seconds:.1f} s; "
         f"peak memory {human_bytes(result.peak_memory_bytes)}"
     )
-    print("\n".join(lines))
+    for line in lines:
+        say(line)
 
 
 def _exceptions(result: ConvertResult) -> str:

@@ -5,15 +5,16 @@ and without the draft head. Needs no network and no engine; the generator is the
 """
 
 import argparse
-import shlex
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress import terminal
 from mtpress.builtin import BUILTIN_MODEL, EVALUATION_FILE
 from mtpress.cli import run_stage
 from mtpress.errors import InputError
+from mtpress.terminal import quoted
 
 if TYPE_CHECKING:
     from mtpress.chat import ChatEncoder, Sample
@@ -90,7 +91,7 @@ def _type(command: list[str], as_json: bool) -> int:
     if as_json:
         return run_stage([*command, "--json"])[0]
     shown = [Path(part).name if part.startswith("/") else part for part in command]
-    print(f"\n$ mtpress {shlex.join(shown)}\n", flush=True)
+    print(f"\n$ mtpress {' '.join(map(quoted, shown))}\n", flush=True)
     return run_stage(command)[0]
 
 
@@ -166,19 +167,18 @@ def drawn_circle() -> Any:
 
 
 def show(result: DemoResult) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from mtpress.progress import human_bytes
 
-    console = Console()
+    console = terminal.console()
     said = Table(title="what they say, greedy", show_lines=True)
     for heading in ("prompt", "BF16", "NVFP4"):
         said.add_column(heading, overflow="fold")
     for answer in result.answers:
         said.add_row(answer.prompt, answer.bf16, "the same" if answer.nvfp4 == answer.bf16 else answer.nvfp4)
     console.print()
-    console.print(said, markup=False)
+    console.print(said)
     table = Table(title="before and after")
     for heading in ("", "BF16", "NVFP4"):
         table.add_column(heading, justify="left" if not heading else "right")

@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress import terminal
 from mtpress.device import choose_device
 from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import InputError, ResourceError
@@ -215,13 +216,12 @@ def write(result: "EvalResult", markdown: str | None, plots: str | None) -> None
 def show(result: "EvalResult") -> None:
     """The result as tables on stdout."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from mtpress.evaluation import result as tables
     from mtpress.evaluation.documents import ALL
 
-    console = Console(highlight=False)
+    console = terminal.console()
     for group in result.base.perplexity:
         one = next(iter(result.checkpoints.values())).groups[group]
         table = Table(title=f"{group}: {one.num_documents} documents, {one.num_tokens:,} predictions", box=box.SIMPLE_HEAD)
@@ -231,9 +231,9 @@ def show(result: "EvalResult") -> None:
             table.add_row(*row)
         console.print(table)
     for name, *cells in tables.acceptance_rows(result):
-        console.print(f"drafts accepted, %: {name}: {'  '.join(cells)}", markup=False, soft_wrap=True)
+        console.print(f"drafts accepted, %: {name}: {'  '.join(cells)}", soft_wrap=True)
     for group, which, ratio, points in tables.pair_rows(result, ALL):
-        console.print(f"{group}: KL of {which} = {ratio}; top-1 {points} points", markup=False, soft_wrap=True)
+        console.print(f"{group}: KL of {which} = {ratio}; top-1 {points} points", soft_wrap=True)
     for name, found in result.checkpoints.items():
         table = Table(title=f"error by layer, %: {name}", box=box.SIMPLE_HEAD)
         for heading in ("layer", "mixer", "mixer error", "MLP error", "layer error", "accumulated"):
@@ -241,5 +241,5 @@ def show(result: "EvalResult") -> None:
         for row in tables.layer_rows(found):
             table.add_row(*row)
         console.print(table)
-        console.print(f"{name}: {found.disjointness.said}", markup=False, soft_wrap=True)
+        console.print(f"{name}: {found.disjointness.said}", soft_wrap=True)
     console.print(f"{result.seconds:.1f} s, peak memory {human_bytes(result.peak_memory_bytes)}")

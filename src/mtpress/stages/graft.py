@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mtpress import terminal
 from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_object
 from mtpress.disk import read_pieces
 from mtpress.errors import InputError
@@ -263,10 +264,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def show(result: GraftResult) -> None:
     """The result as one screen on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = terminal.console()
     table = Table(title=f"the draft head of {result.base} → {result.out}", show_header=False)
     rows = {
         "replaced": _listed(result.replaced),
@@ -284,8 +284,8 @@ def show(result: GraftResult) -> None:
             table.add_row(what, said)
     console.print(table)
     for warning in result.warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False)
-    console.print(f"next: {result.next}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"warning: {warning}")
+    console.print(f"next: {result.next}", soft_wrap=True)
 
 
 def _listed(names: tuple[str, ...]) -> str:

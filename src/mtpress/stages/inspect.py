@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress import fit
+from mtpress import fit, terminal
 from mtpress.checkpoint import Checkpoint, TensorInfo
 from mtpress.engine.served_model import num_params, stored_bits
 from mtpress.errors import InputError
@@ -226,20 +226,19 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def show(result: InspectResult) -> None:
     """The result as text and tables on stdout."""
-    from rich.console import Console
 
-    console = Console(highlight=False)
+    console = terminal.console()
     layers = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in result.layers.items())
-    console.print(f"{result.path}: {result.architecture}, {sum(result.layers.values())} layers ({layers})", markup=False, soft_wrap=True)
+    console.print(f"{result.path}: {result.architecture}, {sum(result.layers.values())} layers ({layers})", soft_wrap=True)
     console.print(_component_table(result))
     if result.num_unindexed:
         console.print(f"{count(result.num_unindexed, 'tensor')} stored but not in the index: engines skip them", soft_wrap=True)
     for line in (*_quantization_lines(result.quantization), *_draft_head_lines(result.draft_head)):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     console.print(_fit_table(result))
     for refusal in dict.fromkeys(build.refusal for build in result.recipes.values() if build.refusal):
         names = ", ".join(name for name, build in result.recipes.items() if build.refusal == refusal)
-        console.print(f"{names}: {refusal}", markup=False, soft_wrap=True)
+        console.print(f"{names}: {refusal}", soft_wrap=True)
     console.print(fit.RULE, style="dim", soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from mtpress import terminal
 from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_choice, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import PARTIAL_SUFFIX, CheckpointWriter, remove_journal
@@ -31,6 +32,7 @@ from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
 from mtpress.source_guard import SourceGuard
+from mtpress.terminal import say
 
 if TYPE_CHECKING:
     from mtpress import preflight
@@ -119,7 +121,7 @@ def quantize(
     said = {"notes": [note for note in (templated.note,) if note]}
     if not silent:
         for note in said["notes"]:
-            print(f"quantize  {note}", file=sys.stderr)
+            say(f"quantize  {note}", to=sys.stderr)
     beside_bytes = sum(len(content) for content in beside.values())
     spread = Spread(source, workers, ray)
     device_used = choose_device(device)
@@ -394,10 +396,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def show(result: QuantizeResult) -> None:
     """The result as tables on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = terminal.console()
     verb = "would write" if result.dry_run else "wrote"
     table = Table(title=f"{result.recipe}: {verb} {result.out}")
     for heading, side in (("component", "left"), ("bytes", "right"), ("of it", "left")):
@@ -412,7 +413,7 @@ def show(result: QuantizeResult) -> None:
     )
     console.print(table)
     console.print(f"{result.num_quantized} matrices quantized, {result.num_kept} tensors kept bit for bit, {result.num_dropped} dropped")
-    console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}", highlight=False)
+    console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}")
     sampling = ", ".join(f"{key} {value}" for key, value in result.generation_config.items() if key != "do_sample")
     console.print(f"chat template: {TEMPLATE_TITLES[result.chat_template]}; sampling: {sampling or 'what the engine does by itself'}")
     if result.budget is not None:
@@ -420,10 +421,10 @@ def show(result: QuantizeResult) -> None:
     if result.dry_run:
         from mtpress import preflight
 
-        console.print(f"would take {preflight.Promise(**result.promised or {})}", highlight=False)
+        console.print(f"would take {preflight.Promise(**result.promised or {})}")
         console.print(f"kept in BF16 and named in both config files: {len(result.ignore)} modules (--json lists them)")
     if result.misfits:
-        console.print(f"kept in BF16 because N or K of their fused group does not fit: {', '.join(result.misfits)}", highlight=False)
+        console.print(f"kept in BF16 because N or K of their fused group does not fit: {', '.join(result.misfits)}")
     elif result.seconds and result.peak_memory_bytes:
         spent = ", ".join(f"{kind} {value:.1f} s" for kind, value in result.seconds.items())
         console.print(f"{spent}; peak memory {human_bytes(result.peak_memory_bytes)}")
@@ -437,8 +438,7 @@ def show_budget(console: Any, budget: Mapping[str, Any]) -> None:
     if "groups" not in budget:
         console.print(
             f"budget {human_bytes(budget['bytes'])}: outputs {reach} can be reached, the smallest is shown; the formats need a pass over "
-            "the samples, which a dry run leaves out",
-            highlight=False,
+            "the samples, which a dry run leaves out"
         )
         return
     table = Table(title="formats chosen, by layer: relative error of the layer's output in each")
@@ -449,6 +449,5 @@ def show_budget(console: Any, budget: Mapping[str, Any]) -> None:
     console.print(table)
     console.print(
         f"budget {human_bytes(budget['bytes'])}: {human_bytes(budget['chosen_bytes'])} chosen, {budget['bits_per_weight']} bits a weight, "
-        f"{reach} can be reached",
-        highlight=False,
+        f"{reach} can be reached"
     )

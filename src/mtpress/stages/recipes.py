@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtpress.recipe import load_recipe, recipe_file, shipped
+from mtpress.terminal import say, visible
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     result = recipes(options.name)
     if not options.json:
         if result.yaml is not None:
-            print(result.yaml, end="" if result.yaml.endswith("\n") else "\n")
+            print(visible(result.yaml), end="" if result.yaml.endswith("\n") else "\n")
         else:
             widest = max(len(name) for name in result.summaries)
             for name, summary in result.summaries.items():
-                print(f"{name:<{widest}}  {summary}")
+                say(f"{name:<{widest}}  {summary}")
     return 0, result.as_json()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mtpress import terminal
 from mtpress.checkpoint import Checkpoint, resolve
 from mtpress.comparison import compare
 from mtpress.errors import InputError
@@ -213,30 +214,29 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def show(result: RepairResult) -> None:
     """The result as a table and one line of verdict on stdout."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = terminal.console()
     if result.outcomes:
         table = Table(show_lines=True)
         for heading in ("finding", "what is wrong", "would be done" if result.dry_run else "what was done"):
             table.add_column(heading, overflow="fold")
         for outcome in result.outcomes:
             color = COLORS[outcome.finding.severity]
-            label = f"[{color}]{outcome.finding.severity}[/{color}]\n{escape(outcome.finding.id)}"
-            table.add_row(label, escape(outcome.finding.message), escape(told(outcome)))
+            label = Text.assemble((outcome.finding.severity, color), f"\n{outcome.finding.id}")
+            table.add_row(label, outcome.finding.message, told(outcome))
         console.print(table)
     for line in result.left_out:
-        console.print(f"not taken over: {line}", highlight=False, soft_wrap=True)
+        console.print(f"not taken over: {line}", soft_wrap=True)
     if result.plan is not None:
         would = "would write" if result.dry_run else "wrote"
         console.print(
             f"{would} {human_bytes(result.plan.bytes_written)}, {human_bytes(result.plan.bytes_linked)} "
             f"{'would stay' if result.dry_run else 'stay'} as they are in {count(len(result.plan.linked), 'shard')}",
-            highlight=False, soft_wrap=True,
+            soft_wrap=True,
         )  # fmt: skip
-    console.print(verdict(result), highlight=False, soft_wrap=True)
+    console.print(verdict(result), soft_wrap=True)
 
 
 def told(outcome: Outcome) -> str:

@@ -17,6 +17,7 @@ from mtpress.engine.api_key import KEY_VARIABLES, given_key
 from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import InputError
 from mtpress.progress import human_bytes
+from mtpress.terminal import say
 
 if TYPE_CHECKING:
     from mtpress.engine.hardware import Hardware
@@ -141,8 +142,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    def tell(line: str) -> None:
+        say(line, to=sys.stderr)
 
     result = plan(options)
     if options.dry_run:
@@ -154,39 +155,40 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         return 0, result.as_json()
     launch = result.launch
     for line in (f"profile {launch.profile}: {launch.chosen_by}", *(f"warning: {text}" for text in launch.warnings)):
-        say(line)
+        tell(line)
     log = options.log or Path(f"mtpress-serve-{launch.port}.log")
-    result = serve(result, log, options.start_timeout, say)
+    result = serve(result, log, options.start_timeout, tell)
     return 0, result.as_json()
 
 
 def show(result: ServeResult) -> None:
     """The command, then why it is so, on stdout."""
     launch = result.launch
-    print(launch.shown())
-    print(f"\nprofile {launch.profile}: {launch.chosen_by}")
-    print(f"engine: vLLM {result.engine.version} for {'CUDA' if result.engine.platform == 'cuda' else 'the CPU'}")
+    print(launch.shown())  # a command of several lines, whose words are quoted
+    print()
+    say(f"profile {launch.profile}: {launch.chosen_by}")
+    say(f"engine: vLLM {result.engine.version} for {'CUDA' if result.engine.platform == 'cuda' else 'the CPU'}")
     for line in result.assumed:
-        print(f"assumed: {line}")
+        say(f"assumed: {line}")
     _print_settings("why", launch.settings)
     _print_settings("left out", launch.left_out)
     print("\nmemory")
     for line in launch.estimate.lines():
-        print(f"  {line}")
+        say(f"  {line}")
     if launch.min_available_bytes:
-        print(f"  the watchdog stops the engine when less than {human_bytes(launch.min_available_bytes)} is available")
+        say(f"  the watchdog stops the engine when less than {human_bytes(launch.min_available_bytes)} is available")
     for title, lines in (("warnings", launch.warnings), ("to know", launch.notes)):
         if lines:
             print(f"\n{title}")
         for line in lines:
-            print(f"  {line}")
+            say(f"  {line}")
 
 
 def _print_settings(title: str, settings: Sequence["Setting"]) -> None:
     if settings:
         print(f"\n{title}")
     for setting in settings:
-        print(f"  {setting.flag}{'' if setting.value is None else f' {setting.value}'}: {setting.reason} ({setting.source})")
+        say(f"  {setting.flag}{'' if setting.value is None else f' {setting.value}'}: {setting.reason} ({setting.source})")
 
 
 def _port(text: str) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress import terminal
 from mtpress.engine.api_key import KEY_VARIABLES, given_key
 from mtpress.engine.client import is_address
 from mtpress.errors import InputError
@@ -106,21 +107,20 @@ def read_gen_kwargs(text: str | None) -> dict[str, Any]:
 def show(result: "TasksResult") -> None:
     """A row for each metric on stdout."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from mtpress.tasks.scores import HEADINGS
 
-    console = Console(highlight=False)
+    console = terminal.console()
     table = Table(box=box.SIMPLE_HEAD)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading in ("questions", "score", "Δ") else "left", overflow="fold")
     for row in result.rows():
         table.add_row(*row)
     console.print(table)
-    console.print(result.note, markup=False, soft_wrap=True)
+    console.print(result.note, soft_wrap=True)
     for name, reason in result.failures.items():
-        console.print(f"{name}: {reason}", markup=False, soft_wrap=True)
+        console.print(f"{name}: {reason}", soft_wrap=True)
 
 
 def refuse_range(options: argparse.Namespace, least: Mapping[str, int]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mtpress import terminal
 from mtpress.engine.api_key import API_KEY, split_login, without_login
 from mtpress.engine.client import Client, is_address
 from mtpress.engine.driver_process import DriverProcess, client_environment
@@ -257,4 +258,4 @@ def _measure(
 
 def _say(silent: bool, text: str) -> None:
     if not silent:
-        print(f"eval  {text}", file=sys.stderr, flush=True)
+        terminal.say(f"eval  {text}", to=sys.stderr)
