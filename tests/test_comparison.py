@@ -99,11 +99,11 @@ def _as_zero_points(e: Edit) -> None:
         ("compressed-tensors-int4", _as_zero_points, set()),
         ("auto-round", partial(_double, suffix="scales"), {"error-large"}),
         ("auto-round", _shift_zero_points, {"error-large"}),
-        ("auto-round", partial(_first_scale, suffix="scales", value=0.0), {"blocks-broken"}),
-        ("auto-round", partial(_first_scale, suffix="scales", value=float("inf")), {"blocks-broken", "error-large"}),
+        ("auto-round", partial(_first_scale, suffix="scales", value=0.0), {"blocks-empty"}),
+        ("auto-round", partial(_first_scale, suffix="scales", value=float("inf")), {"blocks-broken"}),
         ("gptq", lambda e: e.tensors.update({f"{OUT_PROJ}.qweight": e.tensors[f"{OUT_PROJ}.qweight"][:-1].clone()}), {"base-lacks"}),
         ("gptq", lambda e: e.tensors.pop(f"{OUT_PROJ}.scales"), {"not-compared"}),
-        ("auto-round", lambda e: e.quantization.update(bits=8), {"not-compared"}),
+        ("auto-round", lambda e: e.quantization.update(bits=8), set()),
     ],
 )
 def test_a_difference_is_found_in_other_formats(
@@ -160,15 +160,39 @@ def _flip(edit: Edit, name: str) -> None:
     edit.tensors[name] = -edit.tensors[name]
 
 
+def _one_nan(edit: Edit, name: str) -> None:
+    edit.tensors[name].view(-1)[0] = float("nan")
+
+
+def _trained(edit: Edit, *more: str) -> None:
+    """What training leaves of a kept matrix; `more` become noise."""
+    generator = torch.Generator().manual_seed(1)
+    name = f"{PREFIX}layers.0.linear_attn.in_proj_a.weight"
+    edit.tensors[name] = (edit.tensors[name].float() + 0.002 * torch.randn(edit.tensors[name].shape, generator=generator)).to(
+        torch.bfloat16
+    )
+    for other in more:
+        edit.tensors[other] = (0.05 * torch.randn(edit.tensors[other].shape, generator=generator)).to(torch.bfloat16)
+
+
+def _noise(edit: Edit) -> None:
+    kept = [name for name, tensor in edit.tensors.items() if tensor.dtype == torch.bfloat16 and tensor.ndim > 1]
+    _trained(edit, *kept)
+
+
 BREAKS: dict[str, tuple[set[str], Callable[[Edit], object]]] = {
     "a norm negated": ({"kept-differs"}, lambda e: _flip(e, f"{PREFIX}norm.weight")),
     "the draft head trained": ({"mtp-differs"}, lambda e: _flip(e, "mtp.fc.weight")),
     "a tensor of its own": ({"base-lacks"}, lambda e: e.tensors.update({"extra.weight": torch.ones(2)})),
     "a global scale doubled": ({"error-large"}, lambda e: _scale(e, "weight_scale_2", lambda s: 2 * s)),
     "a global scale 10 % off": ({"error-outlier"}, lambda e: _scale(e, "weight_scale_2", lambda s: 1.1 * s)),
-    "a NaN block": ({"blocks-broken", "error-large"}, lambda e: _scale(e, "weight_scale", _first_block(float("nan")))),
-    "an empty block": ({"blocks-broken", "error-outlier"}, lambda e: _scale(e, "weight_scale", _first_block(0.0))),
+    "a NaN block": ({"blocks-broken"}, lambda e: _scale(e, "weight_scale", _first_block(float("nan")))),
+    "an empty block": ({"blocks-empty", "error-outlier"}, lambda e: _scale(e, "weight_scale", _first_block(0.0))),
     "a scale missing": ({"not-compared"}, lambda e: e.tensors.pop(f"{OUT_PROJ}.weight_scale")),
+    "a NaN in a norm": ({"not-finite"}, lambda e: _one_nan(e, f"{PREFIX}norm.weight")),
+    "a matrix trained": ({"base-ancestor"}, _trained),
+    "a matrix trained, another of noise": ({"base-ancestor", "kept-unrelated"}, lambda e: _trained(e, "lm_head.weight")),
+    "another model": ({"base-stranger"}, _noise),
 }
 
 

@@ -1,12 +1,14 @@
-"""A finished checkpoint against the BF16 checkpoint it was made from, one tensor at a time.
+"""A finished checkpoint against the checkpoint it was made from, one tensor at a time.
 
-In: two open checkpoints. Out: a `Comparison`: which kept tensors are equal byte for byte, and how far each quantized
-matrix is from its source. Leaves out: judging (rules/base.py). Memory holds one matrix in both forms, never the model.
+In: two open checkpoints. Out: a `Comparison`: which kept tensors are equal byte for byte, how far the others and each quantized matrix
+are, and what the base is to the checkpoint (relation.py). Leaves out: judging (rules/base.py). Memory holds one matrix in both forms,
+never the model.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mtpress.checkpoint import Checkpoint, TensorInfo, read_tensor
@@ -14,47 +16,74 @@ from mtpress.disk import read_pieces
 from mtpress.meanings.difference import Difference
 from mtpress.meanings.files import differences
 from mtpress.progress import Progress
-from mtpress.rules.stored import GLOBAL_SCALE, QWEIGHT, QZEROS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED, ZERO_POINT, Form
+from mtpress.relation import Closeness, Kind, Relation, relation_of
+from mtpress.rules.stored import GLOBAL_SCALE, PLAIN_DTYPES, QWEIGHT, SCALE, SCALE_2, WEIGHT, WEIGHT_PACKED, Form
 from mtpress.rules.subject import Subject
+from mtpress.stored_matrix import PER_WORD, StoredMatrix, pieces, stored_matrix
 
 if TYPE_CHECKING:
     import torch
 
-ROWS_BYTES = 32 << 20  # float32 working set
-# What a quantized matrix is dequantized from; zero points that are not stored are the middle of the range.
-PARTS: dict[Form, tuple[str, ...]] = {
-    "nvfp4": (WEIGHT, SCALE, SCALE_2),
-    "nvfp4-pack-quantized": (WEIGHT_PACKED, SCALE, GLOBAL_SCALE),
-    "gptq": (QWEIGHT, SCALES, QZEROS),
-    "pack-quantized": (WEIGHT_PACKED, SCALE, ZERO_POINT),
-    "fp8": (WEIGHT, SCALE),
-}
-PER_WORD = 8
-Job = tuple[str | None, Form, tuple[TensorInfo, ...]]
+# ‖w − ŵ‖ / ‖w‖ above which it is no rounding. NVFP4 by "max" gives 0.095 on normal weights, and 0.08 to 0.12 on trained ones; INT4 in
+# groups of 128, plainly rounded, 0.117 on normal weights and 0.11 to 0.13 on trained ones; E4M3, with three bits of mantissa, 0.026 on
+# normal weights, 0.025 to 0.027 on trained ones.
+LARGEST_ERROR, LARGEST_INT4_ERROR, LARGEST_FP8_ERROR = 0.2, 0.25, 0.06
+LARGEST: Mapping[Form, float] = {
+    "nvfp4": LARGEST_ERROR, "nvfp4-pack-quantized": LARGEST_ERROR, "gptq": LARGEST_INT4_ERROR, "pack-quantized": LARGEST_INT4_ERROR,
+    "fp8": LARGEST_FP8_ERROR, "plain": 0.0,
+}  # fmt: skip
+INT4 = ("gptq", "pack-quantized")
+# What follows the prefix of a wrapper, an architecture or a trainer in the name of a tensor.
+IN_THE_MODEL = re.compile(r"(?:^|\.)((?:mtp|visual)\..+|layers\.\d+\..+|embed_tokens\.\w+|lm_head\.\w+|norm\.weight)$")
 
 
 @dataclass
 class Comparison:
     """What was measured.
 
-    error: module → ‖w − ŵ‖ / ‖w‖. int4, fp8: those of these modules that are INT4, and FP8. broken_blocks: module → how many block
-    scales are NaN, negative (of NVFP4; INT4's may be), or zero over weights. differences: what the files beside the weights say otherwise.
+    differing: kept tensors that are neither the base's bytes nor these rounded to another dtype, and not_finite: of them, how many numbers
+    are NaN or infinite. absent: without a counterpart of equal shape; grown: of them, those with other rows only.
+    error: module → ‖w − ŵ‖ / ‖w‖. int4, fp8: those of these modules that are INT4, and FP8. broken_blocks: module → how many scales
+    are NaN, infinite or, of NVFP4, negative; empty_blocks: zero over weights. closeness: of every tensor and module compared.
+    relation: None where no weight was compared. differences: what the files beside the weights say otherwise.
     """
 
-    num_equal: int = 0
     differing: list[str] = field(default_factory=list)
+    not_finite: dict[str, int] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
+    grown: list[str] = field(default_factory=list)
     error: dict[str, float] = field(default_factory=dict)
     int4: set[str] = field(default_factory=set)
     fp8: set[str] = field(default_factory=set)
     broken_blocks: dict[str, int] = field(default_factory=dict)
+    empty_blocks: dict[str, int] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
+    closeness: dict[str, Closeness] = field(default_factory=dict)
+    relation: Relation | None = None
     differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def num_equal(self) -> int:
+        """Kept tensors that are the base's, bit for bit."""
+        return sum(close.equal for name, close in self.closeness.items() if name not in self.absent)
+
+    @property
+    def num_rounded(self) -> int:
+        """Kept tensors that are the base's, rounded to another dtype."""
+        kept = (close for name, close in self.closeness.items() if name not in self.error)
+        return sum(close.state == "rounded" for close in kept)
+
+    @property
+    def kind(self) -> Kind:
+        """What the base is; the source, as naming it says, where no weight was compared."""
+        return self.relation.kind if self.relation is not None else "source"
 
     def as_json(self) -> dict[str, Any]:
         errors = sorted(self.error.values())
         return {
             "num_equal": self.num_equal,
+            "num_rounded": self.num_rounded,
+            "differing": {name: self.closeness[name].error for name in self.differing},
             "num_quantized": len(errors),
             "median_error": errors[len(errors) // 2] if errors else None,
             "largest_error": errors[-1] if errors else None,
@@ -62,55 +91,98 @@ class Comparison:
         }
 
 
-def compare(subject: Subject, base: Checkpoint, *, silent: bool = False) -> Comparison:
-    """Compares everything stored; a tensor without a counterpart of equal dtype and shape is listed as absent."""
+@dataclass(frozen=True)
+class Job:
+    """Two tensors to be compared byte for byte, or two matrices by their numbers. name: of the tensor or module here."""
+
+    name: str
+    part: str
+    here: StoredMatrix | TensorInfo
+    there: StoredMatrix | TensorInfo
+
+    @property
+    def num_bytes(self) -> int:
+        return self.here.num_bytes + self.there.num_bytes
+
+
+def compare(subject: Subject, base: Checkpoint, *, given: Kind | None = None, silent: bool = False) -> Comparison:
+    """Compares everything stored; a tensor without a counterpart of equal shape is listed as absent. given: the relation, by --base-is."""
     found = Comparison(differences=differences(subject, base))
     jobs = list(_jobs(subject, base, found))
-    total = sum(info.num_bytes for _, _, infos in jobs for info in infos)
-    with Progress("compare", total, silent=silent) as progress:
-        for module, form, infos in jobs:
-            if module is None:
-                name = infos[0].name
-                if same_bytes(infos[0], infos[1]):
-                    found.num_equal += 1
-                else:
-                    found.differing.append(name)
+    with Progress("compare", sum(job.num_bytes for job in jobs), silent=silent) as progress:
+        for job in jobs:
+            if isinstance(job.here, StoredMatrix) and isinstance(job.there, StoredMatrix):
+                _compare_matrix(job.name, job.part, job.here, job.there, found)
             else:
-                name = module
-                found.error[module], broken = _error(form, infos)
-                if form in ("gptq", "pack-quantized"):
-                    found.int4.add(module)
-                if form == "fp8":
-                    found.fp8.add(module)
-                if broken:
-                    found.broken_blocks[module] = broken
-            progress.advance(sum(info.num_bytes for info in infos), ".".join(name.split(".")[-4:])[:24])
+                assert isinstance(job.here, TensorInfo)
+                assert isinstance(job.there, TensorInfo)
+                _compare_kept(job.name, job.part, job.here, job.there, found)
+            progress.advance(job.num_bytes, ".".join(job.name.split(".")[-4:])[:24])
+    relate(found, given)
     return found
 
 
+def relate(found: Comparison, given: Kind | None = None) -> None:
+    """Says what the base is, by what was measured."""
+    if found.closeness or found.absent:
+        found.relation = relation_of(found.closeness.values(), len(found.absent), len(found.grown), given)
+
+
+def counterparts(base: Checkpoint) -> Mapping[str, TensorInfo]:
+    """The base's tensors by what follows the prefix in their names, and by their names."""
+    return {found[1]: info for name, info in base.tensors.items() if (found := IN_THE_MODEL.search(name))} | dict(base.tensors)
+
+
+def counterpart(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """The base's tensor of a name, whatever the prefix here and there; `tensors` is what counterparts() gives."""
+    found = IN_THE_MODEL.search(name)
+    return tensors.get(name) or (tensors.get(found[1]) if found is not None else None)
+
+
 def _jobs(subject: Subject, base: Checkpoint, found: Comparison) -> Iterator[Job]:
-    """(None, …, the tensor here and there) to be compared byte for byte, or (module, its form, its source and its parts)."""
+    theirs, other = counterparts(base), Subject(base)
     for module, tensors in subject.modules.items():
         form = subject.form(module)
         if form in ("plain", "none", "unknown"):
             for info in tensors.values():
-                there = base.tensors.get(info.name)
-                if there is None or (there.dtype, there.shape) != (info.dtype, info.shape):
-                    found.absent.append(info.name)
-                else:
-                    yield None, form, (info, there)
+                yield from _kept_jobs(subject, info, counterpart(info.name, theirs), other, found)
             continue
-        there = base.tensors.get(f"{module}.{WEIGHT}")
-        parts = {suffix: tensors[suffix] for suffix in PARTS.get(form, ()) if suffix in tensors}
-        codes = next(iter(parts.values()), None)
-        if codes is None or len(parts) < (2 if form in ("pack-quantized", "fp8") else 3) or len(codes.shape) != 2:
+        weight = counterpart(f"{module}.{WEIGHT}", theirs)
+        codes = next((tensors[suffix] for suffix in (QWEIGHT, WEIGHT_PACKED, WEIGHT) if suffix in tensors), None)
+        here = stored_matrix(form, tensors)
+        if codes is None or len(codes.shape) != 2 or (here is None and len(tensors) < 3 and form != "fp8"):
             found.not_compared.append(module)
-        elif there is None or len(there.shape) != 2 or _size(form, codes) != there.shape:
+        elif weight is None or len(weight.shape) != 2 or _size(form, codes) != weight.shape:
             found.absent.append(f"{module}.{WEIGHT}")
-        elif not _fit(subject, module, parts, there.shape):
+        elif here is None or (there := _matrix_of(other, weight)) is None:
             found.not_compared.append(module)
         else:
-            yield module, form, (there, *parts.values())
+            yield Job(module, subject.model.component(f"{module}.{WEIGHT}"), here, there)
+
+
+def _kept_jobs(subject: Subject, here: TensorInfo, there: TensorInfo | None, other: Subject, found: Comparison) -> Iterator[Job]:
+    part = subject.model.component(IN_THE_MODEL.sub(r"model.\1", here.name) if subject.model.component(here.name) == "other" else here.name)
+    if there is not None and there.shape == here.shape and (there.dtype == here.dtype or {there.dtype, here.dtype} <= {*PLAIN_DTYPES}):
+        yield Job(here.name, part, here, there)
+    elif there is not None and there.shape == here.shape and (theirs := _matrix_of(other, there)) is not None:
+        mine = stored_matrix("plain", {WEIGHT: here})
+        assert mine is not None
+        yield Job(here.name, part, mine, theirs)  # the base is quantized
+    else:
+        found.absent.append(here.name)
+        if there is not None and part in ("embeddings", "lm_head") and here.dtype == there.dtype and here.shape[1:] == there.shape[1:]:
+            found.grown.append(here.name)
+            rows = min(here.shape[0], there.shape[0])
+            yield Job(here.name, part, _first_rows(here, rows), _first_rows(there, rows))
+
+
+def _matrix_of(subject: Subject, weight: TensorInfo) -> StoredMatrix | None:
+    module = subject.model.module_of(weight.name)
+    return stored_matrix(subject.form(module), subject.modules[module])
+
+
+def _first_rows(info: TensorInfo, rows: int) -> TensorInfo:
+    return replace(info, shape=(rows, *info.shape[1:]), num_bytes=info.num_bytes // info.shape[0] * rows)
 
 
 def _size(form: Form, codes: TensorInfo) -> tuple[int, int]:
@@ -121,23 +193,6 @@ def _size(form: Form, codes: TensorInfo) -> tuple[int, int]:
     if form == "gptq":
         return packed, n * PER_WORD
     return n, packed * (PER_WORD if form == "pack-quantized" else 2)
-
-
-def _fit(subject: Subject, module: str, parts: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> bool:
-    """Whether the scales are what 4-bit codes, or modelopt's FP8, of a matrix [N, K] can have."""
-    n, k = shape
-    form, scheme = subject.form(module), subject.schemes.get(module)
-    if form == "fp8":
-        return parts[WEIGHT].dtype == "F8_E4M3" and parts[SCALE].dtype == "F32" and parts[SCALE].num_bytes == 4
-    if form in ("nvfp4", "nvfp4-pack-quantized"):
-        _, blocks, shared = parts.values()
-        return blocks.shape == (n, k // 16) and blocks.dtype == "F8_E4M3" and shared.dtype == "F32" and shared.num_bytes == 4
-    scales, zeros = parts[SCALES if form == "gptq" else SCALE], parts.get(QZEROS if form == "gptq" else ZERO_POINT)
-    if (scheme is not None and scheme.bits != 4) or scales.dtype not in ("F16", "BF16", "F32") or len(scales.shape) != 2:
-        return False
-    groups, rows = scales.shape if form == "gptq" else scales.shape[::-1]
-    packed = (groups, n // PER_WORD) if form == "gptq" else (n // PER_WORD, groups)
-    return bool(groups) and k % groups == 0 and rows == n and n % PER_WORD == 0 and (zeros is None or zeros.shape == packed)
 
 
 def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
@@ -158,95 +213,50 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
     return True
 
 
-def _error(form: Form, infos: tuple[TensorInfo, ...]) -> tuple[float, int]:
-    source, codes, scales, *third = infos
-    if form == "fp8":
-        return fp8_error(codes, scales, source), 0
-    if form == "nvfp4":
-        return relative_error(codes, scales, third[0], source)
-    if form == "nvfp4-pack-quantized":
-        return relative_error(codes, scales, third[0], source, reciprocal=True)
-    return int4_error(form, codes, scales, third[0] if third else None, source)
+# ---- numbers
 
 
-def relative_error(
-    packed: TensorInfo, scales: TensorInfo, scale_2: TensorInfo, source: TensorInfo, *, reciprocal: bool = False
-) -> tuple[float, int]:
-    """(‖w − ŵ‖ / ‖w‖, block scales that are NaN, negative, or zero over weights that are not) of an NVFP4 matrix [N, K].
+@dataclass
+class Sums:
+    """What is added up over the pieces of two tensors, in float64, of what is finite in both."""
 
-    reciprocal: scale_2 is compressed-tensors' weight_global_scale; vLLM takes 1 / it in float32, and so is it here.
-    """
-    from mtpress.formats import nvfp4
+    norm: float = 0.0
+    own: float = 0.0
+    distance: float = 0.0
+    rows: int = 0
+    rows_changed: int = 0
+    not_finite: int = 0
 
-    weight, codes, blocks, shared = (read_tensor(info) for info in (source, packed, scales, scale_2))
-    shared = (1.0 / shared if reciprocal else shared).reshape(())
-    n, k = weight.shape
-    distance = norm = 0.0
-    broken = 0
-    rows = max(1, ROWS_BYTES // (4 * k))
-    for start in range(0, n, rows):
-        piece = weight[start : start + rows].float()
-        scale = blocks[start : start + rows]
-        broken += _broken(piece, scale)
-        norm += _squares(piece)
-        piece.sub_(nvfp4.dequantize(codes[start : start + rows], scale, shared))
-        distance += _squares(piece)
-    return _quotient(distance, norm), broken
+    def add(self, here: "torch.Tensor", there: "torch.Tensor") -> None:
+        """Rows [n, …] of both, float32."""
+        import torch
 
+        one, two = here.reshape(len(here), -1), there.reshape(len(there), -1)
+        finite = one.isfinite() & two.isfinite()
+        if not bool(finite.all()):
+            self.not_finite += int((~one.isfinite()).sum())
+            one, two = torch.where(finite, one, 0.0), torch.where(finite, two, 0.0)
+        apart = one - two
+        self.norm += _squares(two)
+        self.own += _squares(one)
+        self.distance += _squares(apart)
+        self.rows += len(one)
+        self.rows_changed += int((apart != 0).any(1).sum())
 
-def fp8_error(codes: TensorInfo, scale: TensorInfo, source: TensorInfo) -> float:
-    """‖w − ŵ‖ / ‖w‖ of a matrix in modelopt's FP8."""
-    from mtpress.formats import fp8
-
-    weight, stored, shared = (read_tensor(info) for info in (source, codes, scale))
-    distance = norm = 0.0
-    rows = max(1, ROWS_BYTES // (4 * weight.shape[1]))
-    for start in range(0, len(weight), rows):
-        piece = weight[start : start + rows].float()
-        norm += _squares(piece)
-        distance += _squares(piece.sub_(fp8.dequantize(stored[start : start + rows], shared.reshape(()))))
-    return _quotient(distance, norm)
-
-
-def int4_error(form: Form, packed: TensorInfo, scales: TensorInfo, zeros: TensorInfo | None, source: TensorInfo) -> tuple[float, int]:
-    """(‖w − ŵ‖ / ‖w‖, scales that are not finite, or zero over weights that are not) of an INT4 matrix [N, K], in GPTQ's layout or
-    that of compressed-tensors, which is its transpose and stores zero points as they are.
-    """
-    import torch
-
-    from mtpress.formats import int4
-
-    weight, codes, scale = (read_tensor(info) for info in (source, packed, scales))
-    zero = read_tensor(zeros) if zeros is not None else None
-    if form == "pack-quantized":
-        codes, scale = codes.t(), scale.t()
-    groups, n = scale.shape
-    if zero is None:
-        points = torch.full((groups, n), int4.ZERO, dtype=torch.uint8)
-    elif form == "gptq":
-        points = int4.zero_points(zero)
-    else:
-        points = int4.unpack(zero)  # packed along N, as the codes of GPTQ are along K
-    k = weight.shape[1]
-    distance = norm = 0.0
-    broken = 0
-    rows = max(1, ROWS_BYTES // (4 * k))
-    for start in range(0, n, rows):
-        piece = weight[start : start + rows].float()
-        norm += _squares(piece)
-        part = scale[:, start : start + rows].t().float()
-        empty = part == 0
-        broken += int((~part.isfinite() | (empty & (piece.view(*part.shape, -1).abs().amax(-1) > 0))).sum())
-        whole = int4.unpack(codes[:, start : start + rows].contiguous()).float().view(*part.shape, -1)
-        whole.sub_(points[:, start : start + rows].t().float().unsqueeze(-1)).mul_(part.unsqueeze(-1))
-        distance += _squares(piece.sub_(whole.view(-1, k)))
-    return _quotient(distance, norm), broken
-
-
-def _quotient(distance: float, norm: float) -> float:
-    if norm == 0.0:
-        return 0.0 if distance == 0.0 else math.inf
-    return math.sqrt(distance / norm)
+    def closeness(self, part: str, matrix: bool, form: Form, limit: float) -> Closeness:
+        return Closeness(
+            part,
+            matrix,
+            quantized=form != "plain",
+            norm=self.norm**0.5,
+            own_norm=self.own**0.5,
+            dot=(self.norm + self.own - self.distance) / 2,
+            distance=self.distance**0.5,
+            limit=limit,
+            rows=self.rows,
+            rows_changed=self.rows_changed,
+            not_finite=self.not_finite,
+        )
 
 
 def _squares(matrix: "torch.Tensor") -> float:
@@ -256,12 +266,80 @@ def _squares(matrix: "torch.Tensor") -> float:
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
-def _broken(weight: "torch.Tensor", scale: "torch.Tensor") -> int:
-    import torch
+def _compare_kept(name: str, part: str, here: TensorInfo, there: TensorInfo, found: Comparison) -> None:
+    matrix = len(here.shape) > 1
+    if here.dtype == there.dtype and same_bytes(here, there):
+        found.closeness[name] = Closeness(part, matrix, quantized=False, equal=True)
+        return
+    if here.dtype not in PLAIN_DTYPES:
+        found.differing.append(name)
+        found.closeness[name] = Closeness(part, matrix, quantized=False, norm=1.0, distance=1.0)
+        return
+    sums, rounded = Sums(), True
+    one, two = (read_tensor(info).reshape(info.shape or (1,)) for info in (here, there))
+    for start, stop in pieces(len(one), one[0].numel() if len(one) else 1):
+        mine, theirs = one[start:stop], two[start:stop]
+        sums.add(mine.float(), theirs.float())
+        rounded = rounded and here.dtype != there.dtype and _rounds_to(mine, theirs)
+    found.closeness[name] = close = sums.closeness(part, matrix, "plain", math.inf if rounded else 0.0)
+    if close.state != "rounded":
+        found.differing.append(name)
+    if close.not_finite:
+        found.not_finite[name] = close.not_finite
 
-    raw = scale.contiguous().view(torch.uint8)
-    wrong = raw >= 0x7F  # E4M3: 0x7F is NaN, above it the sign is set
-    empty = raw == 0
-    if bool(empty.any()):
-        wrong |= empty & (weight.view(*raw.shape, -1).abs().amax(-1) > 0)
-    return int(wrong.sum())
+
+def _rounds_to(mine: "torch.Tensor", theirs: "torch.Tensor") -> bool:
+    """Whether either is the other, rounded to its dtype."""
+    return bool((theirs.to(mine.dtype) == mine).all()) or bool((mine.to(theirs.dtype) == theirs).all())
+
+
+def _compare_matrix(name: str, part: str, here: StoredMatrix, there: StoredMatrix, found: Comparison) -> None:
+    sums, broken, empty = measure(here, there)
+    broken = broken or sums.not_finite
+    limit = LARGEST[here.form] + LARGEST[there.form]
+    close = sums.closeness(part, True, here.form, limit)
+    found.closeness[name] = replace(close, not_finite=close.not_finite or broken)
+    if here.form == "plain":
+        found.differing += [name] * (close.error > limit)
+        return
+    found.error[name] = close.error
+    if here.form in INT4:
+        found.int4.add(name)
+    if here.form == "fp8":
+        found.fp8.add(name)
+    if broken:
+        found.broken_blocks[name] = broken
+    if empty:
+        found.empty_blocks[name] = empty
+
+
+def measure(here: StoredMatrix, there: StoredMatrix) -> tuple[Sums, int, int]:
+    """The sums over two matrices [N, K]; how many scales here are NaN, infinite or, of NVFP4, negative; how many are zero over weights."""
+    (mine, scales), (theirs, _) = here.load(), there.load()
+    sums, broken, empty = Sums(), 0, 0
+    for start, stop in here.pieces():
+        weight = theirs(start, stop)
+        sums.add(mine(start, stop), weight)
+        if scales is not None:
+            part = scales[start:stop].float()
+            wrong = ~part.isfinite() | ((part < 0) if here.form.startswith("nvfp4") else ~part.isfinite())
+            broken += int(wrong.sum())
+            none = part == 0
+            if bool(none.any()):
+                empty += int((none & (weight.reshape(*part.shape, -1).abs().amax(-1) > 0)).sum())
+    return sums, broken, empty
+
+
+def relative_error(
+    packed: TensorInfo, scales: TensorInfo, scale_2: TensorInfo, source: TensorInfo, *, reciprocal: bool = False
+) -> tuple[float, int]:
+    """(‖w − ŵ‖ / ‖w‖, block scales that are NaN, negative, or zero over weights that are not) of an NVFP4 matrix [N, K].
+
+    reciprocal: scale_2 is compressed-tensors' weight_global_scale; vLLM takes 1 / it in float32, and so is it here.
+    """
+    parts = {SCALE: scales} | ({WEIGHT_PACKED: packed, GLOBAL_SCALE: scale_2} if reciprocal else {WEIGHT: packed, SCALE_2: scale_2})
+    here, there = stored_matrix("nvfp4-pack-quantized" if reciprocal else "nvfp4", parts), stored_matrix("plain", {WEIGHT: source})
+    assert here is not None
+    assert there is not None
+    sums, broken, empty = measure(here, there)
+    return sums.closeness("", True, "nvfp4", 0.0).error, broken + empty

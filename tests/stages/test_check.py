@@ -99,7 +99,7 @@ def test_sound_is_the_last_word(made: Path, small_bf16: Path, capsys: pytest.Cap
     assert main(["check", str(made), "--base", str(small_bf16), "--hashes"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith(f"{made}: modelopt NVFP4 (W4A4), ")
-    assert "67 tensors equal to the source bit for bit; 25 quantized" in shown[1]
+    assert "67 tensors equal to the base bit for bit; 25 quantized" in shown[2]
     assert shown[-1].startswith("sound: nothing found by ")
 
 

@@ -1,65 +1,87 @@
-"""Repairs of what a comparison with the base finds in the weights: kept tensors are the base's again.
+"""Repairs of what a comparison with the base finds: what is damaged becomes the base's, what merely differs is told.
 
-In: the findings of rules/base.py. Out: the base's tensors in place of those that differ. Leaves out: the comparison.
+In: the findings of rules/base.py. Out: the base's numbers in place of those that are NaN or infinite. A tensor that is finite and in its
+shape is its author's, whatever the base has: only where the user says that the base is the source (--base-is source) does it become the
+base's. Leaves out: the comparison.
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
-from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor, bring_back
+from mtpress.checkpoint import TensorInfo, read_tensor
+from mtpress.repairs.base_files import base_tensor
+from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.draft_head import head_from_base
-from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair
-from mtpress.rules.base import LARGEST_ERROR
+from mtpress.repairs.repair import OTHER_BASE, STAYS, Context, Fix, Left, Repair, told_unless_source
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 
+if TYPE_CHECKING:
+    import torch
 
-def mtp_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    yield from head_from_base(ctx)
 
-
-def kept_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """The base's tensors, but not in layers whose quantized matrices are far from the base's too."""
-    assert ctx.comparison is not None
-    layer_of = ctx.subject.model.layer_index
-    far = {layer_of(module + ".") for module, error in ctx.comparison.error.items() if not error <= LARGEST_ERROR}
-    done, folded = list[str](), list[str]()
+def not_finite(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """Only the numbers that are NaN or infinite: the others stay."""
+    done, missing = list[str](), list[str]()
     for name in finding.where:
         origin = base_tensor(ctx, name, ctx.subject.tensors[name].shape)
-        if layer_of(name) in far:
-            folded.append(name)
-        elif origin is not None:
+        if origin is None:
+            missing.append(name)
+            continue
+        info = ctx.overlay.places[name].info
+        ctx.overlay.compute(name, info.dtype, info.shape, partial(patched, info, origin))
+        done.append(name)
+    if done:
+        yield Fix(
+            f"{ctx.whose}'s numbers put in the place of those that are NaN or infinite in {', '.join(done[:3])}{', …' * (len(done) > 3)}"
+        )
+    if missing:
+        yield Left(f"the base has no {missing[0]} of that shape", OTHER_BASE)
+
+
+def patched(info: TensorInfo, origin: TensorInfo) -> "torch.Tensor":
+    """A stored tensor, with another's numbers where its own are not finite."""
+    import torch
+
+    mine = read_tensor(info)
+    return torch.where(mine.isfinite(), mine, read_tensor(origin).to(mine.dtype))
+
+
+def differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    done = list[str]()
+    for name in finding.where:
+        if (origin := base_tensor(ctx, name, ctx.subject.tensors[name].shape)) is not None:
             ctx.overlay.put(name, origin)
             done.append(name)
     if done:
         yield Fix(f"{count(len(done), 'tensor')} put from the base, bit for bit")
-    if folded:
-        yield Left(
-            f"{folded[0]}: quantized matrices of its layer are further than {LARGEST_ERROR} from the base too; it may be folded into them",
-            OTHER_BASE,
-        )
+    if len(done) < len(finding.where):
+        yield Left("the base has not all of them in that shape", OTHER_BASE)
 
 
-def far_matrices(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """Matrices that cannot be what was quantized, back in BF16, where they are few."""
-    if len(finding.where) > LARGEST_SHARE * len(ctx.subject.quantized):
-        yield Left(
-            f"{len(finding.where)} of {len(ctx.subject.quantized)} quantized matrices are so: it is not its source, or made wrongly",
-            QUANTIZE_AGAIN,
-        )
-        return
-    done, missing = bring_back(ctx, finding.where)
-    if done:
-        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
-    if missing:
-        yield Left(f"the base has no {missing[0]} of that shape", QUANTIZE_AGAIN)
+def mtp_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from head_from_base(ctx, whole=True)
+
+
+def matrices(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """Matrices of which no number can be had from their codes, in BF16 from the base."""
+    made = in_bf16(ctx, finding.where, damaged=True)
+    yield from made.told(ctx)
+    if made.missing:
+        yield Left(f"the base has no {made.missing[0]} of that shape", QUANTIZE_AGAIN)
 
 
 REPAIRS = (
-    Repair("mtp-differs", "the whole head is put from the base, bit for bit", mtp_differs),
-    Repair("kept-differs", "put from the base, bit for bit; left where the matrices of the layer are far from the base's too, as norms may "
-           "have been folded into them", kept_differs),
+    Repair("base-ancestor", "nothing is wrong: what differs from an ancestor is its author's"),
+    Repair("base-stranger", "nothing is taken from another model"),
+    Repair("not-finite", "the base's numbers in the place of those that are NaN or infinite, the others stay (`--base`)", not_finite),
+    Repair("mtp-differs", STAYS + "the whole head is put from the base, bit for bit", told_unless_source(mtp_differs, "the draft head")),
+    Repair("kept-differs", STAYS + "put from the base, bit for bit", told_unless_source(differs, "a kept tensor")),
+    Repair("kept-unrelated", "left as it is: it may have been trained anew"),
     Repair("base-lacks", "nothing to compare with, nothing to take"),
     Repair("not-compared", "nothing is known to be wrong"),
-    Repair("blocks-broken", "the module in BF16 from the base", far_matrices),
-    Repair("error-large", f"the module in BF16 from the base, where that is at most {LARGEST_SHARE:.0%} of them; else left", far_matrices),
+    Repair("blocks-broken", "the module in BF16 from the base", matrices),
+    Repair("blocks-empty", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a block scale")),
+    Repair("error-large", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a quantized matrix")),
     Repair("error-outlier", "left: an outlier is a choice to look at, not a fault"),
 )  # fmt: skip

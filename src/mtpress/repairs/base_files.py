@@ -4,20 +4,17 @@ In: a `Context`. Out: the base's tensor or file for something that is missing or
 """
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mtpress.checkpoint import Checkpoint, TensorInfo
+from mtpress.comparison import counterpart, counterparts
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.models.qwen3_5_engine import ARCHITECTURE
-from mtpress.repairs.overlay import Overlay
 from mtpress.repairs.repair import Context
-from mtpress.rules.stored import SCALE_SUFFIXES, WEIGHT
 from mtpress.rules.subject import Subject
 
-BODY_PREFIXES = ("model.language_model.", "model.")
 LARGEST_SHARE = 0.25  # of the quantized matrices are put in BF16; where more are wrong, the base or the config is
 TEXT_MODEL_TYPE = "qwen3_5_text"
 
@@ -32,52 +29,11 @@ def open_base(path: str | Path, checkpoint_name: str) -> Checkpoint:
 
 
 def base_tensor(ctx: Context, name: str, shape: tuple[int, ...] | None = None) -> TensorInfo | None:
-    """The base's tensor of that name, the body's under either of its prefixes; None where it has none of that shape."""
+    """The base's tensor of that name, under whatever prefix; None where it has none of that shape."""
     if ctx.base is None:
         return None
-    names = [name]
-    for ours in BODY_PREFIXES:
-        if name.startswith(ours):
-            names += [theirs + name.removeprefix(ours) for theirs in BODY_PREFIXES]
-            break
-    found = next((ctx.base.tensors[n] for n in names if n in ctx.base.tensors), None)
+    found = counterpart(name, counterparts(ctx.base))
     return found if found is not None and (shape is None or found.shape == shape) else None
-
-
-def group_of(subject: Subject, module: str) -> tuple[str, ...]:
-    """The modules that the engine fuses with one, itself among them; those that are stored in no form too."""
-    return next((linear.modules for linear in subject.linears if module in linear.modules), (module,))
-
-
-def bring_back(ctx: Context, modules: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Puts the base's BF16 matrices in place of modules, whatever is stored of them: (brought back, not to be had).
-
-    The engine fuses linears, and all shards of one must be in one format: where a module is among them and the others are quantized,
-    they are brought back with it, or none is.
-    """
-    subject, done, missing = ctx.subject, list[str](), list[str]()
-    for module in dict.fromkeys(modules):
-        if module in done:
-            continue
-        group = group_of(subject, module)
-        wanted = [m for m in group if m == module or subject.form(m) != "plain"]
-        origins = {m: base_tensor(ctx, f"{m}.{WEIGHT}", subject.called_for.get(f"{m}.{WEIGHT}")) for m in wanted}
-        if any(origin is None or origin.dtype != "BF16" for origin in origins.values()):
-            missing.append(module)
-            continue
-        for member, origin in origins.items():
-            drop_scales(ctx.overlay, subject, member)
-            assert origin is not None
-            ctx.overlay.put(f"{member}.{WEIGHT}", origin)
-            done.append(member)
-    return done, missing
-
-
-def drop_scales(overlay: Overlay, subject: Subject, module: str) -> None:
-    """Takes away every tensor of a quantized form that a module has; a bias and the scales of the KV cache stay."""
-    for suffix in subject.modules.get(module, {}):
-        if suffix in SCALE_SUFFIXES or suffix in ("weight_packed", "qweight"):
-            overlay.drop(f"{module}.{suffix}")
 
 
 def base_config(ctx: Context) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 from mtpress.errors import InputError
 from mtpress.kept_modules import spare
 from mtpress.matching.modelopt import GROUP_SIZE
-from mtpress.repairs.base_files import LARGEST_SHARE, bring_back
+from mtpress.repairs.base_files import LARGEST_SHARE
+from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.mixed_precision import declare_mixed, stored_formats
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn
 from mtpress.rules import ignore_lists, stored
@@ -294,19 +295,18 @@ def stored_bits(subject: Subject, module: str) -> int | None:
 
 
 def group_size(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """What the scales show; modules whose scales show another group size than the others are put in BF16 from the base."""
+    """What the scales show; modules whose scales show another group size than the others are dequantized to BF16."""
     sizes = Counter(size for module in ctx.subject.quantized if (size := ctx.subject.stored_group_size(module)) is not None)
     usual = sizes.most_common(1)[0][0] if sizes else None
     odd = [module for module in ctx.subject.quantized if ctx.subject.stored_group_size(module) not in (usual, None)]
     if len(sizes) < 2 or len(odd) > LARGEST_SHARE * len(ctx.subject.quantized):
         yield from declare(ctx)
         return
-    done, missing = bring_back(ctx, odd) if ctx.base is not None else ([], odd)
-    if done:
-        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit: their groups are not those of the others")
-    if missing:
+    made = in_bf16(ctx, odd, damaged=False)
+    yield from made.told(ctx, ": their groups are not those of the others")
+    if made.missing:
         takes = f"--base SRC, which puts it in BF16; or {QUANTIZE_AGAIN}" if ctx.base is None else QUANTIZE_AGAIN
-        yield Left(f"the scales of {missing[0]} are for groups of another size than those of the others", takes)
+        yield Left(f"the scales of {made.missing[0]} are for groups of another size than those of the others", takes)
 
 
 def no_kernel(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -331,7 +331,7 @@ REPAIRS = (
     )),
     Repair("kv-cache-scheme", "FP8 where scales for it are stored; else it is taken out, which is what vLLM makes of it", written_anew,
            Turn.DECLARATION),
-    Repair("group-size", "what the scales show is declared; a module of other groups than the rest: in BF16 from the base (`--base`)",
+    Repair("group-size", "what the scales show is declared; a module of other groups than the rest is dequantized to BF16",
            group_size, Turn.CONFIG),
     Repair("packing-format", "set to auto_round:auto_gptq where the zero points are symmetric, and they are written as it wants them",
            written_anew, Turn.DECLARATION),

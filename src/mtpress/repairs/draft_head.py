@@ -1,45 +1,49 @@
 """Repairs of the draft head: from the base bit for bit, dequantized where there is none, renamed, declared."""
 
 import copy
-import math
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-from mtpress.checkpoint import TensorInfo, read_tensor
+from mtpress.comparison import counterpart, counterparts
 from mtpress.models.qwen3_5 import MTP_PREFIX
-from mtpress.repairs.base_files import base_tensor, drop_scales
+from mtpress.repairs.base_files import base_tensor
+from mtpress.repairs.bf16 import drop_scales, in_bf16
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.rule import Finding, count
-from mtpress.rules.stored import SCALE, SCALE_2, WEIGHT, Form
+from mtpress.rules.stored import PLAIN_DTYPES
 
-if TYPE_CHECKING:
-    import torch
-
-# What a quantized matrix is computed from, by its form.
-PARTS: dict[Form, tuple[str, ...]] = {
-    "gptq": ("qweight", "qzeros", "scales"),
-    "nvfp4": (WEIGHT, SCALE, SCALE_2),
-    "nvfp4-pack-quantized": ("weight_packed", SCALE, "weight_global_scale"),
-}
+HOW_IT_DRAFTS = "it was not trained with this body, so fewer of its drafts may be accepted: mtpress align trains it"
 
 
-def head_from_base(ctx: Context) -> Iterator[Fix | Left]:
-    """All of the head: of two heads no half fits the other."""
+def head_from_base(ctx: Context, *, whole: bool = False) -> Iterator[Fix | Left]:
+    """What is absent or packed of the head; what is stored of it in its shape and in 16 or 32 bits stays, unless all of it is asked for."""
     if ctx.base is None:
         yield needs_base("the draft head")
         return
     subject = ctx.subject
-    found = {name: base_tensor(ctx, name, shape) for name, shape in subject.model.mtp_shapes(subject.config).items()}
+    shapes = subject.model.mtp_shapes(subject.config)
+    own = {n for n, shape in shapes.items() if (i := subject.tensors.get(n)) and i.shape == shape and i.dtype in PLAIN_DTYPES and not whole}
+    found = {name: base_tensor(ctx, name, shape) for name, shape in shapes.items() if name not in own}
     if lacking := [name for name, info in found.items() if info is None]:
-        yield Left(f"the base has no draft head that fits: {lacking[0]} is missing or of another shape", OTHER_BASE)  # fmt: skip
+        yield Left(f"the base has no draft head that fits: {lacking[0]} is missing or of another shape", OTHER_BASE)
         return
-    for name in [name for name in subject.tensors if name.startswith(MTP_PREFIX) and name not in found]:
-        ctx.overlay.drop(name)
     for name, info in found.items():
+        drop_scales(ctx.overlay, ctx.subject, subject.model.module_of(name))
         assert info is not None
         ctx.overlay.put(name, info)
-    yield Fix(f"the {len(found)} tensors of the draft head put from the base, bit for bit")
+    what = f"{len(found)} tensors of the draft head" if own else f"the {len(found)} tensors of the draft head"
+    stays = f"; the other {len(own)} stay as they are" if own else ""
+    yield Fix(f"{what} put from {ctx.whose}, bit for bit{stays}" + (f"; {HOW_IT_DRAFTS}" if ctx.ancestor else "") + other_vocabulary(ctx))
+
+
+def other_vocabulary(ctx: Context) -> str:
+    """Of a head that drafts with embeddings of other rows than those it was trained with: what to know of it; else nothing."""
+    assert ctx.base is not None
+    theirs = counterpart("embed_tokens.weight", counterparts(ctx.base))
+    mine = next((info for name, info in ctx.subject.tensors.items() if name.endswith("embed_tokens.weight")), None)
+    if theirs is None or mine is None or theirs.shape == mine.shape:
+        return ""
+    return f"; it drafts with the checkpoint's {mine.shape[0]} embeddings, and was trained with {theirs.shape[0]}"
 
 
 def mtp_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -73,58 +77,20 @@ def mtp_unindexed(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def mtp_quantized(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """From the base or, without one, the stored codes dequantized: float32, then rounded to BF16."""
-    if ctx.base is not None:
+    """The base's head where the codes are that, rounded; else, and without a base, what the codes stand for."""
+    own = [module for module in finding.where if ctx.base is None or _trained(ctx, module)]
+    made = in_bf16(ctx, own, damaged=False)
+    yield from made.told(ctx, "; they are not the base's, rounded" if ctx.base is not None else "")
+    if ctx.base is not None and len(own) < len(finding.where):
         yield from head_from_base(ctx)
-        return
-    subject = ctx.subject
-    done = list[str]()
-    for module in finding.where:
-        form, tensors = subject.form(module), subject.modules[module]
-        names = PARTS.get(form, ())
-        shape = subject.called_for.get(f"{module}.{WEIGHT}")
-        if shape is None or not names or not set(names) <= tensors.keys() or shape != stored_shape(form, tensors):
-            continue
-        infos = tuple(ctx.overlay.places[f"{module}.{suffix}"].info for suffix in names)
-        drop_scales(ctx.overlay, subject, module)
-        ctx.overlay.compute(f"{module}.{WEIGHT}", "BF16", shape, partial(dequantized, form, infos))
-        done.append(module)
-    if done:
-        yield Fix(f"{count(len(done), 'module')} dequantized to BF16, the value that its codes stand for")
-    if len(done) < len(finding.where):
-        left = next(module for module in finding.where if module not in done)
-        yield needs_base(f"{left} in BF16")
+    elif made.missing:
+        yield needs_base(f"{made.missing[0]} in BF16")
 
 
-def stored_shape(form: Form, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:
-    """[N, K] of the matrix that INT4 or NVFP4 tensors hold, by their headers; None where they are of no one matrix."""
-    first, second, third = (tensors[suffix].shape for suffix in PARTS[form])
-    if len(first) != 2 or not all(first):
-        return None
-    if form == "gptq":
-        words, n = first
-        groups = third[0] if third else 0
-        whole = second == (groups, n // 8) and third == (groups, n) and groups and words * 8 % groups == 0
-        return (n, words * 8) if whole else None
-    n, half = first
-    return (n, 2 * half) if second == (n, half // 8) and math.prod(third) == 1 else None
-
-
-def dequantized(form: Form, infos: tuple[TensorInfo, ...]) -> "torch.Tensor":
-    """BF16 [N, K] of a stored matrix: (code − zero) · scale or code · block scale · global scale in float32, rounded to nearest.
-
-    For INT4 this is how a published AutoRound build of Qwen3.6-27B brought mtp.fc back.
-    """
-    import torch
-
-    from mtpress.formats import compressed_tensors, int4, nvfp4
-
-    parts = [read_tensor(info) for info in infos]
-    if form == "gptq":
-        return int4.dequantize(*parts).to(torch.bfloat16)
-    codes, blocks, scale = parts
-    scale_2 = compressed_tensors.reciprocal(scale) if form == "nvfp4-pack-quantized" else scale
-    return nvfp4.dequantize(codes, blocks, scale_2.reshape(())).to(torch.bfloat16)
+def _trained(ctx: Context, module: str) -> bool:
+    """Whether a packed module is further from the base's than rounding brings it, and no damage."""
+    near = ctx.comparison.closeness.get(module) if ctx.comparison is not None else None
+    return near is not None and near.state == "changed"
 
 
 def declared(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -141,11 +107,11 @@ def declared(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 REPAIRS = (
-    Repair("mtp-missing", "the whole head is put from the base (`--base`), bit for bit", mtp_missing),
+    Repair("mtp-missing", "what is missing of the head is put from the base (`--base`), bit for bit", mtp_missing),
     Repair("mtp-misplaced", "renamed to `mtp.`", mtp_misplaced, Turn.CONFIG),
     Repair("mtp-unindexed", "the index names it", mtp_unindexed),
-    Repair("mtp-quantized", "the whole head is put from the base (`--base`); without one INT4 and NVFP4 are dequantized to BF16, "
-           "which is what the codes stand for", mtp_quantized),
+    Repair("mtp-quantized", "put from the base (`--base`), bit for bit; without one, and where the codes are not its head rounded, "
+           "dequantized to BF16", mtp_quantized),
     Repair("mtp-rounded", "as `mtp-quantized`", mtp_quantized),
     Repair("mtp-not-declared", "mtp_num_hidden_layers is set to 1", declared, Turn.CONFIG),
     Repair("mtp-layer-count", "mtp_num_hidden_layers is set to 1", declared, Turn.CONFIG),

@@ -1,24 +1,42 @@
 """Repairs of what stands beside the weights and differs from the base's: keys and files are the base's again.
 
 In: the findings of rules/meanings.py. Out: config.json, processor files, tokenizer and generation defaults that mean what the base's do.
-Leaves out: whether the base may say so (opening.py finds out what it is to the checkpoint).
+Only where the user says that the base is the source; else they are told, but a size of config.json that what is stored refutes.
 """
 
 from collections.abc import Iterator
 
 from mtpress.meanings.config import restored
+from mtpress.models.qwen3_5 import REQUIRED_SIZES, VISION_SIZES
 from mtpress.repairs.files import copy_files
-from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn
+from mtpress.repairs.repair import RESTORE, STAYS, Context, Fix, Left, Repair, Turn, told_unless_source
 from mtpress.rules.rule import Finding, count
+from mtpress.rules.subject import Subject
+from mtpress.rules.tensors import tensor_missing, tensor_unexpected, weight_shape
 from mtpress.rules.tokenizer import GENERATION, TOKENIZER, TOKENIZER_CONFIG
 from mtpress.rules.vision import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
 
 
 def config_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    """All keys, or those of sizes where the tensors that are stored have the base's and not those that config.json says."""
     assert ctx.base is not None
     places = [entry.partition(": ")[0] for entry in finding.where]
+    if not ctx.restores:
+        sizes = [place for place in places if place.rpartition(".")[2] in SIZES]
+        right = restored(ctx.overlay.config, ctx.base.config, sizes)
+        if not sizes or misfits(ctx.overlay.subject_with(right)) >= misfits(ctx.subject):
+            yield Left("keys of config.json differ from the base's and fit what is stored, so they stay as their author set them", RESTORE)
+            return
+        places = sizes
     ctx.overlay.set_config(restored(ctx.overlay.config, ctx.base.config, places))
-    yield Fix(f"{count(len(places), 'key')} of config.json set to the base's")
+    yield Fix(
+        f"{count(len(places), 'key')} of config.json set to the base's" + (", which the stored tensors have" if not ctx.restores else "")
+    )
+
+
+def misfits(subject: Subject) -> int:
+    """How many tensors are missing, of another shape, or without a place by config.json."""
+    return sum(len(problem.where) for find in (tensor_missing, tensor_unexpected, weight_shape) for problem in find(subject))
 
 
 def processor_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -47,13 +65,16 @@ def generation_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     yield Fix(f"{count(len(keys), 'key')} of {GENERATION} set to the base's")
 
 
+SIZES = (*REQUIRED_SIZES, *VISION_SIZES, "num_hidden_layers", "layer_types", "full_attention_interval", "attn_output_gate")
 REPAIRS = (
-    Repair("config-differs", "the keys are set to the base's, those that it lacks are taken out", config_differs, Turn.CONFIG),
+    Repair("config-differs", "left as they are, but sizes that what is stored refutes; `--base-is source`: the keys are set to the base's, "
+           "those that it lacks are taken out", config_differs, Turn.CONFIG),
     Repair("config-unknown", "left: nothing is known to read them"),
-    Repair("processor-differs", "the base's files, byte for byte", processor_differs),
-    Repair("tokenizer-differs", "the base's files, byte for byte", tokenizer_differs),
+    Repair("processor-differs", STAYS + "the base's files, byte for byte", told_unless_source(processor_differs, "the processor")),
+    Repair("tokenizer-differs", STAYS + "the base's files, byte for byte", told_unless_source(tokenizer_differs, "the tokenizer")),
     Repair("tokenizer-respelled", "nothing is wrong: the tokens are the base's"),
-    Repair("generation-differs", "the keys are set to the base's", generation_differs),
+    Repair("generation-differs", STAYS + "the keys are set to the base's",
+           told_unless_source(generation_differs, "generation_config.json")),
     Repair("sampling-differs", "left: a sampling may be chosen"),
     Repair("template-differs", "left: a template may be chosen; what it does wrong is mended by its own findings"),
-)
+)  # fmt: skip

@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mtpress.comparison import Comparison, compare
+from mtpress.comparison import compare
 from mtpress.repairs.registry import REPAIRS
 from mtpress.repairs.repair import Context, Fix, Left
+from mtpress.rules.base import RULES as WEIGHT_RULES
 from mtpress.rules.meanings import RULES as FILE_RULES
 from mtpress.rules.registry import STATIC_RULES
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, apply
 from mtpress.rules.subject import Subject
 
+RELATIONS = ("base-ancestor", "base-stranger")  # what the base is: said beside the findings
 MAX_ROUNDS = 200
 
 
@@ -57,19 +59,14 @@ def _find(ctx: Context) -> list[Finding]:
     found = list(apply(STATIC_RULES, subject))
     if ctx.base is not None:
         files = compare(Subject(replace(subject.checkpoint, tensors={})), ctx.base, silent=True)
+        files.relation = ctx.measured.relation if ctx.measured is not None else None
         found += apply(FILE_RULES, files)
     return found
 
 
-def compared(ctx: Context, silent: bool) -> Comparison:
-    """Everything that is stored, against the base; reads both. What was put from the base needs no comparing, what is yet to be computed
-    is compared when it is written."""
-    assert ctx.base is not None
-    subject = ctx.subject
-    places = ctx.overlay.places.items()
-    passed = {subject.model.module_of(name) for name, p in places if p.produce is not None or p.info.file.parent == ctx.base.path}
-    rest = {name: info for name, info in subject.tensors.items() if subject.model.module_of(name) not in passed}
-    return compare(Subject(replace(subject.checkpoint, tensors=rest)), ctx.base, silent=silent)
+def by_weight(ctx: Context) -> tuple[Finding, ...]:
+    """The findings of what was measured, of tensors that are still as they are stored; what an ancestor leaves is none to be mended."""
+    return tuple(f for f in apply(WEIGHT_RULES, ctx.comparison) if f.id not in RELATIONS) if ctx.comparison is not None else ()
 
 
 def mend_reindexed(ctx: Context, findings: tuple[Finding, ...]) -> Iterator[Outcome]:

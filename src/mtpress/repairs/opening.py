@@ -14,6 +14,7 @@ from mtpress.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, read_j
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.models.qwen3_5 import component
+from mtpress.rules.config import not_treated
 from mtpress.rules.registry import OPEN_RULES, STATIC_RULES
 from mtpress.rules.rule import Finding, apply
 from mtpress.rules.subject import CONFIG, MISPLACED_MTP, Subject
@@ -50,6 +51,13 @@ def open_broken(path_or_id: str | Path, base: Checkpoint | None) -> Opened:
     tensors = {name: info for name, info in stored.items() if info.file in kept}
     index = opened.index if opened is not None else None
     return Opened(findings, Checkpoint(path, config, shards, tensors, {}, index), left_out | foreign, problem is not None)
+
+
+def refuse_other_tasks(checkpoint: Checkpoint) -> None:
+    """InputError for what is no language model of the family in a form that is known: repair would take from it what makes it so."""
+    said = not_treated(checkpoint)
+    if said is not None:
+        raise InputError(f"{checkpoint.path}: {said}; repair leaves it alone")
 
 
 def _config(path: Path, base: Checkpoint | None) -> tuple[dict[str, Any], InputError | None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import Checkpoint
 from mtpress.comparison import Comparison
+from mtpress.relation import Kind
 from mtpress.rules.rule import Finding
 from mtpress.rules.subject import Subject
 
@@ -46,16 +47,40 @@ class Turn(IntEnum):
 class Context:
     """What a repair may use. may_read: whether weights may be read (a dry run reads none and says what would be done).
 
-    comparison: with the base, where one was made. left_out: safetensors files that are not taken over → why. keep_template: a template
-    that fails stays.
+    base: None where it is a stranger. measured: what is stored beside the base, where that was compared; base_is: what the user says that
+    it is. left_out: safetensors files that are not taken over → why. keep_template: a template that fails stays.
     """
 
     overlay: "Overlay"
     base: Checkpoint | None
     may_read: bool = True
-    comparison: Comparison | None = None
+    measured: Comparison | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     keep_template: bool = False
+    base_is: Kind | None = None
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What was measured of the tensors that are still as they are stored, by their present names."""
+        from mtpress.repairs.measured import remapped
+
+        return remapped(self.measured, self.overlay) if self.measured is not None else None
+
+    @property
+    def ancestor(self) -> bool:
+        """Whether the base is known to be an ancestor: what it has was not trained with the rest of this checkpoint."""
+        relation = self.measured.relation if self.measured is not None else None
+        return (self.base_is or (relation.kind if relation is not None else "source")) == "ancestor"
+
+    @property
+    def restores(self) -> bool:
+        """Whether what merely differs becomes the base's: only where the user says that it is the source."""
+        return self.base is not None and self.base_is == "source"
+
+    @property
+    def whose(self) -> str:
+        """The base, as sentences call it."""
+        return "the ancestor" if self.ancestor else "the base"
 
     @property
     def subject(self) -> Subject:
@@ -82,3 +107,19 @@ OTHER_BASE = "name the checkpoint that this one was made from as --base"
 def needs_base(what: str) -> Left:
     """What can only come from the BF16 source, when none is given."""
     return Left(f"{what} can only come from the source", "run it again with --base SRC")
+
+
+STAYS = "left as it is; `--base-is source`: "
+RESTORE = "if it is damaged: run it again with --base-is source; if it was trained so: --base-is ancestor says that it is right"
+
+
+def told_unless_source(mend: Callable[[Context, Finding], Iterator[Fix | Left]], what: str) -> Mend:
+    """A repair that is made only where the user says that the base is the source; else the finding is told."""
+
+    def wrapped(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+        if ctx.restores:
+            yield from mend(ctx, finding)
+        else:
+            yield Left(f"{what} differs from the base's and is no damage that shows, so it stays as its author left it", RESTORE)
+
+    return wrapped

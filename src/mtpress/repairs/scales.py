@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import TensorInfo, read_tensor
 from mtpress.models.qwen3_5_engine import EngineLinear
-from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor, bring_back, group_of
+from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor
+from mtpress.repairs.bf16 import InBF16, group_of, in_bf16
 from mtpress.repairs.declaration import declare
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules.declaration import Declaration
@@ -109,14 +110,18 @@ def _new_scales(ctx: Context, names: tuple[str, ...], what: str) -> Iterator[Fix
         yield Fix(f"{count(len(shared), shared[0].rpartition('.')[2])} taken from the shards it is fused with, as the engine does")
     kv = [name for name in others if name.rpartition(".")[2] in KV_SCALES]
     modules = [name.rpartition(".")[0] for name in others if name not in kv]
-    done, missing = bring_back(ctx, modules) if ctx.base is not None else ([], modules)
-    if done:
-        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
+    made = in_bf16(ctx, modules, damaged=not _only_inputs(others))
+    yield from made.told(ctx)
     if kv:
         yield from _no_kv_scales(ctx, f"{kv[0]} {what}")
-    if missing:
+    if made.missing:
         takes = QUANTIZE_AGAIN if ctx.base is not None else f"--base SRC, which puts the module in BF16 in its place; or {QUANTIZE_AGAIN}"
-        yield Left(f"a scale of {missing[0]} {what}, and nothing stored has it", takes)
+        yield Left(f"a scale of {made.missing[0]} {what}, and nothing stored has it", takes)
+
+
+def _only_inputs(names: list[str]) -> bool:
+    """Whether it is scales of activations alone: the codes have all of their own scales then."""
+    return all(name.rpartition(".")[2] in INPUT_SCALES for name in names)
 
 
 def scale_orphan(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -182,18 +187,13 @@ def turned_back(reciprocal: float, sibling: float | None = None) -> float:
 
 
 def fused_formats_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """All shards in BF16 from the base: one in BF16 cannot be quantized without loss."""
+    """All shards in BF16: one in BF16 cannot be quantized without loss, and the others can be dequantized."""
     modules = [module for module in finding.where if ctx.subject.form(module) != "plain"]
-    if ctx.base is None:
-        yield Left(
-            "shards of one linear are stored in different formats", f"--base SRC, which puts all of them in BF16; or {QUANTIZE_AGAIN}"
-        )
-        return
-    done, missing = bring_back(ctx, modules)
-    if done:
-        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit, as the shard that is not quantized")
-    if missing:
-        yield Left(f"the base has no {missing[0]}.{WEIGHT} of that shape", OTHER_BASE)
+    made = in_bf16(ctx, modules, damaged=False)
+    yield from made.told(ctx, ", as the shard that is not quantized")
+    if made.missing:
+        takes = OTHER_BASE if ctx.base is not None else f"--base SRC, which puts all of them in BF16; or {QUANTIZE_AGAIN}"
+        yield Left(f"shards of one linear are stored in different formats, and {made.missing[0]} cannot be had in BF16", takes)
 
 
 def fused_input_scales_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -236,7 +236,7 @@ def fused_scales_differ(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
                 set_scalar(ctx, shard.scalar, max(subject.scalars[s.scalar] for s in whole))
             done.append(linear.prefix)
         else:
-            told += wrong_label(ctx, whole)
+            told += not ctx.ancestor and wrong_label(ctx, whole)
             cost = share(ctx, whole)
             if cost is None:
                 done.append(linear.prefix)
@@ -352,15 +352,15 @@ def zeros_convention(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def zeros_asymmetric(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """The modules in BF16 from the base, where they are few: their codes are of other zero points than the engine takes."""
+    """The modules in BF16, where they are few: their codes are of other zero points than the engine takes."""
     modules = [name.rpartition(".")[0] for name in finding.where]
     few = len(modules) <= LARGEST_SHARE * len(ctx.subject.quantized)
-    done, missing = bring_back(ctx, modules) if ctx.base is not None and few else ([], modules)
-    if done:
-        yield Fix(f"{count(len(done), 'module')} put from the base in BF16, bit for bit")
-    if missing:
-        takes = f"--base SRC, which puts them in BF16; or {QUANTIZE_AGAIN}" if few and ctx.base is None else QUANTIZE_AGAIN
-        yield Left(f"the codes of {count(len(missing), 'module')} were made for other zero points than the engine takes", takes)
+    made = in_bf16(ctx, modules, damaged=False) if few else InBF16(missing=modules)
+    yield from made.told(ctx)
+    if made.missing:
+        yield Left(
+            f"the codes of {count(len(made.missing), 'module')} were made for other zero points than the engine takes", QUANTIZE_AGAIN
+        )
 
 
 def kv_scale_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -392,19 +392,20 @@ def input_scales_unused(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 REPAIRS = (
     Repair("scale-missing", "input_scale from the shards of its fused linear; where no module has one, activations are declared to stay in "
-           "16 bits; any other: the module in BF16 from the base (`--base`)", scale_missing),
+           "16 bits; else the module is dequantized to BF16; any other: the module in BF16 from the base (`--base`)", scale_missing),
     Repair("scale-orphan", "dropped", scale_orphan, Turn.DROPS),
     Repair("scale-unsound", "input_scale from the shards of its fused linear; of the KV cache, all are dropped, which makes them 1; any "
            "other: the module in BF16 from the base (`--base`)", scale_unsound),
     Repair("scale-implausible", "a reciprocal weight_scale_2 is turned back, and input_scale where all are reciprocals; else left",
            scale_implausible, Turn.CONFIG),
-    Repair("fused-formats-differ", "all shards in BF16 from the base (`--base`)", fused_formats_differ),
+    Repair("fused-formats-differ", "all shards in BF16: dequantized or, where codes cannot be, from the base (`--base`)",
+           fused_formats_differ),
     Repair("fused-scales-differ", "one global scale, block scales anew, codes untouched, where every weight keeps its value exactly; "
            "else left, with the error it would cost. `--base` tells a global scale that is wrong from one that is not shared",
            fused_scales_differ),
     Repair("fused-input-scales-differ", "set to the largest of the linear, as the engine does", fused_input_scales_differ),
     Repair("zeros-convention", "the zero points are written in the convention of the declared layout", zeros_convention),
-    Repair("zeros-asymmetric", "the module in BF16 from the base (`--base`), where they are few; else left", zeros_asymmetric),
+    Repair("zeros-asymmetric", "the module dequantized to BF16, where they are few; else left", zeros_asymmetric),
     Repair("in-proj-ab-quantized", "nothing is wrong, it is a choice of the build"),
     Repair("kv-scale-missing", "the others are dropped too, which makes all of them 1, where none of them is larger; else left",
            kv_scale_missing, Turn.DROPS),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
 from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE
-from mtpress.repairs.base_files import base_tensor, bring_back
+from mtpress.repairs.base_files import base_tensor
+from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.declaration import declare, stored_bits
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
@@ -61,8 +62,8 @@ def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | L
     decided = {module for linear in subject.linears for module in linear.modules}
     modules, done, missing = list[str](), list[str](), list[str]()
     for name in names:
-        module = subject.model.module_of(name)
-        if module in decided:
+        module, _, suffix = name.rpartition(".")
+        if module in decided and (suffix == WEIGHT or subject.form(module) not in ("plain", "none")):
             modules.append(module)
         elif (origin := base_tensor(ctx, name, subject.called_for.get(name))) is not None:
             ctx.overlay.put(name, origin)
@@ -74,11 +75,11 @@ def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | L
         share = f"{len(quantized)} of {len(subject.quantized)} quantized matrices"
         yield Left(f"{share} are so: config.json or the declaration is wrong, not they", QUANTIZE_AGAIN)
         modules = [module for module in modules if module not in quantized]
-    brought, not_there = bring_back(ctx, modules)
-    done, missing = done + brought, missing + not_there
+    made = in_bf16(ctx, modules, damaged=True)
     if done:
-        yield Fix(f"{count(len(done), 'tensor')} put from the base in BF16, bit for bit")
-    if missing:
+        yield Fix(f"{count(len(done), 'tensor')} put from {ctx.whose}, bit for bit: {', '.join(done[:3])}{', …' * (len(done) > 3)}")
+    yield from made.told(ctx)
+    if missing := missing + made.missing:
         yield Left(f"the base has no such tensor either ({missing[0]}, …)", OTHER_BASE)
 
 
@@ -129,30 +130,22 @@ def _is_float(dtype: str) -> bool:
 
 
 def weight_precision(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """The base's BF16 or, without one, a cast where every value is a BF16 number."""
+    """A cast where every value is a BF16 number; the others stay: how they are to be rounded is for who quantizes them, or the engine."""
     subject = ctx.subject
-    done, cast, inexact = 0, 0, list[str]()
+    cast, inexact = 0, list[str]()
     for name in finding.where:
         info = subject.tensors[name]
-        origin = base_tensor(ctx, name, info.shape)
-        if origin is not None and origin.dtype == "BF16":
-            ctx.overlay.put(name, origin)
-            done += 1
-        elif not ctx.may_read or is_exact(info, "BF16"):
+        if not ctx.may_read or is_exact(info, "BF16"):
             put_cast(ctx, info, "BF16")
             cast += 1
         else:
             inexact.append(name)
-    if done:
-        yield Fix(f"{count(done, 'matrix' if done == 1 else 'matrice')} put from the base in BF16, bit for bit")
     if cast:
-        yield Fix(
-            f"{count(cast, 'matrix' if cast == 1 else 'matrice')} cast to BF16, no value changes"
-            + ("" if ctx.may_read else ", if that is so")
-        )
+        matrices = count(cast, "matrix" if cast == 1 else "matrice")
+        yield Fix(f"{matrices} cast to BF16, no value changes" + ("" if ctx.may_read else ", if that is so"))
     if inexact:
         yield Left(f"{inexact[0]} holds values that BF16 rounds, by {relative_change(subject.tensors[inexact[0]]):.2g} in all",
-                   "the source in BF16: --base SRC; the engine rounds them too")  # fmt: skip
+                   "nothing: the engine rounds them when it loads them, and so does mtpress quantize")  # fmt: skip
 
 
 def is_exact(info: TensorInfo, dtype: str) -> bool:
@@ -223,7 +216,7 @@ REPAIRS = (
     Repair("tensor-missing", "put from the base in BF16 (`--base`), with the shards that the engine fuses it with", tensor_missing),
     Repair("tensor-unexpected", "dropped; layers that are whole are left, as then config.json is wrong", tensor_unexpected, Turn.DROPS),
     Repair("weight-dtype", "scales are cast where no value changes; weights are put from the base (`--base`)", weight_dtype),
-    Repair("weight-precision", "put from the base (`--base`), or cast where every value is a BF16 number; else left, with the error",
+    Repair("weight-precision", "cast where every value is a BF16 number; else left, with what rounding changes",
            weight_precision),
     Repair("weight-shape", "put from the base in BF16 (`--base`)", weight_shape),
     Repair("n-not-divisible", "left: on a GPU it works", n_not_divisible),

@@ -1,43 +1,94 @@
-"""Rules on a comparison with the source: what was kept is equal, what was quantized is near."""
+"""Rules on a comparison with the base: what was kept is equal, what was quantized is near; by what the base is to the checkpoint.
+
+Against its source every difference is a finding of its own. Against an ancestor a difference is training: it is told in one note, and what
+no training does stays an error. Against a stranger nothing can be said.
+"""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from mtpress.comparison import Comparison
+from mtpress.comparison import LARGEST_ERROR, LARGEST_FP8_ERROR, LARGEST_INT4_ERROR, Comparison
 from mtpress.models.qwen3_5 import MTP_PREFIX
+from mtpress.relation import State
 from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
 
-# NVFP4 by "max" gives 0.095 on normal weights, and 0.08 to 0.12 on trained ones; INT4 in groups of 128, plainly rounded, 0.117 on normal
-# weights and 0.11 to 0.13 on trained ones. Twice that is no rounding.
-LARGEST_ERROR, LARGEST_INT4_ERROR = 0.2, 0.25
-LARGEST_FP8_ERROR = 0.06  # E4M3 has three bits of mantissa: 0.026 on normal weights, 0.025 to 0.027 on trained ones
 NUM_MADS, LEAST_DISTANCE = 10.0, 0.15  # an outlier is both: far by the spread of the others, and by 15 % of the median
 LEAST_ERROR = 0.105  # nor is one that is as near as "max" brings it: scales by the local Hessian give up some error for better outputs
 LEAST_INT4_DISTANCE = 0.4  # a group of 128 follows the tails of its matrix: 0.09 to 0.13 in one model, where a block of 16 gives 0.095
-FEW_IN_BF16 = "where they are few, mtpress repair CKPT OUT --base SRC puts them in BF16; else " + QUANTIZE_AGAIN
+FEW_IN_BF16 = "mtpress repair CKPT OUT --base SRC puts them in BF16; or " + QUANTIZE_AGAIN
+
+
+IF_TRAINED = "; if it was trained so: --base-is ancestor"
+
+
+def base_ancestor(found: Comparison) -> Iterator[Problem]:
+    """What differs from an ancestor, in one sentence; whether it is what was trained cannot be told."""
+    if found.kind != "ancestor":
+        return
+    assert found.relation is not None
+    far = [module for module in found.error if not is_near(found, module)]
+    where = (*_of_state(found, found.differing, ("changed", "altered")), *_of_state(found, far, ("changed",)), *found.grown)
+    head = sum(name.startswith(MTP_PREFIX) for name in where)
+    others = [f"{head} of them of the draft head"] * bool(head)
+    files = list(dict.fromkeys(difference.file for difference in found.differences))
+    others += [f"{count(len(found.differences), 'thing')} in {' and '.join(files)} otherwise"] * bool(files)
+    told = "".join(f", {other}" for other in others)
+    yield Problem(
+        f"{found.relation.why}; {count(len(where), 'tensor')} could not be verified{told}",
+        (*where, *map(str, found.differences)),
+    )
+
+
+def base_stranger(found: Comparison) -> Iterator[Problem]:
+    if found.kind == "stranger":
+        assert found.relation is not None
+        yield Problem(found.relation.why)
+
+
+def _of_state(found: Comparison, names: Iterable[str], states: tuple[State, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if found.closeness[name].state in states)
+
+
+def not_finite(found: Comparison) -> Iterator[Problem]:
+    if found.kind != "stranger" and found.not_finite:
+        numbers = sum(found.not_finite.values())
+        yield Problem(f"{count(numbers, 'number')} in {count(len(found.not_finite), 'tensor')} NaN or infinite", tuple(found.not_finite))
 
 
 def mtp_differs(found: Comparison) -> Iterator[Problem]:
-    names = tuple(name for name in found.differing if name.startswith(MTP_PREFIX))
+    names = _differing(found, found.kind == "source", True)
     if names:
         yield Problem(f"{count(len(names), 'tensor')} of the draft head not bit for bit the source's", names)
 
 
 def kept_differs(found: Comparison) -> Iterator[Problem]:
-    names = tuple(name for name in found.differing if not name.startswith(MTP_PREFIX))
+    names = _differing(found, found.kind == "source", False)
     if names:
-        yield Problem(f"{count(len(names), 'tensor')} in BF16 not bit for bit the source's", names)
+        yield Problem(f"{count(len(names), 'tensor')} in 16 or 32 bits not bit for bit the source's", names)
+
+
+def _differing(found: Comparison, asked: bool, head: bool) -> tuple[str, ...]:
+    """The kept tensors of the draft head, or of the rest, that differ and are finite."""
+    names = [name for name in found.differing if name.startswith(MTP_PREFIX) == head and name not in found.not_finite]
+    return tuple(names) if asked else ()
+
+
+def kept_unrelated(found: Comparison) -> Iterator[Problem]:
+    """Of a model that was trained on: what training does not make of the ancestor's."""
+    names = _of_state(found, found.differing, ("unrelated", "rescaled")) if found.kind == "ancestor" else ()
+    if names:
+        yield Problem(f"{count(len(names), 'tensor')} that have nothing of the ancestor's, or are a multiple of it", names)
 
 
 def base_lacks(found: Comparison) -> Iterator[Problem]:
-    if found.absent:
+    if found.absent and found.kind != "stranger":
         yield Problem(
             f"{count(len(found.absent), 'tensor')} without a counterpart of equal dtype and shape in the source", tuple(found.absent)
         )
 
 
 def not_compared(found: Comparison) -> Iterator[Problem]:
-    if found.not_compared:
+    if found.not_compared and found.kind != "stranger":
         yield Problem(
             f"{count(len(found.not_compared), 'module')} that cannot be compared: not whole, or not of a known format",
             tuple(found.not_compared),
@@ -45,12 +96,15 @@ def not_compared(found: Comparison) -> Iterator[Problem]:
 
 
 def blocks_broken(found: Comparison) -> Iterator[Problem]:
-    if found.broken_blocks:
-        blocks = sum(found.broken_blocks.values())
-        message = (
-            f"{count(blocks, 'block scale')} in {count(len(found.broken_blocks), 'module')} NaN, infinite, negative, or zero over weights"
-        )
-        yield Problem(message, tuple(found.broken_blocks))
+    if found.broken_blocks and found.kind != "stranger":
+        blocks, modules = sum(found.broken_blocks.values()), count(len(found.broken_blocks), "module")
+        yield Problem(f"{count(blocks, 'block scale')} in {modules} NaN, infinite or negative", tuple(found.broken_blocks))
+
+
+def blocks_empty(found: Comparison) -> Iterator[Problem]:
+    if found.empty_blocks and found.kind == "source":
+        blocks, modules = sum(found.empty_blocks.values()), count(len(found.empty_blocks), "module")
+        yield Problem(f"{count(blocks, 'block scale')} in {modules} zero where the source has weights", tuple(found.empty_blocks))
 
 
 def _worst_first(found: Comparison, names: list[str]) -> tuple[str, ...]:
@@ -69,14 +123,22 @@ def _largest(found: Comparison, module: str) -> float:
 
 
 def error_large(found: Comparison) -> Iterator[Problem]:
-    names = _worst_first(found, [name for name in found.error if not is_near(found, name)])
+    """Of an ancestor only what no training does: a multiple of its matrix, or nothing of it."""
+    if found.kind == "stranger":
+        return
+    far = [name for name in found.error if not is_near(found, name)]
+    if found.kind == "ancestor":
+        far = [name for name in far if found.closeness[name].state in ("rescaled", "unrelated")]
+    names = _worst_first(found, far)
     if names:
         limit = min(_largest(found, name) for name in names)
-        message = f"{count(len(names), 'matrix' if len(names) == 1 else 'matrice')} further than {limit} from the source"
+        message = f"{count(len(names), 'matrix' if len(names) == 1 else 'matrice')} further than {limit} from the {found.kind}"
         yield Problem(f"{message}; the worst {found.error[names[0]]:.4g}", names)
 
 
 def error_outlier(found: Comparison) -> Iterator[Problem]:
+    if found.kind != "source":
+        return
     near = {name for name in found.error if is_near(found, name)}
     for members, distance in (
         (near - found.int4 - found.fp8, LEAST_DISTANCE),
@@ -97,18 +159,47 @@ def error_outlier(found: Comparison) -> Iterator[Problem]:
 
 RULES = (
     Rule(
+        "base-ancestor",
+        "note",
+        "The base is not the source: matrices that were kept are near its own and unequal, as training, ablation or a merge leave them. "
+        "What differs cannot be verified.",
+        "nothing needs to be done; to verify all of it, name the 16-bit checkpoint that this one was made from",
+        base_ancestor,
+    ),
+    Rule(
+        "base-stranger",
+        "error",
+        "The base is another model: other shapes, or nothing in common. Nothing was verified.",
+        "name the checkpoint that this one was made from; if this is it, --base-is source",
+        base_stranger,
+    ),
+    Rule(
+        "not-finite",
+        "error",
+        "A tensor kept in 16 or 32 bits holds NaN or infinity.",
+        "mtpress repair CKPT OUT --base SRC puts the base's numbers in the place of these",
+        not_finite,
+    ),
+    Rule(
         "mtp-differs",
         "error",
         "The draft head is not the source's, bit for bit.",
-        "mtpress graft CKPT OUT --from BASE; a head trained anew is checked against its own source",
+        "mtpress graft CKPT OUT --from BASE; a head that was trained (mtpress align) is checked against its own source",
         mtp_differs,
     ),
     Rule(
         "kept-differs",
         "error",
-        "A tensor kept in BF16 is not the source's, bit for bit.",
-        "mtpress repair CKPT OUT --base SRC",
+        "A tensor kept in 16 or 32 bits is not the source's, bit for bit.",
+        "if it is damaged: mtpress repair CKPT OUT --base SRC --base-is source" + IF_TRAINED,
         kept_differs,
+    ),
+    Rule(
+        "kept-unrelated",
+        "warning",
+        "The base is an ancestor, and a kept tensor has nothing of it or is a multiple of it: trained anew, or damaged.",
+        "look at it: mtpress check CKPT --base with the checkpoint that this one was made from tells",
+        kept_unrelated,
     ),
     Rule(
         "base-lacks",
@@ -127,16 +218,23 @@ RULES = (
     Rule(
         "blocks-broken",
         "error",
-        "Block scales are NaN, infinite or, of NVFP4, negative, or zero where the source has weights.",
+        "Block scales are NaN, infinite or, of NVFP4, negative.",
         FEW_IN_BF16,
         blocks_broken,
+    ),
+    Rule(
+        "blocks-empty",
+        "error",
+        "Block scales are zero where the source has weights.",
+        QUANTIZE_AGAIN,
+        blocks_empty,
     ),
     Rule(
         "error-large",
         "error",
         f"A quantized matrix is further than {LARGEST_ERROR} from its source, of INT4 {LARGEST_INT4_ERROR}, of FP8 {LARGEST_FP8_ERROR} "
         "(‖w − ŵ‖/‖w‖; NVFP4 gives about 0.1, INT4 in groups of 128 about 0.12, FP8 0.03): not its source, or not its scales.",
-        FEW_IN_BF16,
+        QUANTIZE_AGAIN + IF_TRAINED,
         error_large,
     ),
     Rule(

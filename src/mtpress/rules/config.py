@@ -1,12 +1,34 @@
 """Rules on config.json: the class and sizes that the engine builds the model from."""
 
+import re
 from collections.abc import Iterator
 
+from mtpress.checkpoint import Checkpoint
 from mtpress.models.qwen3_5_engine import ARCHITECTURE
 from mtpress.rules.rule import Problem, Rule
 from mtpress.rules.subject import CONFIG, Subject
 
 TEXT_MODEL_TYPE = "qwen3_5_text"
+OTHER_TASKS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|RewardModel|ForEmbedding|ValueHead")
+OTHER_HEADS = re.compile(r"^(?:.*\.)?(score|classifier|v_head|value_head|reward_head)\.")
+ADAPTER = re.compile(r"\.lora_(A|B|embedding_[AB])\.|\.base_layer\.")
+BITSANDBYTES = re.compile(r"\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+|SCB)$")
+
+
+def not_treated(checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint is none that mtpress treats, in one sentence: a classifier, an adapter that is not merged, bitsandbytes."""
+    said = checkpoint.config.get("architectures")
+    named = next((name for name in said if isinstance(name, str) and OTHER_TASKS.search(name)), None) if isinstance(said, list) else None
+    head = next((name for name in checkpoint.tensors if OTHER_HEADS.match(name)), None)
+    if named is not None or head is not None:
+        return f"is a model with another head than a language model's ({named or head}), which mtpress does not know"
+    if (name := next(filter(ADAPTER.search, checkpoint.tensors), None)) is not None:
+        return f"holds an adapter that is not merged ({name}): merge it into the model first"
+    quantization = checkpoint.config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == "bitsandbytes" or any(map(BITSANDBYTES.search, checkpoint.tensors)):
+        return "is quantized by bitsandbytes, which mtpress does not know: dequantize it with transformers (model.dequantize()) first"
+    return None
 
 
 def config_incomplete(subject: Subject) -> Iterator[Problem]:

@@ -1,4 +1,7 @@
-"""Rules on what stands beside the weights, against the source: an engine that goes by it computes what the source computes."""
+"""Rules on what stands beside the weights, against the source: an engine that goes by it computes what the source computes.
+
+Against an ancestor nothing is asked: what was trained may have other tokens, templates and settings (base-ancestor of base.py tells them).
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -6,14 +9,14 @@ from mtpress.comparison import Comparison
 from mtpress.meanings.difference import Topic
 from mtpress.rules.rule import Problem, Rule, count
 
-FROM_SOURCE = "mtpress repair CKPT OUT --base SRC"
+FROM_SOURCE = "if it was not meant so: mtpress repair CKPT OUT --base SRC --base-is source"
 
 
 def of_topic(topic: Topic, noun: str) -> Callable[[Comparison], Iterator[Problem]]:
     """The differences of one topic as one problem, each in a line of its own."""
 
     def find(found: Comparison) -> Iterator[Problem]:
-        of = [difference for difference in found.differences if difference.topic == topic]
+        of = [difference for difference in found.differences if difference.topic == topic and found.kind == "source"]
         if of:
             files = " and ".join(dict.fromkeys(difference.file for difference in of))
             yield Problem(f"{files}: {count(len(of), noun)} not as in the source", tuple(map(str, of)))
@@ -22,14 +25,16 @@ def of_topic(topic: Topic, noun: str) -> Callable[[Comparison], Iterator[Problem
 
 
 def tokenizer_respelled(found: Comparison) -> Iterator[Problem]:
-    files = tuple(difference.file for difference in found.differences if difference.topic == "tokenizer-spelling")
+    files = tuple(
+        difference.file for difference in found.differences if difference.topic == "tokenizer-spelling" and found.kind == "source"
+    )
     if files:
         yield Problem(f"{' and '.join(files)} not byte for byte the source's, with the same tokens", files)
 
 
 def template_differs(found: Comparison) -> Iterator[Problem]:
     for difference in found.differences:
-        if difference.topic == "template":
+        if difference.topic == "template" and found.kind == "source":
             yield Problem(f"{difference.file}: neither the source's chat template nor mtpress's", (difference.file,))
 
 

@@ -35,10 +35,12 @@ SUFFIXES: dict[Form, tuple[str, ...]] = {
     "pack-quantized": (WEIGHT_PACKED, SCALE, WEIGHT_SHAPE, ZERO_POINT, "weight_g_idx"),
     "gptq": (QWEIGHT, QZEROS, SCALES, "g_idx"),
 }
-SCALE_SUFFIXES = frozenset(suffix for names in SUFFIXES.values() for suffix in names) - {WEIGHT, WEIGHT_PACKED, QWEIGHT}
+CODES = (WEIGHT, WEIGHT_PACKED, QWEIGHT)
+SCALE_SUFFIXES = frozenset(suffix for names in SUFFIXES.values() for suffix in names) - {*CODES}
 # The float32 scalars of NVFP4: of the weights, then of the activations.
 SCALARS: dict[Form, tuple[str, str]] = {"nvfp4": (SCALE_2, INPUT_SCALE), "nvfp4-pack-quantized": (GLOBAL_SCALE, INPUT_GLOBAL_SCALE)}
 FP8_SCALARS = (SCALE, INPUT_SCALE)  # the same of modelopt's FP8
+SCALAR_SCALES = (SCALE, SCALE_2, GLOBAL_SCALE)  # those that a matrix is multiplied with, where they are scalars
 
 
 def form_of(tensors: Mapping[str, TensorInfo]) -> Form:

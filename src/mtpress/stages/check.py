@@ -20,6 +20,7 @@ from mtpress.engine.trial import ACCEPTANCE_FLOOR, NUM_DRAFTS, Run, Trial
 from mtpress.errors import InputError
 from mtpress.progress import Progress, human_bytes
 from mtpress.record import RECORD_NAME, add_to_record
+from mtpress.relation import Kind, add_base_is, refuse_alone
 from mtpress.rules.hashes import hash_files
 from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
 from mtpress.rules.rule import Finding, Severity, apply, count
@@ -69,6 +70,7 @@ class CheckResult:
             "num_findings": {severity: self.num(severity) for severity in SEVERITIES},
             "findings": [finding.as_json() for finding in self.findings],
             "engine_flags": self.engine_flags,
+            "base_relation": self.comparison.relation.as_json() if self.comparison and self.comparison.relation else None,
             "comparison": self.comparison.as_json() if self.comparison else None,
             "num_files_hashed": self.num_files_hashed,
             "engine": self.trial.as_json() if self.trial else None,
@@ -83,14 +85,16 @@ def check(
     hashes: bool = False,
     silent: bool = False,
     *,
+    base_is: Kind | None = None,
     engine: str | None = None,
     num_drafts: int = NUM_DRAFTS,
     acceptance_floor: float = ACCEPTANCE_FLOOR,
     logs: Path | None = None,
 ) -> CheckResult:
-    """Checks a checkpoint; with `base` its weights against their source, with `hashes` its files against mtpress.json, with
-    `engine` what a vLLM makes of it ("" is the one that find_engine finds); `logs` is where the engine's logs go.
+    """Checks a checkpoint; with `base` its weights against it, with `hashes` its files against mtpress.json, with `engine` what a vLLM
+    makes of it ("" is the one that find_engine finds).
 
+    base_is: what the base is to the checkpoint, in place of what the weights say; logs: where the engine's logs go.
     Raises InputError where there is no checkpoint of a known family to check, no record to hash by, or no engine, and
     ResourceError where the machine cannot serve it; whatever is wrong with the checkpoint itself is a finding.
     """
@@ -108,7 +112,7 @@ def check(
     num_rules = len(OPEN_RULES) + len(STATIC_RULES)
     comparison = num_files_hashed = None
     if source is not None:
-        comparison = compare(subject, source, silent=silent)
+        comparison = compare(subject, source, given=base_is, silent=silent)
         findings += apply(BASE_RULES, comparison)
         num_rules += len(BASE_RULES)
     if hashes:
@@ -166,7 +170,8 @@ def try_engine(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint to check: a directory or a Hub id")
-    parser.add_argument("--base", metavar="SRC", help="its BF16 source: compare every weight with it (reads both whole)")
+    parser.add_argument("--base", metavar="SRC", help="what it was made from: compare every weight with it (reads both whole)")
+    add_base_is(parser)
     parser.add_argument("--hashes", action="store_true", help="compare every file with the SHA-256 that mtpress.json recorded")
     parser.add_argument(
         "--engine",
@@ -191,12 +196,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
+    refuse_alone(options)
     if options.mtp < 1:
         raise InputError(f"--mtp {options.mtp}: the draft head is tried with at least 1 token")
     if not 0 <= options.acceptance_floor <= 1:
         raise InputError(f"--acceptance-floor {options.acceptance_floor}: a share, from 0 to 1")
     result = check(
-        options.checkpoint, options.base, options.hashes, silent=options.json,
+        options.checkpoint, options.base, options.hashes, silent=options.json, base_is=options.base_is,
         engine=options.engine, num_drafts=options.mtp, acceptance_floor=options.acceptance_floor, logs=options.engine_logs,
     )  # fmt: skip
     if not options.json:
@@ -225,6 +231,8 @@ def show(result: CheckResult) -> None:
             table.add_row(label, with_names(finding), finding.remedy)
         console.print(table)
     if result.comparison is not None:
+        if result.comparison.relation is not None:
+            console.print(result.comparison.relation.line, soft_wrap=True)
         console.print(summary(result.comparison), soft_wrap=True)
     if result.num_files_hashed is not None:
         console.print(f"{count(result.num_files_hashed, 'file')} hashed")
@@ -244,7 +252,8 @@ def with_names(finding: Finding) -> str:
 
 
 def summary(comparison: Comparison) -> str:
-    said = f"{count(comparison.num_equal, 'tensor')} equal to the source bit for bit"
+    said = f"{count(comparison.num_equal, 'tensor')} equal to the base bit for bit"
+    said += f", {comparison.num_rounded} when rounded" if comparison.num_rounded else ""
     numbers = comparison.as_json()
     if not numbers["num_quantized"]:
         return said

@@ -15,17 +15,21 @@ from typing import Any
 
 from mtpress import terminal
 from mtpress.checkpoint import Checkpoint, resolve
-from mtpress.comparison import compare
+from mtpress.comparison import compare, relate
 from mtpress.errors import InputError
+from mtpress.models.qwen3_5 import module_of
 from mtpress.progress import human_bytes
+from mtpress.relation import Kind, Relation, add_base_is, refuse_alone
 from mtpress.repairs.base_files import open_base
-from mtpress.repairs.mending import Outcome, compared, find, mend_all, mend_reindexed
-from mtpress.repairs.opening import open_broken
+from mtpress.repairs.measured import together
+from mtpress.repairs.mending import RELATIONS, Outcome, by_weight, find, mend_all, mend_reindexed
+from mtpress.repairs.opening import open_broken, refuse_other_tasks
 from mtpress.repairs.overlay import Overlay
 from mtpress.repairs.repair import Context, Left
 from mtpress.revision import Revision, RevisionPlan
 from mtpress.rules.base import RULES as WEIGHT_RULES
-from mtpress.rules.registry import STATIC_RULES
+from mtpress.rules.meanings import RULES as FILE_RULES
+from mtpress.rules.registry import BASE_RULES, STATIC_RULES
 from mtpress.rules.rule import Finding, Severity, apply, count
 from mtpress.rules.subject import Subject
 
@@ -37,7 +41,8 @@ COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 class RepairResult:
     """What repair found and did. outcomes: in the order of work; findings: what check says of the output (dry run: would say).
 
-    written: whether `out` was made. linked: files that stay; rewritten: shard → tensors, streamed anew; sizes in bytes.
+    relation: what the base is, where every weight was compared with it. written: whether `out` was made. linked: files that stay;
+    rewritten: shard → tensors, streamed anew; sizes in bytes.
     """
 
     checkpoint: str
@@ -46,10 +51,15 @@ class RepairResult:
     written: bool
     outcomes: tuple[Outcome, ...]
     findings: tuple[Finding, ...]
-    compared: bool
+    relation: Relation | None
     left_out: tuple[str, ...]
     plan: RevisionPlan | None
     seconds: float = 0.0
+
+    @property
+    def compared(self) -> bool:
+        """Whether every weight was compared with the base."""
+        return self.relation is not None
 
     @property
     def fixed(self) -> tuple[Outcome, ...]:
@@ -78,6 +88,7 @@ class RepairResult:
             "left": [outcome.as_json() for outcome in self.left],
             "findings": [finding.as_json() for finding in self.findings],
             "compared_with_base": self.compared,
+            "base_relation": self.relation.as_json() if self.relation is not None else None,
             "left_out": self.left_out,
             "files": {
                 "linked": self.plan.linked,
@@ -98,6 +109,7 @@ def repair(
     out: str | Path,
     base: str | Path | None = None,
     *,
+    base_is: Kind | None = None,
     comparing: bool = True,
     keep_template: bool = False,
     dry_run: bool = False,
@@ -105,7 +117,8 @@ def repair(
 ) -> RepairResult:
     """Makes `out` from `checkpoint` with every finding mended that has a lossless repair; nothing to mend: nothing is written.
 
-    base: the BF16 source, for what only it has; with `comparing` every weight is compared with it too, which reads both whole.
+    base: what the checkpoint was made from, for what is absent or damaged here; with `comparing` every weight is compared with it too,
+    which reads both whole and finds what the base is. base_is: what it is, whatever the weights say; "source" lets it replace what differs.
     keep_template: a chat template that fails stays, and is told as left. dry_run: says what would be done, reads no weight and writes
     nothing. InputError where nothing can be opened, or `out` exists; ResourceError where the disk is full. Errors that are left are no
     exception: RepairResult.sound says.
@@ -118,32 +131,30 @@ def repair(
         raise InputError(f"{target}: lies inside {checkpoint}, which is not to be changed; name a directory elsewhere")
     source = open_base(base, str(checkpoint)) if base is not None else None
     opened = open_broken(checkpoint, source)
+    refuse_other_tasks(opened.stored)
+    measured = None
+    if source is not None and comparing and not dry_run:
+        measured = compare(Subject(opened.stored), source, given=base_is, silent=silent)
+    relation = measured.relation if measured is not None else None
+    if (base_is or (relation.kind if relation is not None else None)) == "stranger":
+        source = measured = None  # nothing is taken from another model
     with Overlay(opened.stored, config_is_new=opened.config_is_new) as overlay:
-        ctx = Context(overlay, source, may_read=not dry_run, left_out=opened.left_out, keep_template=keep_template)
+        ctx = Context(overlay, source, not dry_run, measured, opened.left_out, keep_template, base_is)
         outcomes: list[Outcome] = [*mend_reindexed(ctx, opened.findings), *mend_all(ctx)]
-        look = comparing and source is not None and not dry_run
-        by_weight: list[Finding] = []
-        if look:
-            comparison = compared(ctx, silent)
-            by_weight = list(apply(WEIGHT_RULES, comparison))
-            outcomes = [*(o for o in outcomes if not o.left), *mend_all(replace(ctx, comparison=comparison), tuple(by_weight))]
+        weighed = by_weight(ctx)
+        outcomes = [*(o for o in outcomes if not o.left), *mend_all(ctx, weighed)] if weighed else outcomes
         plan = None
-        findings = find(ctx)
+        findings = find(ctx) + (list(apply(WEIGHT_RULES, ctx.comparison)) if ctx.comparison is not None else [])
         written = any(outcome.fixed for outcome in outcomes)
         if written:
             revision = Revision(opened.stored)
             overlay.put_into(revision)
             plan = revision.plan()
             if not dry_run:
-                entries = recorded(source, opened.findings, by_weight, outcomes, opened.left_out)
+                entries = recorded(source, relation, opened.findings, weighed, outcomes, opened.left_out)
                 revision.write(target, "repair", entries, silent=silent)
-                findings = judged(target, overlay, source if look else None)
-        final = {finding.id for finding in findings} | {finding.id for finding in by_weight}
-        outcomes = [outcome for outcome in outcomes if outcome.fixed or outcome.finding.id in final]  # others went with a later repair
-        mended = {outcome.finding.id for outcome in outcomes if outcome.fixed and not outcome.left}
-        findings += [finding for finding in by_weight if finding.id not in mended]
-        told_of = {outcome.finding.id for outcome in outcomes if outcome.left}
-        outcomes += [Outcome(f, left=(Left("it shows in what was written", f.remedy),)) for f in findings if f.id not in told_of]
+                findings = judged(target, ctx)
+        outcomes = exact(outcomes, findings)
     return RepairResult(
         checkpoint=str(opened.stored.path),
         out=str(target),
@@ -151,32 +162,53 @@ def repair(
         written=written and not dry_run,
         outcomes=tuple(outcomes),
         findings=tuple(findings),
-        compared=look,
+        relation=relation,
         left_out=tuple(f"{name}: {why}" for name, why in opened.left_out.items()),
         plan=plan,
         seconds=time.perf_counter() - started,
     )
 
 
-def judged(out: Path, overlay: Overlay, base: Checkpoint | None) -> list[Finding]:
-    """What check says of what was written; with a base, also of the tensors that were changed, held against it."""
+def exact(outcomes: list[Outcome], findings: list[Finding]) -> list[Outcome]:
+    """What was mended, what is left of what was found, and what shows only in the output; what went with a later repair is not told."""
+    told = [finding for finding in findings if finding.id not in RELATIONS]
+    final = {finding.id for finding in told}
+    kept = [outcome for outcome in outcomes if outcome.fixed or outcome.finding.id in final]
+    left = {outcome.finding.id for outcome in kept if outcome.left}
+    return kept + [Outcome(f, left=(Left("it shows in what was written", f.remedy),)) for f in told if f.id not in left]
+
+
+def judged(out: Path, ctx: Context) -> list[Finding]:
+    """What check says of what was written; of tensors that were not changed by what was measured of them."""
     made = Checkpoint.open(out)
-    findings = list(apply(STATIC_RULES, Subject(made)))
-    if base is not None:
-        changed = {name: made.tensors[name] for name in overlay.new_tensors}
-        whole = {name: info for name, info in made.tensors.items() if name.rpartition(".")[0] in {n.rpartition(".")[0] for n in changed}}
-        errors = [rule for rule in WEIGHT_RULES if rule.severity == "error"]
-        findings += apply(errors, compare(Subject(replace(made, tensors=whole)), base, silent=True))
-    return findings
+    subject = Subject(made)
+    findings = list(apply(STATIC_RULES, subject))
+    if ctx.base is None:
+        return findings
+    new = ctx.overlay.new_tensors
+    modules = {module_of(name) for name in new} & set(subject.quantized)
+    changed = {name: info for name, info in made.tensors.items() if name in new or module_of(name) in modules}
+    fresh = compare(Subject(replace(made, tensors=changed if ctx.measured is not None else {})), ctx.base, silent=True)
+    if ctx.comparison is None:
+        return findings + list(apply(FILE_RULES, fresh))
+    whole = together(ctx.comparison, fresh)
+    relate(whole, ctx.base_is)
+    return findings + list(apply(BASE_RULES, whole))
 
 
 def recorded(
-    base: Checkpoint | None, findings: tuple[Finding, ...], by_weight: list[Finding], outcomes: list[Outcome], left_out: Any
+    base: Checkpoint | None,
+    relation: Relation | None,
+    findings: tuple[Finding, ...],
+    weighed: tuple[Finding, ...],
+    outcomes: list[Outcome],
+    left_out: Any,
 ) -> dict[str, Any]:
     """What mtpress.json keeps of a repair."""
+    said = {"relation": relation.as_json()} if relation is not None else {}
     return {
-        "base": {"name": base.path.resolve().name, "identity": base.identity} if base is not None else None,
-        "findings": [finding.as_json() for finding in (*findings, *by_weight)],
+        "base": {"name": base.path.resolve().name, "identity": base.identity, **said} if base is not None else None,
+        "findings": [finding.as_json() for finding in (*findings, *weighed)],
         "repairs": [{"id": o.finding.id, "where": o.finding.where, "how": [fix.how for fix in o.fixed]} for o in outcomes if o.fixed],
         "left": [{"id": o.finding.id, "severity": o.finding.severity, "why": [left.why for left in o.left]} for o in outcomes if o.left],
         "left_out": dict(left_out),
@@ -186,7 +218,8 @@ def recorded(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint to repair: a directory or a Hub id; it is not changed")
     parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
-    parser.add_argument("--base", metavar="SRC", help="its BF16 source, for what only that has")
+    parser.add_argument("--base", metavar="SRC", help="the 16-bit checkpoint that it was made from: fills what is absent or damaged here")
+    add_base_is(parser)
     parser.add_argument(
         "--no-compare", action="store_true", help="with --base: take what is missing from it, without comparing every weight with it"
     )
@@ -196,12 +229,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
+    refuse_alone(options)
     if options.no_compare and options.base is None:
         raise InputError("--no-compare: goes with --base SRC, without which nothing is compared")
     result = repair(
         options.checkpoint,
         options.out,
         options.base,
+        base_is=options.base_is,
         comparing=not options.no_compare,
         keep_template=options.keep_template,
         dry_run=options.dry_run,
@@ -227,6 +262,8 @@ def show(result: RepairResult) -> None:
             label = Text.assemble((outcome.finding.severity, color), f"\n{outcome.finding.id}")
             table.add_row(label, outcome.finding.message, told(outcome))
         console.print(table)
+    if result.relation is not None:
+        console.print(taken_from(result.relation), soft_wrap=True)
     for line in result.left_out:
         console.print(f"not taken over: {line}", soft_wrap=True)
     if result.plan is not None:
@@ -237,6 +274,16 @@ def show(result: RepairResult) -> None:
             soft_wrap=True,
         )  # fmt: skip
     console.print(verdict(result), soft_wrap=True)
+
+
+def taken_from(relation: Relation) -> str:
+    """What the base is, and what that means for what was taken from it."""
+    means = {
+        "source": "it fills what is absent or damaged" + ("; what differs becomes the base's" if relation.given else ""),
+        "ancestor": "it fills what is absent or damaged, and that was not trained with the rest; no stored tensor becomes the ancestor's",
+        "stranger": "nothing was taken from it",
+    }
+    return f"{relation.line}. So {means[relation.kind]}"
 
 
 def told(outcome: Outcome) -> str:
