@@ -1,14 +1,17 @@
 import json
+import resource
+import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench_results import FAILURE, result
-from mtpress.bench.benchmark import Benchmark
+from mtpress.bench.benchmark import RUNS, Benchmark
 from mtpress.bench.configurations import baseline_of, configurations_of
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.cli import main
@@ -273,3 +276,70 @@ def test_a_running_server_is_asked_the_longest_prompt_first(no_engine: None, url
 def test_random_tokens_are_not_for_a_running_server(no_engine: None, url: str) -> None:
     with pytest.raises(InputError, match="not for --url"):
         bench(urls=[url], prompts="random")
+
+
+def test_a_stray_file_in_the_checkpoint_costs_no_measurement(no_engine: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stray = tmp_path / "stray"
+    shutil.copytree(TINY, stray)
+    (stray / "a.safetensors").mkdir()
+    (stray / "b.safetensors").symlink_to("nowhere")
+    (stray / "c.safetensors").write_bytes(b"\xff" * 100)
+    monkeypatch.setattr(Benchmark, "run", lambda self: self.runs.extend(result().runs))
+    assert bench([stray], mtp=(0, 2), lengths=(50, 350), streams=(1, 2)).runs == result().runs
+
+
+def test_a_full_disk_costs_no_measurement(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """No file may grow beyond 1000 bytes, as on a disk with so much room."""
+    pretended(monkeypatch, result())
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        assert main(["bench", TINY, "--no-plot", "--out", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads(json.dumps(result().without_paths({}).as_json()))
+    assert "what was measured is printed above" in said.err and len(said.err.splitlines()) == 1
+
+
+def test_an_output_that_appears_meanwhile_costs_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    write = stage.write_report
+    pretended(monkeypatch, result())
+    monkeypatch.setattr(stage, "write_report", lambda *given, **how: ((out / "mine").mkdir(parents=True), write(*given, **how))[1])
+    assert main(["bench", TINY, "--no-plot", "--out", str(out)]) == 2
+    kept = tmp_path / "out.partial/bench.json"
+    assert f"what was measured is in {kept}" in capsys.readouterr().err
+    assert len(json.loads(kept.read_text())["runs"]) == len(result().runs)
+    shutil.rmtree(out)
+    assert main(["bench", TINY, "--no-plot", "--out", str(out)]) == 2
+    assert "holds what an earlier run measured" in capsys.readouterr().err
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), EngineError("the client died")])
+def test_what_was_measured_before_the_end_is_kept(
+    end: BaseException, no_engine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def measured(self: Benchmark) -> None:
+        self.dataset = self.folder / "prompts.jsonl"
+        client = SimpleNamespace(measure=lambda *_, **__: result().runs[0])
+        self._measure(client, "http://h", "m", 0, 0, self.plan.cells[0])  # type: ignore[arg-type]
+        raise end
+
+    monkeypatch.setattr(Benchmark, "run", measured)
+    assert main(["bench", TINY, "--no-plot", "--mtp", "off", "--out", str(tmp_path / "out")]) in (2, 130)
+    kept = tmp_path / "out.partial/logs" / RUNS
+    assert f"what was measured is in {kept}" in capsys.readouterr().err
+    assert json.loads(kept.read_text())["label"] == "MTP off"
+    assert main(["bench", TINY, "--no-plot", "--mtp", "off"]) in (2, 130)
+    elsewhere = Path(capsys.readouterr().err.split("what was measured is in ")[1].strip())
+    assert json.loads(elsewhere.read_text())["label"] == "MTP off"
+    shutil.rmtree(elsewhere.parent)
+
+
+def test_a_name_that_is_no_formula_is_drawn(tmp_path: Path) -> None:
+    odd = result(builds=("$\\frac{$ [/x]",))
+    assert "bench.png" in stage.write_report(odd, tmp_path)

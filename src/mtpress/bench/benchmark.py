@@ -7,6 +7,8 @@ Rounds go through the configurations to and fro (A B C, C B A, …), so that a m
 the first. A configuration that does not come up, or dies, is recorded and left out from then on; the others go on.
 """
 
+import contextlib
+import json
 import shlex
 import sys
 import time
@@ -34,6 +36,7 @@ from mtpress.progress import human_seconds
 WARM_TOKENS = 16
 RANDOM_PROMPT_TOKENS = 256
 START = "start"
+RUNS = "runs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class BenchPlan:
 
 
 class Benchmark:
-    """One run of a plan. folder: where the logs of the engine and of the client go. say: one line of progress at a time."""
+    """One run of a plan. folder: where the logs of the engine and of the client go, and each measured cell as soon as it is there (RUNS).
+    say: one line of progress at a time."""
 
     def __init__(self, plan: BenchPlan, folder: Path, say: Callable[[str], None] | None = None) -> None:
         self.plan, self.folder = plan, folder
@@ -155,6 +159,8 @@ class Benchmark:
         acceptance = self.plan.prompts.kind != RANDOM
         run = client.measure(load, url, model, configuration=number, round=round_number, acceptance=acceptance)
         self.runs.append(run)
+        with contextlib.suppress(OSError), (self.folder / RUNS).open("a", encoding="utf-8") as journal:  # a full disk ends no measuring
+            journal.write(json.dumps({"label": self.plan.configurations[number].label, **run.as_json()}) + "\n")
         self.schedule.done(number, cell, time.monotonic() - started)
         accepted = f", accepted length {run.spec_decode.mean_accepted_length:.2f}" if run.spec_decode else ""
         failed = f", {run.num_failed} requests failed ({run.first_error})" if run.num_failed else ""

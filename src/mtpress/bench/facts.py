@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mtpress.bench.prompt_mix import NO_ACCEPTANCE, PromptMix
+from mtpress.checkpoint import MAX_HEADER_BYTES
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.served_model import ServedModel
+from mtpress.errors import InputError
 
 
 def prompt_facts(mix: PromptMix) -> dict[str, Any]:
@@ -38,10 +40,14 @@ def _lines(path: str) -> list[str]:
 def identity(model: ServedModel) -> dict[str, Any]:
     """headers_sha256: over the names and headers of its safetensors files in order, which name every tensor, dtype and shape."""
     digest = hashlib.sha256()
-    for shard in sorted(model.path.glob("*.safetensors")):
-        with shard.open("rb") as file:
-            size = file.read(8)
-            digest.update(shard.name.encode() + size + file.read(int.from_bytes(size, "little")))
+    for shard in sorted(path for path in model.path.glob("*.safetensors") if path.is_file()):
+        try:
+            with shard.open("rb") as file:
+                size = file.read(8)
+                digest.update(shard.name.encode(errors="surrogateescape") + size)
+                digest.update(file.read(min(int.from_bytes(size, "little"), MAX_HEADER_BYTES)))
+        except OSError as error:
+            raise InputError(f"{shard}: cannot be read ({error.strerror or error})") from None
     return {
         "name": model.name,
         "format": model.format,

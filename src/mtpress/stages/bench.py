@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from mtpress import terminal
 from mtpress.engine.api_key import API_KEY, KEY_VARIABLES, given_key
 from mtpress.engine.arguments import take_engine_arguments
-from mtpress.errors import EngineError, InputError
-from mtpress.terminal import say
+from mtpress.errors import EngineError, InputError, MtpressError, ResourceError
+from mtpress.terminal import json_text, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,7 @@ def bench(
     logs: a directory for what the engines print; without one it is thrown away. InputError before anything starts where the
     call cannot work; EngineError where nothing could be measured. A configuration that fails is in the result's failures.
     """
-    from mtpress.bench.benchmark import Benchmark, BenchPlan
+    from mtpress.bench.benchmark import RUNS, Benchmark, BenchPlan
     from mtpress.bench.configurations import baseline_of, configurations_of, refuse_random, running
     from mtpress.bench.facts import describe_machine, identity, prompt_facts
     from mtpress.bench.measurement import Cell
@@ -70,6 +70,7 @@ def bench(
     from mtpress.engine.installed import find_engine
     from mtpress.engine.launch import ServeOptions
     from mtpress.engine.served_model import ServedModel
+    from mtpress.record import command_line
 
     if bool(checkpoints) == bool(urls):
         raise InputError("name checkpoints to start, or servers that are running with --url, and not both")
@@ -95,19 +96,26 @@ def bench(
     )
     chosen = baseline_of(baseline, configurations)
     plan = replace(plan, api_key=_check_launches(plan) or plan.api_key)
-    with tempfile.TemporaryDirectory(prefix="mtpress-bench-") as scratch:
-        ran = Benchmark(plan, logs or Path(scratch), say)
-        ran.run()
-    from mtpress.record import command_line
-
     machine = describe_machine(plan.hardware) | ({"note": "of the client; the server may be elsewhere"} if urls else {})
+    identities = tuple(identity(one) for one in models)  # before anything is measured: what breaks here must not cost hours
+    folder = logs or Path(tempfile.mkdtemp(prefix="mtpress-bench-"))
+    ran = Benchmark(plan, folder, say)
+    try:
+        ran.run()
+    except (MtpressError, KeyboardInterrupt) as error:
+        if ran.runs:
+            error.args = (f"{error}{'; ' if str(error) else ''}what was measured is in {folder / RUNS}",)
+        raise
+    finally:
+        if logs is None and (not ran.runs or sys.exception() is None):
+            shutil.rmtree(folder, ignore_errors=True)
     settings = {"rounds": rounds, "requests": requests, "temperature": temperature, "natural_end": natural_end, "running": bool(urls)}
     return BenchResult(
         command=command_line(),
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         engine=plan.engine.version,
         machine=machine,
-        checkpoints=tuple(identity(one) for one in models),
+        checkpoints=identities,
         prompts=prompt_facts(mix),
         settings=settings,
         cells=plan.cells,
@@ -160,7 +168,10 @@ def write_report(result: "BenchResult", folder: Path, *, plot: bool = True) -> l
     if plot:
         from mtpress.bench.chart import draw
 
-        names += [path.name for path in draw(result, folder)]
+        try:
+            names += [path.name for path in draw(result, folder)]
+        except (ValueError, RuntimeError) as error:  # a font, a label; the figures are worth more than their picture
+            say(f"bench  no pictures: {error}", to=sys.stderr)
     return names
 
 
@@ -265,11 +276,11 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
             logs=partial / LOGS if partial is not None else None,
         )
         result = result.without_paths(_shortened(options.checkpoints, out))
-        written = _finish(result, partial, out, plot) if partial is not None and out is not None else []
     except BaseException as error:
-        if partial is not None and not (isinstance(error, EngineError) and _has_logs(partial)):
+        if partial is not None and not _has_measurements(partial) and not (isinstance(error, EngineError) and _has_logs(partial)):
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    written = _finish(result, partial, out, plot, options.json) if partial is not None and out is not None else []
     if not options.json:
         show(result)
         for path in written:
@@ -280,6 +291,8 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 def _make_partial(out: Path) -> Path:
     """OUT.partial; what an earlier run that failed left of it is replaced."""
     partial = out.with_name(out.name + ".partial")
+    if _has_measurements(partial):
+        raise InputError(f"{partial}: holds what an earlier run measured; move it away, or choose another --out")
     try:
         if (partial / LOGS).is_dir() and {path.name for path in partial.iterdir()} == {LOGS}:
             shutil.rmtree(partial)
@@ -289,15 +302,39 @@ def _make_partial(out: Path) -> Path:
     return partial
 
 
+def _has_measurements(partial: Path) -> bool:
+    from mtpress.bench.benchmark import RUNS
+
+    return (partial / "bench.json").exists() or (partial / LOGS / RUNS).exists()
+
+
 def _has_logs(partial: Path) -> bool:
     return any(path.suffix == ".log" for path in (partial / LOGS).iterdir())
 
 
-def _finish(result: "BenchResult", partial: Path, out: Path, plot: bool) -> list[str]:
-    (partial / LOGS / "prompts.jsonl").unlink(missing_ok=True)  # the mix is known by its hash
-    names = write_report(result, partial, plot=plot)
-    partial.rename(out)
+def _finish(result: "BenchResult", partial: Path, out: Path, plot: bool, as_json: bool) -> list[str]:
+    """Whatever fails here, the measurements are kept: in the partial directory, else printed."""
+    from mtpress.bench.benchmark import RUNS
+
+    try:
+        names = write_report(result, partial, plot=plot)
+        for name in ("prompts.jsonl", RUNS):  # the mix is known by its hash, the runs are in bench.json
+            (partial / LOGS / name).unlink(missing_ok=True)
+        partial.rename(out)
+    except OSError as error:
+        reason = error.strerror or error
+        if _is_whole(partial / "bench.json", result):
+            raise ResourceError(f"{out}: cannot be written ({reason}); what was measured is in {partial / 'bench.json'}") from None
+        print(json_text(result.as_json()), file=sys.stderr if as_json else sys.stdout)
+        raise ResourceError(f"{partial}: cannot be written ({reason}); what was measured is printed above, as bench.json has it") from None
     return [str(out / name) for name in names]
+
+
+def _is_whole(path: Path, result: "BenchResult") -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["date"] == result.date)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _shortened(checkpoints: Sequence[str], out: Path | None) -> dict[str, str]:
