@@ -218,13 +218,16 @@ def test_nothing_to_change(source: Path) -> None:
 
 
 def test_a_link_of_the_hub_s_cache_leads_to_the_file_itself(source: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/main", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
     for path in source.iterdir():
-        (snapshot / path.name).symlink_to(path)
+        blob = blobs / hashlib.sha256(path.name.encode()).hexdigest()
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
     Revision(Checkpoint.open_stored(snapshot)).write(tmp_path / "out", "repair", {}, silent=True)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
-    assert linked(tmp_path / "out" / FIRST, source / FIRST)
+    assert linked(tmp_path / "out" / FIRST, snapshot / FIRST)
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])

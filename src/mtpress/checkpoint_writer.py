@@ -10,8 +10,8 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,10 +19,12 @@ from typing import Any, Self
 from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Shard, TensorInfo
 from mtpress.disk import StagedFile, read_pieces
 from mtpress.errors import InputError, ResourceError
-from mtpress.journal import JOURNAL_NAME, SENSITIVITY_NAME, Journal
+from mtpress.journal import JOURNAL_NAME, LOCK_NAME, SENSITIVITY_NAME, PartialError
+from mtpress.output_place import refuse_place
+from mtpress.own_files import own_file
+from mtpress.partial_directory import PartialDirectory, remove_entry
 from mtpress.shard_writer import MAX_QUEUED_BYTES, OutputTensor, ShardWriter, disk_failure
 
-PARTIAL_SUFFIX = ".partial"
 MAX_SHARD_BYTES = 5_000_000_000
 # Another file system, one without hard links, a file with too many of them, or one that this user may not link.
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -50,8 +52,9 @@ class CheckpointWriter(ShardWriter):
     run: what the bytes of the output depend on. With it finished steps are journaled, and leaving by anything but an
     InputError keeps them in the partial directory; without it, or where no step is finished, leaving by an exception removes
     that directory. resume: go on with a partial directory of the same run, if there is one.
+    made_from: directories that it reads, so that it never is one of them, nor writes or removes anything in one.
     linked: whole shards of another checkpoint that belong to this one as they are. They are hard-linked when it is entered;
-    those whose files must be copied instead are in `unlinked`, by name. The index names their tensors too.
+    those whose files must be copied instead are in `unlinked`, by name; copies: all of them are. The index names their tensors too.
     """
 
     def __init__(
@@ -62,27 +65,24 @@ class CheckpointWriter(ShardWriter):
         *,
         run: Mapping[str, Any] | None = None,
         resume: bool = False,
+        made_from: Collection[Path] = (),
         linked: Sequence[Shard] = (),
+        copies: bool = False,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
-        self.out, self.run, self.resume = out, run, resume
-        self.linked, self.unlinked = linked, dict[str, Path]()
-        self.partial = out.with_name(out.name + PARTIAL_SUFFIX)
-        self.lock = Journal(self.partial)
+        refuse_place(out, made_from)
+        self.out, self.run, self.resume, self.made_from = out, run, resume, made_from
+        self.linked, self.copies, self.unlinked = linked, copies, dict[str, Path]()
+        self.place = PartialDirectory(out)
+        self.partial, self.lock = self.place.path, self.place.journal
         super().__init__(self.partial, shards, metadata, max_queued_bytes=max_queued_bytes)
 
     def __enter__(self) -> Self:
-        if self.out.exists():
-            raise InputError(f"{self.out}: exists already; name a directory that does not")
-        made = False
+        done = 0
         try:
-            if self.partial.exists():
-                self._enter_partial()
-            else:
-                self.partial.mkdir(parents=True)
-                made = True
-                self.lock.directory.mkdir()
-                self.lock.lock()
+            self.place.claim()
+            refuse_place(self.out, self.made_from)  # another run may have finished it before the lock was ours
+            done = self._take_over()
             for shard in self.linked:
                 self.link(shard.path.name, shard.path)
             if self.run is not None:
@@ -91,48 +91,55 @@ class CheckpointWriter(ShardWriter):
                 self.take_up()
             self.start()
         except BaseException as error:  # Ctrl-C too: nobody else would clean up
-            if made:
-                shutil.rmtree(self.partial, ignore_errors=True)
-            self.lock.unlock()
+            if not done and not isinstance(error, PartialError):
+                self.place.remove()
+            self.place.release()
             if isinstance(error, OSError):
                 raise disk_failure(self.partial, error) from None
             raise
         return self
 
-    def _enter_partial(self) -> None:
-        """Takes over a partial directory that is there: to go on with it, or as an empty one."""
-        if not self.lock.directory.exists():
-            raise InputError(f"{self.partial}: is in the way and was not made by mtpress; move it")
-        self.lock.lock()
+    def _take_over(self) -> int:
+        """Makes what another run has left what this one goes on with, or an empty directory; how many steps of it are finished."""
+        self._refuse_links(self.lock.directory)
         done = self.lock.num_finished()
         if done and not self.resume:
-            raise InputError(
+            raise PartialError(
                 f"{self.partial}: holds an unfinished run, {done} steps of it done; go on with --resume, or delete it to start over"
             )
         if done and self.run is not None:
             self.lock.refuse_other_run(self.run)
         kept = {JOURNAL_NAME, *self.shards} if done else {JOURNAL_NAME}
         for path in [*self.partial.iterdir(), *(() if done else self.lock.directory.iterdir())]:
-            if path.name in kept | {"lock", SENSITIVITY_NAME}:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            if path.name not in kept | {LOCK_NAME, SENSITIVITY_NAME}:
+                remove_entry(path)
+        self._refuse_links(self.partial)
+        return done
 
-    def link(self, name: str, path: Path) -> None:
+    def _refuse_links(self, directory: Path) -> None:
+        """PartialError where writing into one of these files could change something outside, or wait for ever."""
+        for path in directory.iterdir():
+            seen = path.lstat()
+            if path != self.lock.directory and (not stat.S_ISREG(seen.st_mode) or seen.st_nlink > 1):
+                raise PartialError(f"{path}: is a link or no file, and not what mtpress wrote; delete {self.partial} to start over")
+
+    def link(self, name: str, path: Path, directory: Path | None = None) -> None:
         """Hard-links a finished file to a name in the directory; where that is impossible, it joins `unlinked`.
 
-        Nothing may write into it then: its bytes are those of the other checkpoint.
+        directory: the checkpoint that the file is of, if it lies deeper in it. Nothing may write into it then: its bytes are those
+        of the other checkpoint.
         """
-        place = self.partial / name
+        place, file = self.partial / name, own_file(directory or path.parent, path)
+        if self.copies:
+            self.unlinked[name] = file
+            return
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path.resolve(), place)
+            os.link(file, place)
         except OSError as error:
             if error.errno not in CANNOT_LINK:
                 raise disk_failure(place, error) from None
-            self.unlinked[name] = path
+            self.unlinked[name] = file
 
     def copy_unlinked(self, advance: Callable[[int], None] = lambda count: None) -> None:
         """Copies what could not be linked. advance: is told of every so many bytes."""
@@ -140,6 +147,7 @@ class CheckpointWriter(ShardWriter):
             name, path = self.unlinked.popitem()
             digest, size = hashlib.sha256(), path.stat().st_size
             try:
+                (self.partial / name).parent.mkdir(parents=True, exist_ok=True)
                 file, whole = StagedFile(self.partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), False
                 try:
                     for piece in read_pieces(TensorInfo(name, "U8", (size,), path, 0, size)):
@@ -158,21 +166,25 @@ class CheckpointWriter(ShardWriter):
             self.stop(error)
             if kind is None:
                 return
-            done = 0 if self.journal is None or issubclass(kind, InputError) else self.journal.num_finished()  # workers' steps too
+            if isinstance(error, PartialError):
+                return  # it says itself what to do with what is there
+            done = 0 if self.journal is None or isinstance(error, InputError) else self.journal.num_finished()  # workers' steps too
             if done:
                 left = f"{done} finished steps are kept in {self.partial}, the same command with --resume goes on there"
             else:
-                shutil.rmtree(self.partial, ignore_errors=True)
+                self.place.remove()
                 left = "the source is untouched and no unfinished output was left"
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(left) from None
             if isinstance(error, ResourceError):
                 raise ResourceError(f"{error}; {left}") from None
         finally:
-            self.lock.unlock()
+            self.place.release()
 
     def write_file(self, name: str, content: bytes) -> None:
         """Writes a small file beside the weights."""
+        if not self.lock.is_held():
+            raise ResourceError(f"{self.partial}: was moved or removed while it was written; start again")
         try:
             (self.partial / name).parent.mkdir(exist_ok=True)
             with (self.partial / name).open("xb") as file:
@@ -199,6 +211,8 @@ class CheckpointWriter(ShardWriter):
         try:
             for path in self.lock.directory.glob("hidden-*"):
                 path.unlink()  # large, and of no use once every shard is written
+            if os.path.lexists(self.out):
+                raise ResourceError(f"{self.out}: was made by someone else meanwhile; move it")
             self.partial.rename(self.out)
             parent = os.open(self.out.parent, os.O_RDONLY)
             os.fsync(parent)
@@ -210,4 +224,4 @@ class CheckpointWriter(ShardWriter):
 
 def remove_journal(out: Path) -> None:
     """Takes the journal out of a directory that has its final name."""
-    shutil.rmtree(out / JOURNAL_NAME, ignore_errors=True)
+    remove_entry(out / JOURNAL_NAME)

@@ -28,6 +28,11 @@ from mtpress.errors import InputError, ResourceError
 JOURNAL_NAME = ".mtpress-partial"  # also says that mtpress may delete the directory it stands in
 RUN_NAME = "run.json"
 SENSITIVITY_NAME = "sensitivity.lines"
+LOCK_NAME = "lock"
+
+
+class PartialError(InputError):
+    """What a stopped run has left cannot be gone on with as it was asked for. It stays as it is; the message says what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,27 @@ class Journal:
         self.directory = partial / JOURNAL_NAME
         self._lock: int | None = None
 
-    def lock(self, name: str = "lock") -> None:
+    def lock(self, name: str = LOCK_NAME) -> None:
         """Keeps other processes out until unlock() or the end of this process; workers lock the shards that they write."""
-        self._lock = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.unlock()
             raise ResourceError(f"{self.directory.parent}: another mtpress is writing there; wait for it or choose another OUT") from None
+
+    def is_held(self) -> bool:
+        """Whether the lock of the directory is this one's, and the directory still has its name."""
+        if self._lock is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._lock), (self.directory / LOCK_NAME).lstat())
+        except OSError:
+            return False
+
+    def take_lock(self, other: "Journal") -> None:
+        """The lock that another one holds, of what has this one's name by now, is this one's from now on."""
+        self._lock, other._lock = other._lock, None
 
     def unlock(self) -> None:
         if self._lock is not None:

@@ -11,7 +11,7 @@ or not. Files keep their names; tensors that are new go into shards of their own
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from mtpress.checkpoint_writer import CheckpointWriter, split_into_shards
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import JOURNAL_NAME
 from mtpress.models.qwen3_5 import MTP_PREFIX
+from mtpress.own_files import own_file, refuse_foreign_files
 from mtpress.progress import Progress, human_bytes
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes
 from mtpress.shard_writer import OutputTensor, shard_header
@@ -64,14 +65,32 @@ class RevisionPlan:
 
 @dataclass(frozen=True)
 class RevisionResult(RevisionPlan):
-    """What a revision did. bytes_written: with the copies of what could not be linked; unlinked: how many files those are."""
+    """What a revision did. bytes_written: with the copies of what could not be linked, or was not to be; unlinked: how many files those
+    are; hard_links: files of the output that are the source's own, of num_files."""
 
     unlinked: int
+    hard_links: tuple[str, ...]
+    num_files: int
     seconds: float
     peak_memory_bytes: int
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def links_said(self) -> str:
+        """What whoever edits the output must know of it; empty where all of its files are its own."""
+        return said_of_links(self.hard_links, self.num_files)
+
+
+def said_of_links(hard_links: Sequence[str], num_files: int) -> str:
+    """What stands in the output of each stage that makes hard links."""
+    if not hard_links:
+        return ""
+    return (
+        f"{len(hard_links)} of {num_files} files are hard links, the source's own files: to edit one in place edits both; "
+        "--copy makes copies"
+    )
 
 
 class Revision:
@@ -224,28 +243,32 @@ class Revision:
 
     # ---- the work
 
-    def write(self, out: Path, stage: str, entries: Mapping[str, Any], *, silent: bool = False) -> RevisionResult:
-        """Makes `out`, which must not exist. entries: what the stage adds to the record.
+    def write(self, out: Path, stage: str, entries: Mapping[str, Any], *, copies: bool = False, silent: bool = False) -> RevisionResult:
+        """Makes `out`, which must not exist. entries: what the stage adds to the record. copies: in place of hard links.
 
-        InputError where `out` exists or lies in the source, or a file changes while it is read; ResourceError where the disk is
-        too small or cannot be written. Nothing that looks finished stays behind, and the source is never opened for writing.
+        InputError where `out` exists or lies in the source, a file of the source is a link that leaves it, or one changes while it is
+        read; ResourceError where the disk is too small or cannot be written. Nothing that looks finished stays behind, and the source
+        is never opened for writing.
         """
-        if self.source.path.resolve() in out.resolve().parents:
-            raise InputError(f"{out}: lies inside {self.source.path}, which is not to be changed; name a directory elsewhere")
         started = time.perf_counter()
+        refuse_foreign_files(self.source.path)
         kept, rewritten, added = self._shards()
         shards, plan, carried = rewritten | added, self._plan(kept, rewritten, added), self._carried()
         guard, origins = SourceGuard(self.source), _fingerprints(shards)
         layout = {file: [change.tensor for change in changes] for file, changes in shards.items()}
         linked = [shard for shard in self.source.shards if shard.path.name in kept]
+        large = [name for name, path in carried.items() if path.stat().st_size > COPIED_BYTES]
+        for origin in origins:
+            own_file(origin.parent, origin)
+        made_from = {self.source.path, *(origin.parent for origin in origins)}
         with (
-            CheckpointWriter(out, layout, self.metadata, linked=linked) as writer,
+            CheckpointWriter(out, layout, self.metadata, made_from=made_from, linked=linked, copies=copies) as writer,
             Progress(stage, plan.bytes_written, silent=silent) as progress,
         ):
-            for name, path in carried.items():
-                if path.stat().st_size > COPIED_BYTES:
-                    writer.link(name, path)
+            for name in large:
+                writer.link(name, carried[name], self.source.path)
             num_unlinked, copied = len(writer.unlinked), sum(path.stat().st_size for path in writer.unlinked.values())
+            hard_links = tuple(sorted({*plan.linked, *large} - writer.unlinked.keys()))
             _refuse_full(out, plan.bytes_written + copied)
             progress.total += copied
             for file, changes in shards.items():
@@ -262,6 +285,7 @@ class Revision:
                 "source": self._source_entry(),
                 "seconds": {"total": round(time.perf_counter() - started, 3)},
                 "peak_memory_bytes": peak_memory_bytes(),
+                "hard_links": hard_links,
                 "output_sha256": {name: digest for name, digest in sorted(hashes.items()) if "/" not in name},
             }
             writer.write_file(RECORD_NAME, record_bytes(stage, **{**entries, **facts}))
@@ -272,6 +296,8 @@ class Revision:
                 "bytes_written": plan.bytes_written + copied,
                 "bytes_linked": plan.bytes_linked - copied,
                 "unlinked": num_unlinked,
+                "hard_links": hard_links,
+                "num_files": len({*plan.linked, *shards, *plan.carried, *plan.written, RECORD_NAME, INDEX_NAME}),
                 "seconds": time.perf_counter() - started,
                 "peak_memory_bytes": peak_memory_bytes(),
             }

@@ -21,7 +21,6 @@ states behind it on the disk, so that a run which was stopped goes on there.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -37,7 +36,8 @@ from mtpress.errors import InputError
 from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear
 from mtpress.format_choice import NUM_MEASURED, Choices, choice_record, choose_formats
 from mtpress.hidden_states import DiskStates
-from mtpress.journal import SENSITIVITY_NAME, Journal, difference, write_whole
+from mtpress.journal import SENSITIVITY_NAME, difference, write_whole
+from mtpress.partial_directory import PartialDirectory
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
@@ -87,7 +87,7 @@ class Journaled:
 
 def settle(
     found: Choices,
-    journal: Journal,
+    place: PartialDirectory,
     made_of: Mapping[str, Any],
     samples: Sequence[Sample],
     device: torch.device,
@@ -101,14 +101,14 @@ def settle(
 
     made_of: what the measurement depends on. ready(partial directory) refuses what the machine cannot do.
     """
-    partial, begun = journal.directory.parent, journal.num_finished() > 0
-    if (begun and not resume) or (partial.exists() and not journal.directory.exists()):
+    partial, journal = place.path, place.journal
+    begun = journal.num_finished() > 0
+    if begun and not resume:
         return [min(group.bytes, key=group.bytes.__getitem__) for group in found.groups], {}
     try:
-        journal.directory.mkdir(parents=True, exist_ok=True)
+        place.claim()
     except OSError as error:
         raise disk_failure(partial, error) from None
-    journal.lock()
     journaled: Journaled | None = None
     try:
         if not begun:
@@ -121,13 +121,13 @@ def settle(
     except BaseException as error:  # Ctrl-C too
         measured = len(journaled.layers) if journaled is not None else 0
         if not begun and (isinstance(error, InputError) or not measured):
-            shutil.rmtree(partial, ignore_errors=True)
+            place.remove()
         elif isinstance(error, KeyboardInterrupt):
             left = f"{measured} measured layers are kept in {partial}, the same command with --resume goes on there"
             raise KeyboardInterrupt(left) from None
         raise
     finally:
-        journal.unlock()
+        place.release()
     formats = choose_formats(found, errors)
     return formats, choice_record(found, formats, errors)
 

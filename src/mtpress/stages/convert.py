@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mtpress.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.models import family
+from mtpress.output_place import refuse_place
 from mtpress.progress import human_bytes
 from mtpress.rules.subject import CONFIG, HF_QUANT_CONFIG, Subject
 from mtpress.rules.vision import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
@@ -35,6 +36,7 @@ class ConvertResult:
     come back to the last bit when converted back, and the largest relative difference of the others (one ulp). rescaled: fused
     linears that got one global scale, with what that cost each member. unequal_input_scales: fused linears whose members' differ;
     vLLM takes the largest of modelopt's and the smallest of compressed-tensors'. ignore: what the config names as kept in 16 bits.
+    hard_links: files that are the checkpoint's own; links_said: that in words, empty where there are none.
     """
 
     out: str
@@ -49,6 +51,8 @@ class ConvertResult:
     unequal_input_scales: tuple[str, ...]
     ignore: tuple[str, ...]
     linked: tuple[str, ...]
+    hard_links: tuple[str, ...]
+    links_said: str
     rewritten: tuple[str, ...]
     bytes_linked: int
     bytes_written: int
@@ -66,11 +70,13 @@ def convert(
     *,
     text_only: bool = False,
     rescale: bool = False,
+    copies: bool = False,
     silent: bool = False,
 ) -> ConvertResult:
     """Makes `out` from `checkpoint`: in the layout `to` ("modelopt" or "compressed-tensors"), without its vision tower, or both.
 
     rescale: fused linears with unequal global scales may lose what their block scales cannot hold; without it they are refused.
+    copies: in place of hard links.
     Raises InputError, before anything is written, where the checkpoint cannot be converted, ResourceError if the disk is too small.
     """
     from mtpress import conversion  # torch from here on
@@ -79,8 +85,7 @@ def convert(
     layout = _layout(to)
     if layout is None and not text_only:
         raise InputError("nothing to do: name a layout with --to, or --text-only, or both")
-    if Path(out).exists():
-        raise InputError(f"{out}: exists already; name a directory that does not")
+    refuse_place(Path(out), [checkpoint])
     source = Checkpoint.open(checkpoint)
     if source.unindexed:
         raise InputError(
@@ -113,12 +118,14 @@ def convert(
         "rescaled": tuple(asdict(found) for found in planned.rescaled) if planned else (),
         "unequal_input_scales": tuple(planned.unequal_inputs) if planned else (),
     }
-    done = revision.write(Path(out), "convert", facts, silent=silent)
+    done = revision.write(Path(out), "convert", facts, copies=copies, silent=silent)
     return ConvertResult(
         out=str(out),
         **facts,
         ignore=tuple(kept),
         linked=done.linked,
+        hard_links=done.hard_links,
+        links_said=done.links_said,
         rewritten=tuple(done.rewritten),
         bytes_linked=done.bytes_linked,
         bytes_written=done.bytes_written,
@@ -202,11 +209,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rescale", action="store_true", help="give fused linears one global scale even where their block scales must be rounded for it"
     )
+    parser.add_argument("--copy", action="store_true", help="copy the files that do not change, in place of hard links to CKPT's own")
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
-    result = convert(options.checkpoint, options.out, options.to, text_only=options.text_only, rescale=options.rescale, silent=options.json)
+    result = convert(
+        options.checkpoint, options.out, options.to, text_only=options.text_only, rescale=options.rescale, copies=options.copy,
+        silent=options.json,
+    )  # fmt: skip
     if not options.json:
         show(result)
     return 0, result.as_json()
@@ -238,6 +249,7 @@ def show(result: ConvertResult) -> None:
         f"{human_bytes(result.bytes_written)} written, {human_bytes(result.bytes_linked)} linked, in {result.seconds:.1f} s; "
         f"peak memory {human_bytes(result.peak_memory_bytes)}"
     )
+    lines += [result.links_said] if result.links_said else []
     for line in lines:
         say(line)
 

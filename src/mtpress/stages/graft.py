@@ -19,6 +19,7 @@ from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_obj
 from mtpress.disk import read_pieces
 from mtpress.errors import InputError
 from mtpress.models import family
+from mtpress.output_place import refuse_place
 from mtpress.progress import human_bytes
 from mtpress.rules.declaration import Declaration
 from mtpress.rules.subject import MISPLACED_MTP, Subject
@@ -33,7 +34,8 @@ class GraftResult:
 
     replaced: tensors of the head that stood there with other bytes; added: that were not there under their names; kept: whose
     bytes were the base's already; removed: what else there was of a head. config_files: those with new content. linked,
-    rewritten: shards of the checkpoint; new: shards that it did not have.
+    rewritten: shards of the checkpoint; new: shards that it did not have. hard_links: files of the output that are the checkpoint's own;
+    links_said: that in words, empty where there are none.
     """
 
     out: str
@@ -44,6 +46,8 @@ class GraftResult:
     removed: tuple[str, ...]
     config_files: tuple[str, ...]
     linked: tuple[str, ...]
+    hard_links: tuple[str, ...]
+    links_said: str
     rewritten: tuple[str, ...]
     new: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -60,8 +64,8 @@ class GraftResult:
         return {**asdict(self), "next": self.next}
 
 
-def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, silent: bool = False) -> GraftResult:
-    """Makes `out` from `checkpoint` with the draft head of `base`; both may be Hub ids.
+def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, copies: bool = False, silent: bool = False) -> GraftResult:
+    """Makes `out` from `checkpoint` with the draft head of `base`; both may be Hub ids. copies: in place of hard links.
 
     InputError before anything is written where the head does not fit or the base has none that is whole and in BF16, and where
     there is nothing to do; ResourceError where the disk is too small. Nothing that looks finished stays behind.
@@ -70,8 +74,7 @@ def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, silent: 
     from mtpress.shard_writer import OutputTensor
 
     target = Path(out)
-    if target.exists():
-        raise InputError(f"{target}: exists already; name a directory that does not")
+    refuse_place(target, [checkpoint, base])
     source, giver = Checkpoint.open_stored(checkpoint), Checkpoint.open_stored(base)
     subject = Subject(source)
     head = _head_of(giver, source, subject.model)
@@ -94,7 +97,7 @@ def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, silent: 
         raise InputError(f"{source.path}: has this draft head already, bit for bit, and its configs spare it; nothing to graft")
     origin = {"name": giver.path.resolve().name if Path(base).is_dir() else str(base), "identity": giver.identity}
     entries = {"draft_head": "the base's, bit for bit", "base": origin, "removed": removed}
-    done = revised.write(target, "graft", entries, silent=silent)
+    done = revised.write(target, "graft", entries, copies=copies, silent=silent)
     return GraftResult(
         out=str(target),
         base=str(base),
@@ -104,6 +107,8 @@ def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, silent: 
         removed=removed,
         config_files=tuple(files),
         linked=done.linked,
+        hard_links=done.hard_links,
+        links_said=done.links_said,
         rewritten=tuple(done.rewritten),
         new=tuple(done.added),
         warnings=tuple(_warnings(subject, giver, strays)),
@@ -252,11 +257,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a finished checkpoint of any format: a directory or a Hub id")
     parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
     parser.add_argument("--from", required=True, dest="base", metavar="BASE", help="the BF16 release whose draft head it gets")
+    parser.add_argument("--copy", action="store_true", help="copy the files that do not change, in place of hard links to CKPT's own")
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
-    result = graft(options.checkpoint, options.out, options.base, silent=options.json)
+    result = graft(options.checkpoint, options.out, options.base, copies=options.copy, silent=options.json)
     if not options.json:
         show(result)
     return 0, result.as_json()
@@ -274,7 +280,9 @@ def show(result: GraftResult) -> None:
         "the base's already": _listed(result.kept),
         "removed": _listed(result.removed),
         "configs changed": ", ".join(result.config_files),
-        "shards linked": f"{len(result.linked)}, {human_bytes(result.bytes_linked)}" if result.linked else "",
+        "shards linked" if result.hard_links else "shards copied": (
+            f"{len(result.linked)}, {human_bytes(result.bytes_linked)}" if result.linked else ""
+        ),
         "shards rewritten": ", ".join(result.rewritten),
         "shards added": ", ".join(result.new),
         "written": f"{human_bytes(result.bytes_written)} in {result.seconds:.1f} s, peak memory {human_bytes(result.peak_memory_bytes)}",
@@ -285,6 +293,8 @@ def show(result: GraftResult) -> None:
     console.print(table)
     for warning in result.warnings:
         console.print(f"warning: {warning}")
+    if result.links_said:
+        console.print(result.links_said, soft_wrap=True)
     console.print(f"next: {result.next}", soft_wrap=True)
 
 

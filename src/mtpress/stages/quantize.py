@@ -21,12 +21,15 @@ import psutil
 from mtpress import terminal
 from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_choice, template_of
 from mtpress.checkpoint import Checkpoint, read_json_object
-from mtpress.checkpoint_writer import PARTIAL_SUFFIX, CheckpointWriter, remove_journal
+from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
 from mtpress.device import choose_device
 from mtpress.errors import InputError
 from mtpress.format_choice import Choices, choices, chosen_recipe
-from mtpress.journal import Journal, difference
+from mtpress.journal import difference
 from mtpress.models.qwen3_5 import COMPONENT_TITLES
+from mtpress.output_place import refuse_place
+from mtpress.own_files import refuse_foreign_files
+from mtpress.partial_directory import PartialDirectory
 from mtpress.plan import LAYOUTS, Plan, make_plan
 from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe, parse_recipe
@@ -103,14 +106,14 @@ def quantize(
 
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = Path(out)
-    if target.exists() and not resume:
-        raise InputError(f"{target}: exists already; name a directory that does not")
+    refuse_place(target, [source], finished=resume)
     if chosen.rounding in ("signround", "gptq") and (workers > 1 or ray):
         raise InputError(
             f"recipe {chosen.name}: rounding {chosen.rounding} goes through all samples in one process; "
             "leave --workers and --ray out, or take rounding hessian"
         )
     checkpoint = Checkpoint.open(source)
+    refuse_foreign_files(checkpoint.path)
     open_choice = choices(checkpoint, chosen) if chosen.budget is not None else None
     plan = open_choice.least if open_choice else make_plan(checkpoint, chosen)
     templated = template_choice(chosen, checkpoint)
@@ -157,7 +160,7 @@ def quantize(
     identity |= run_identity(plan, guard, calibrated, device_used)
     metadata = dict(checkpoint.shards[0].metadata) or {"format": "pt"}
     with (
-        CheckpointWriter(target, plan.shards, metadata, run=identity, resume=resume) as writer,
+        CheckpointWriter(target, plan.shards, metadata, run=identity, resume=resume, made_from=[checkpoint.path]) as writer,
         Progress("quantize", sum(step.effort(bool(calibrated)) for step in plan.steps), silent=silent) as progress,
     ):
         lengths = [len(sample.input_ids) for sample in calibrated.samples] if calibrated else []
@@ -226,8 +229,7 @@ def settle_formats(
 
     least = open_choice.least
     made_of = {"candidates": list(open_choice.plans), **run_identity(least, guard, calibrated, device)}
-    journal = Journal(target.with_name(target.name + PARTIAL_SUFFIX))
-    formats, said = settle(open_choice, journal, made_of, calibrated.samples, device, ready, guard, resume, silent)
+    formats, said = settle(open_choice, PartialDirectory(target), made_of, calibrated.samples, device, ready, guard, resume, silent)
     return make_plan(least.source, chosen_recipe(open_choice, formats)), said
 
 
@@ -296,12 +298,12 @@ def foresee(
 
 def finished_record(out: Path, made_from: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     """The record of an output that --resume finds finished; InputError that names what it was made of, if that differs."""
-    remove_journal(out)
     record = read_json_object(out / RECORD_NAME) if (out / RECORD_NAME).exists() else {}
     old = {"recipe": record.get("recipe"), "calibration": record.get("calibration"), "source": record.get("source", {}).get("identity")}
     different = difference(old, json.loads(json.dumps({**made_from, "source": checkpoint.identity})))
     if different:
         raise InputError(f"{out}: exists already and was made with {different}; name a directory that does not")
+    remove_journal(out)
     return record
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mtpress import terminal
-from mtpress.checkpoint import Checkpoint, resolve
+from mtpress.checkpoint import Checkpoint
 from mtpress.comparison import compare, relate
 from mtpress.errors import InputError
 from mtpress.models.qwen3_5 import module_of
+from mtpress.output_place import refuse_place
+from mtpress.own_files import refuse_foreign_files
 from mtpress.progress import human_bytes
 from mtpress.relation import Kind, Relation, add_base_is, refuse_alone
 from mtpress.repairs.base_files import open_base
@@ -26,7 +28,7 @@ from mtpress.repairs.mending import RELATIONS, Outcome, by_weight, find, mend_al
 from mtpress.repairs.opening import open_broken, refuse_other_tasks
 from mtpress.repairs.overlay import Overlay
 from mtpress.repairs.repair import Context, Left
-from mtpress.revision import Revision, RevisionPlan
+from mtpress.revision import Revision, RevisionPlan, RevisionResult
 from mtpress.rules.base import RULES as WEIGHT_RULES
 from mtpress.rules.meanings import RULES as FILE_RULES
 from mtpress.rules.registry import BASE_RULES, STATIC_RULES
@@ -42,7 +44,7 @@ class RepairResult:
     """What repair found and did. outcomes: in the order of work; findings: what check says of the output (dry run: would say).
 
     relation: what the base is, where every weight was compared with it. written: whether `out` was made. linked: files that stay;
-    rewritten: shard → tensors, streamed anew; sizes in bytes.
+    rewritten: shard → tensors, streamed anew; sizes in bytes. made: what writing it came to, and which files are the checkpoint's own.
     """
 
     checkpoint: str
@@ -54,6 +56,7 @@ class RepairResult:
     relation: Relation | None
     left_out: tuple[str, ...]
     plan: RevisionPlan | None
+    made: RevisionResult | None = None
     seconds: float = 0.0
 
     @property
@@ -92,6 +95,8 @@ class RepairResult:
             "left_out": self.left_out,
             "files": {
                 "linked": self.plan.linked,
+                "hard_links": self.made.hard_links if self.made else (),
+                "links_said": self.made.links_said if self.made else "",
                 "rewritten": self.plan.rewritten,
                 "added": self.plan.added,
                 "written": self.plan.written,
@@ -112,6 +117,7 @@ def repair(
     base_is: Kind | None = None,
     comparing: bool = True,
     keep_template: bool = False,
+    copies: bool = False,
     dry_run: bool = False,
     silent: bool = False,
 ) -> RepairResult:
@@ -119,18 +125,16 @@ def repair(
 
     base: what the checkpoint was made from, for what is absent or damaged here; with `comparing` every weight is compared with it too,
     which reads both whole and finds what the base is. base_is: what it is, whatever the weights say; "source" lets it replace what differs.
-    keep_template: a chat template that fails stays, and is told as left. dry_run: says what would be done, reads no weight and writes
-    nothing. InputError where nothing can be opened, or `out` exists; ResourceError where the disk is full. Errors that are left are no
+    keep_template: a chat template that fails stays, and is told as left. copies: in place of hard links. dry_run: says what would be
+    done, reads no weight and writes nothing. InputError where nothing can be opened, or `out` exists; ResourceError where the disk is full. Errors that are left are no
     exception: RepairResult.sound says.
     """
     started = time.perf_counter()
     target = Path(out)
-    if target.exists():
-        raise InputError(f"{target}: exists already; name a directory that does not")
-    if resolve(checkpoint).resolve() in target.resolve().parents:
-        raise InputError(f"{target}: lies inside {checkpoint}, which is not to be changed; name a directory elsewhere")
+    refuse_place(target, [checkpoint, *([base] if base is not None else [])])
     source = open_base(base, str(checkpoint)) if base is not None else None
     opened = open_broken(checkpoint, source)
+    refuse_foreign_files(opened.stored.path)
     refuse_other_tasks(opened.stored)
     measured = None
     if source is not None and comparing and not dry_run:
@@ -143,7 +147,7 @@ def repair(
         outcomes: list[Outcome] = [*mend_reindexed(ctx, opened.findings), *mend_all(ctx)]
         weighed = by_weight(ctx)
         outcomes = [*(o for o in outcomes if not o.left), *mend_all(ctx, weighed)] if weighed else outcomes
-        plan = None
+        plan = made = None
         findings = find(ctx) + (list(apply(WEIGHT_RULES, ctx.comparison)) if ctx.comparison is not None else [])
         written = any(outcome.fixed for outcome in outcomes)
         if written:
@@ -152,7 +156,7 @@ def repair(
             plan = revision.plan()
             if not dry_run:
                 entries = recorded(source, relation, opened.findings, weighed, outcomes, opened.left_out)
-                revision.write(target, "repair", entries, silent=silent)
+                made = revision.write(target, "repair", entries, copies=copies, silent=silent)
                 findings = judged(target, ctx)
         outcomes = exact(outcomes, findings)
     return RepairResult(
@@ -164,7 +168,8 @@ def repair(
         findings=tuple(findings),
         relation=relation,
         left_out=tuple(f"{name}: {why}" for name, why in opened.left_out.items()),
-        plan=plan,
+        plan=made or plan,
+        made=made,
         seconds=time.perf_counter() - started,
     )
 
@@ -224,6 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-compare", action="store_true", help="with --base: take what is missing from it, without comparing every weight with it"
     )
     parser.add_argument("--keep-template", action="store_true", help="leave a chat template that fails as it is")
+    parser.add_argument("--copy", action="store_true", help="copy the files that do not change, in place of hard links to CKPT's own")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; read no weights, write nothing")
 
 
@@ -239,6 +245,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
         base_is=options.base_is,
         comparing=not options.no_compare,
         keep_template=options.keep_template,
+        copies=options.copy,
         dry_run=options.dry_run,
         silent=options.json,
     )
@@ -273,6 +280,8 @@ def show(result: RepairResult) -> None:
             f"{'would stay' if result.dry_run else 'stay'} as they are in {count(len(result.plan.linked), 'shard')}",
             soft_wrap=True,
         )  # fmt: skip
+    if result.made is not None and result.made.links_said:
+        console.print(result.made.links_said, soft_wrap=True)
     console.print(verdict(result), soft_wrap=True)
 
 
