@@ -1,6 +1,6 @@
 """`python -m mtpress`."""
 
-from mtpress.cli import entry
+from mtpress.start import entry
 
 if __name__ == "__main__":
     entry()

@@ -12,7 +12,7 @@ import torch
 from mtpress.calibration import InputAmax
 from mtpress.chat import Sample
 from mtpress.checkpoint import read_rows, read_tensor
-from mtpress.hidden_states import DiskStates
+from mtpress.hidden_states import STREAM, DiskStates
 from mtpress.input_hessian import InputHessian
 from mtpress.kv_cache import SeenCache
 from mtpress.models import family
@@ -53,7 +53,9 @@ class CalibrationPass:
         self.plan = plan
         lengths = lengths or [len(sample.input_ids) for sample in samples]
         hidden_size = plan.source.text_config["hidden_size"]
-        self.states = DiskStates(directory, lengths, hidden_size, boundary=first_layer, members=members, pinned=device.type == "cuda")
+        self.states = DiskStates(
+            directory, lengths, hidden_size, boundary=first_layer, members=members, pinned=device.type == "cuda", hashed=True
+        )
         self.body = StreamedBody(plan.source.config, device, states=self.states)
         if first_layer:
             self.body.place(samples)
@@ -76,6 +78,10 @@ class CalibrationPass:
         """Waits until the states behind the layer of this step are on the disk."""
         assert step.layer is not None
         self.states.sync(step.layer + 1)
+
+    def states_sha256(self) -> dict[str, str]:
+        """Stream → SHA-256 of what all samples hold behind the last layer."""
+        return {STREAM: self.states.sha256()}
 
     def close(self) -> None:
         self.states.close()

@@ -11,6 +11,7 @@ Format: https://github.com/huggingface/safetensors (8-byte length, JSON header, 
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,7 +132,10 @@ def read_shard(path: Path) -> Shard:
         return InputError(f"{path}: {why}; the file is torn or not safetensors, fetch it again")
 
     try:
-        size = path.stat().st_size
+        seen = path.stat()
+        if not stat.S_ISREG(seen.st_mode):
+            raise InputError(f"{path}: cannot be read (it is not a file)")
+        size = seen.st_size
         with path.open("rb") as file:
             head = file.read(8)
             if len(head) < 8:

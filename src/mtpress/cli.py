@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 
 from mtpress import __version__
 from mtpress.engine.api_key import without_secrets_in
-from mtpress.errors import MtpressError
+from mtpress.errors import MtpressError, of_the_machine
+from mtpress.start import open_streams
 from mtpress.terminal import json_text, say, visible
 
 
@@ -81,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notes on missing GPU kernels are not news to the user
     stage = next((a for a in arguments if not a.startswith("-")), None)
-    _Signals.take_over()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
+        _Signals.take_over()
         code, result = run_stage(arguments)
         if "--json" in arguments:
             print(json_text(result, indent=2))
@@ -99,11 +100,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        said = _lost_result(error) or of_the_machine(error)
+        if said is None:
+            raise
+        return _fail(stage, said, MtpressError.exit_code, "--json" in arguments)
+
+
+def _lost_result(error: Exception) -> str | None:
+    """What to say where stdout takes no more: it still refuses what the failed write has left to be written."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            sys.stdout.flush()
+        except OSError as full:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return f"stdout cannot be written ({full.strerror}), so the result is not told; what was made is there. Send it elsewhere"
+    return None
 
 
 def entry() -> NoReturn:
     """main() as a command: leaves at once, for there is nothing to put away and tearing torch down takes a second."""
+    open_streams()
     code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -117,6 +136,8 @@ class _Signals:
 
     @classmethod
     def take_over(cls) -> None:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of what start.py leaves with
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup's choice stands
                 signal.signal(number, cls._stop)

@@ -6,9 +6,10 @@ is what holds them as long as memory allows, and three boundaries stay in three 
 the last finished one whole.
 """
 
+import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -18,11 +19,15 @@ from torch import Tensor
 
 from mtpress.checkpoint import bytes_of
 from mtpress.errors import InputError
+from mtpress.journal import PartialError
 from mtpress.shard_writer import disk_failure
 
 NUM_SLOTS = 3  # the boundary a layer reads, the one it writes, and the one before, until the layer behind it is journaled
 STREAM = "hidden"  # what the files of a run's states are called, and how the names of its other streams begin
 NUM_WAITING = 2  # samples that may wait in memory to be written
+OPENED = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+HASHED_BYTES = 2 << 20  # pieces of a sample that are hashed side by side
+NUM_HASHERS = min(4, os.cpu_count() or 1)
 
 
 def slot_file(directory: Path, boundary: int, stream: str = STREAM) -> Path:
@@ -37,6 +42,38 @@ def sync_states(directory: Path, boundary: int, stream: str = STREAM) -> None:
         os.fdatasync(file)
     finally:
         os.close(file)
+
+
+def sample_digest(pieces: Iterable[bytes]) -> bytes:
+    """Of one sample's states: SHA-256 of the SHA-256s of its pieces."""
+    return hashlib.sha256(b"".join(pieces)).digest()
+
+
+def states_sha256(digests: Mapping[int, bytes]) -> str:
+    """Of all samples at a boundary: SHA-256 of the digests of each, in order."""
+    return hashlib.sha256(b"".join(digests[sample] for sample in sorted(digests))).hexdigest()
+
+
+def refuse_other_states(
+    directory: Path,
+    boundary: int,
+    lengths: Sequence[int],
+    hidden_size: int,
+    said: Mapping[str, str],
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """PartialError where the states at a boundary are not those that a journal tells of: `said` has their SHA-256 by stream."""
+    for stream, expected in said.items():
+        states = DiskStates(directory, lengths, hidden_size, boundary=boundary, stream=stream, hashed=True)
+        try:
+            found = states.hash_again(advance)
+        finally:
+            states.close()
+        if found != expected:
+            raise PartialError(
+                f"{slot_file(directory, boundary, stream)}: the hidden states in front of layer {boundary} are not those the journal tells "
+                f"of; delete {directory.parent} to start over"
+            )
 
 
 class MemoryStates:
@@ -65,7 +102,8 @@ class DiskStates:
     """States in `{stream}-{boundary % 3}.bin` of a directory; sample i of the whole set always has the same place in the file.
 
     members: the samples of the set that are moved here, in order; workers share the files. boundary: the one to start from, 0 in
-    front of the first layer; it is on disk already if it is not 0. pinned: what get() returns is for copying to a GPU.
+    front of the first layer; it is on disk already if it is not 0. pinned: what get() returns is for copying to a GPU. hashed:
+    `digests` has one of each member's states at `boundary`, taken as they were put.
     """
 
     def __init__(
@@ -78,6 +116,7 @@ class DiskStates:
         members: Sequence[int] | None = None,
         pinned: bool = False,
         stream: str = STREAM,
+        hashed: bool = False,
     ) -> None:
         self.directory, self.hidden_size, self.boundary, self.stream = directory, hidden_size, boundary, stream
         self.lengths = lengths
@@ -86,23 +125,28 @@ class DiskStates:
         self.pinned = pinned
         self._read = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-states-read")
         self._write = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-states-write")
+        self._hashers = ThreadPoolExecutor(max_workers=NUM_HASHERS, thread_name_prefix="mtpress-states-hash") if hashed else None
+        self._put: dict[int, bytes] = {}
+        self.digests: dict[int, bytes] = {}
         self._ahead: tuple[int, Future[Tensor]] | None = None
         self._written: list[Future[None]] = []
         self._room = threading.Semaphore(NUM_WAITING)
         self._embedded = boundary > 0
         try:
-            self.files = [os.open(slot_file(directory, slot, stream), os.O_RDWR | os.O_CREAT, 0o644) for slot in range(NUM_SLOTS)]
+            self.files = [os.open(slot_file(directory, slot, stream), OPENED, 0o644) for slot in range(NUM_SLOTS)]
         except OSError as error:
             raise disk_failure(directory, error) from None
         if boundary and os.fstat(self.files[boundary % NUM_SLOTS]).st_size < self.starts[-1]:
             self.close()
-            raise InputError(
+            raise PartialError(
                 f"{directory}: the hidden states in front of layer {boundary} are not there; delete {directory.parent} to start over"
             )
 
     def close(self) -> None:
         self._read.shutdown(wait=True, cancel_futures=True)
         self._write.shutdown(wait=True, cancel_futures=True)
+        if self._hashers is not None:
+            self._hashers.shutdown(wait=True, cancel_futures=True)
         for file in self.files:
             os.close(file)
 
@@ -141,10 +185,30 @@ class DiskStates:
     def advance(self) -> None:
         """Every member has passed a layer: what was put is what get() gives from now on."""
         self.settle()
+        self.digests, self._put = self._put, {}
         self._ahead = None
         if self._embedded:
             self.boundary += 1
         self._embedded = True
+
+    def sha256(self) -> str:
+        """Of what every sample holds now; for who moves all of them."""
+        return states_sha256(self.digests)
+
+    def hash_again(self, advance: Callable[[int], None]) -> str:
+        """sha256() of what stands on the disk."""
+        for sample in range(len(self.members)):
+            view = bytes_of(self.peek(sample))
+            self.digests[self.members[sample]] = self._digest(view)
+            advance(len(view))
+        return self.sha256()
+
+    def _digest(self, view: memoryview, meanwhile: Callable[[], None] = lambda: None) -> bytes:
+        assert self._hashers is not None
+        pieces = [view[start : start + HASHED_BYTES] for start in range(0, len(view), HASHED_BYTES)]
+        hashing = [self._hashers.submit(_piece_digest, piece) for piece in pieces]
+        meanwhile()
+        return sample_digest(piece.result() for piece in hashing)
 
     def sync(self, boundary: int) -> None:
         """Waits until the states at a boundary are on the disk."""
@@ -170,10 +234,22 @@ class DiskStates:
             if ready is not None:
                 ready.synchronize()
             start, _ = self._place(sample)
-            view, position = bytes_of(states), 0
-            while position < len(view):
-                position += os.pwritev(self.files[slot], [view[position:]], start + position)
+            view = bytes_of(states)
+            if self._hashers is None:
+                _write_at(self.files[slot], view, start)
+            else:
+                self._put[self.members[sample]] = self._digest(view, lambda: _write_at(self.files[slot], view, start))
         except OSError as error:
             raise disk_failure(self.directory, error) from None
         finally:
             self._room.release()
+
+
+def _piece_digest(piece: memoryview) -> bytes:
+    return hashlib.sha256(piece).digest()
+
+
+def _write_at(file: int, view: memoryview, start: int) -> None:
+    position = 0
+    while position < len(view):
+        position += os.pwritev(file, [view[position:]], start + position)

@@ -3,9 +3,11 @@
 A directory `.mtpress-partial` in OUT.partial, small, and gone when the output gets its name:
     run.json             what the bytes of the output depend on: recipe, source files, calibration, versions
     SHARD.jsonl          one line for each finished step of a shard, in order:
-                         {"step": "layer 7", "num_tensors": 96, "end": 1270874112, "sha256": "…", "sources": {…}}
+                         {"step": "layer 7", "num_tensors": 96, "end": 1270874112, "sha256": "…", "sources": {…}, "states": {…},
+                          "line": "…"}
                          num_tensors and end (bytes, header included) count from the start of the file, sha256 is of those
-                         bytes, sources are the SHA-256 of the stored matrices that the step has quantized
+                         bytes, sources are the SHA-256 of the stored matrices that the step has quantized, states those of the
+                         samples behind its layer (hidden_states.py), line that of all before it in the line
     sensitivity.lines    recipes with a budget: what was measured before the first step (sensitivity_pass.py)
     hidden-0…2.bin       hidden states of the samples at three layer boundaries (hidden_states.py)
     lock, SHARD.lock     held by the process that writes here, and by the worker that writes a shard
@@ -15,10 +17,13 @@ last line counts as not written. In: steps as they finish. Out: what is finished
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ JOURNAL_NAME = ".mtpress-partial"  # also says that mtpress may delete the direc
 RUN_NAME = "run.json"
 SENSITIVITY_NAME = "sensitivity.lines"
 LOCK_NAME = "lock"
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class PartialError(InputError):
@@ -44,6 +50,7 @@ class Finished:
     end: int
     sha256: str
     sources: dict[str, str]
+    states: dict[str, str] = field(default_factory=dict)
 
 
 class Journal:
@@ -93,10 +100,14 @@ class Journal:
 
     def refuse_other_run(self, run: Mapping[str, Any]) -> None:
         """InputError that names what differs, unless the journal's run is this one."""
-        old = read_json_object(self.directory / RUN_NAME)
+        try:
+            old = read_json_object(self.directory / RUN_NAME)
+        except InputError:
+            path, partial = self.directory / RUN_NAME, self.directory.parent
+            raise PartialError(f"--resume: {path}: is not what mtpress wrote; delete {partial} to start over") from None
         different = difference(old, json.loads(json.dumps(run)))
         if different:
-            raise InputError(
+            raise PartialError(
                 f"--resume: {self.directory.parent} was begun with {different}; call it as it was begun, or delete it to start over"
             )
 
@@ -107,25 +118,61 @@ class Journal:
             size = os.fstat(file).st_size
             if size and os.pread(file, 1, size - 1) != b"\n":
                 os.ftruncate(file, os.pread(file, size, 0).rfind(b"\n") + 1)
-            write_whole(file, json.dumps(asdict(finished)).encode() + b"\n")
+            write_whole(file, signed_line(asdict(finished)))
             os.fdatasync(file)
         finally:
             os.close(file)
 
     def finished(self, shard: str) -> list[Finished]:
-        """The finished steps of a shard, in order."""
+        """The finished steps of a shard, in order; PartialError where a line is not what mtpress wrote there."""
         path = self.directory / f"{shard}.jsonl"
         if not path.exists():
             return []
-        *lines, _ = path.read_bytes().split(b"\n")
         try:
-            return [Finished(**json.loads(line)) for line in lines]
-        except (ValueError, TypeError):
-            raise InputError(f"{path}: is not what mtpress wrote; delete {self.directory.parent} to start over") from None
+            *lines, _ = path.read_bytes().split(b"\n")
+            steps = [_finished(line) for line in lines]
+            for step, following in pairwise(steps):
+                if step.num_tensors >= following.num_tensors or step.end >= following.end:
+                    raise ValueError("out of order")
+        except (OSError, ValueError, TypeError, RecursionError):
+            raise PartialError(f"{path}: is not what mtpress wrote; delete {self.directory.parent} to start over") from None
+        return steps
 
     def num_finished(self) -> int:
         """Finished steps of all shards."""
         return sum(len(self.finished(path.name.removesuffix(".jsonl"))) for path in self.directory.glob("*.jsonl"))
+
+
+def _finished(line: bytes) -> Finished:
+    """What a line says; ValueError or TypeError where it is none."""
+    step = Finished(**said_by(line))
+    counts, digests = (step.num_tensors, step.end), [step.sha256]
+    for named in (step.sources, step.states):
+        if not isinstance(named, dict):
+            raise ValueError("no names")
+        digests += named.values()
+    if not (isinstance(step.step, str) and all(type(count) is int and count >= 0 for count in counts)):
+        raise ValueError("no step")
+    if not all(isinstance(digest, str) and SHA256.fullmatch(digest) for digest in digests):
+        raise ValueError("no hash")
+    return step
+
+
+def signed_line(said: Mapping[str, Any]) -> bytes:
+    """A line of a journal, with the SHA-256 of what it says in it."""
+    return json.dumps({**said, "line": _sha256(said)}).encode() + b"\n"
+
+
+def said_by(line: bytes) -> dict[str, Any]:
+    """What such a line says; ValueError where it is no object, or was altered. One without a SHA-256 is believed."""
+    said = json.loads(line)
+    if not isinstance(said, dict) or said.pop("line", None) not in (None, _sha256(said)):
+        raise ValueError("not as it was written")
+    return said
+
+
+def _sha256(said: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(file: int, data: bytes) -> None:

@@ -44,7 +44,7 @@ def command_line() -> str:
 def record_bytes(stage: str, **entries: Any) -> bytes:
     """The record of one stage as the content of mtpress.json."""
     content = {"stage": stage, "command": command_line(), "versions": versions(), **entries}
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")  # a path need not be UTF-8
 
 
 def add_to_record(directory: Path, **entries: Any) -> bool:

@@ -35,8 +35,8 @@ from mtpress.chat import Sample
 from mtpress.errors import InputError
 from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear
 from mtpress.format_choice import NUM_MEASURED, Choices, choice_record, choose_formats
-from mtpress.hidden_states import DiskStates
-from mtpress.journal import SENSITIVITY_NAME, difference, write_whole
+from mtpress.hidden_states import DiskStates, refuse_other_states
+from mtpress.journal import SENSITIVITY_NAME, PartialError, difference, said_by, signed_line, write_whole
 from mtpress.partial_directory import PartialDirectory
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
@@ -57,32 +57,40 @@ class Journaled:
     def __init__(self, directory: Path, made_of: Mapping[str, Any], resume: bool, begun: bool = False) -> None:
         self.path = directory / SENSITIVITY_NAME
         self.layers: list[Errors] = []
+        self.states: dict[str, str] = {}  # what is said of the samples' states behind the last layer
         first = json.loads(json.dumps(made_of))
         *lines, _ = self.path.read_bytes().split(b"\n") if resume and self.path.exists() else [b""]
         try:
-            said = [json.loads(line) for line in lines]
-        except ValueError:
-            said = []
-        different = difference(said[0], first) if said else "no measurement"
+            said = [said_by(line) for line in lines]
+            different = difference(said[0], first)
+            found = [(_errors(line["errors"]), dict(line["states"])) for line in said[1:]]
+        except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
+            different, found = "no measurement", []
         if different is None:
-            self.layers = said[1:]
+            self.layers = [errors for errors, _ in found]
+            self.states = found[-1][1] if found else {}
         elif begun:
             partial = directory.parent
-            raise InputError(f"--resume: {partial} was begun with {different}; call it as it was begun, or delete it to start over")
+            raise PartialError(f"--resume: {partial} was begun with {different}; call it as it was begun, or delete it to start over")
         else:
-            self.path.write_bytes(json.dumps(first).encode() + b"\n")
+            self.path.write_bytes(signed_line(first))
 
-    def append(self, errors: Errors) -> None:
-        """Adds a layer and waits until it is on the disk; a torn line is cut off first."""
+    def append(self, errors: Errors, states: Mapping[str, str]) -> None:
+        """Adds a layer, with the SHA-256 of the states behind it, and waits until it is on the disk; a torn line is cut off first."""
         file = os.open(self.path, os.O_RDWR | os.O_APPEND)
         try:
             size = os.fstat(file).st_size
             os.ftruncate(file, os.pread(file, size, 0).rfind(b"\n") + 1)
-            write_whole(file, json.dumps(errors).encode() + b"\n")
+            write_whole(file, signed_line({"errors": errors, "states": states}))
             os.fdatasync(file)
         finally:
             os.close(file)
         self.layers.append(errors)
+
+
+def _errors(said: Any) -> Errors:
+    """The errors of a line; ValueError or TypeError where they are none."""
+    return [{str(name): float(error) for name, error in linear.items()} for linear in said]
 
 
 def settle(
@@ -120,7 +128,7 @@ def settle(
         guard.look_closely()
     except BaseException as error:  # Ctrl-C too
         measured = len(journaled.layers) if journaled is not None else 0
-        if not begun and (isinstance(error, InputError) or not measured):
+        if not begun and not isinstance(error, PartialError) and (isinstance(error, InputError) or not measured):
             place.remove()
         elif isinstance(error, KeyboardInterrupt):
             left = f"{measured} measured layers are kept in {partial}, the same command with --resume goes on there"
@@ -142,6 +150,9 @@ def measure(plans: Mapping[str, Plan], samples: Sequence[Sample], device: torch.
     if done < len(steps):
         jobs = {name: {step.layer: [job for job in step.jobs if job.kind == "quantize"] for step in of.steps} for name, of in plans.items()}
         directory = journaled.path.parent
+        if done:
+            lengths = [len(sample.input_ids) for sample in samples]
+            refuse_other_states(directory, done, lengths, plan.source.text_config["hidden_size"], journaled.states)
         groups = [[info for job in step.jobs for info in job.sources] for step in steps[done:]]
         with (
             closing(CalibrationPass(plan, samples, device, directory, first_layer=done)) as forward,
@@ -155,7 +166,7 @@ def measure(plans: Mapping[str, Plan], samples: Sequence[Sample], device: torch.
                 with closing(layer):
                     errors = layer.errors(here)
                 forward.sync(step)
-                journaled.append(errors)
+                journaled.append(errors, forward.states_sha256())
                 progress.advance(step.read_bytes, step.title)
             assert next(weights, None) is None
     return [error for layer_errors in journaled.layers for error in layer_errors]

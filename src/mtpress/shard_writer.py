@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
 from mtpress.disk import StagedFile, read_pieces
-from mtpress.errors import InputError, ResourceError
-from mtpress.journal import Finished, Journal
+from mtpress.errors import ResourceError
+from mtpress.journal import Finished, Journal, PartialError
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,7 @@ class StepEnd:
     num_tensors: int
     settle: Callable[[], None] | None
     sources: dict[str, str]
+    states: dict[str, str]
 
 
 Queued = tuple[str, memoryview | TensorInfo | StepEnd | None]
@@ -97,6 +98,7 @@ class ShardWriter:
         self.sha256: dict[str, str] = {}
         self.finished: set[str] = set()
         self.sources: dict[str, str] = {}
+        self.states: dict[str, dict[str, str]] = {}  # finished step → what its journal line says of the samples' states
         self._planned: list[tuple[str, int, OutputTensor]] = []  # what is still to be written: file, place in the file, tensor
         self._next = 0
         self._begun: dict[str, Finished] = {}
@@ -117,6 +119,7 @@ class ShardWriter:
             self.finished |= {step.step for step in steps}
             for step in steps:
                 self.sources |= step.sources
+                self.states[step.step] = step.states
             self._planned += [(file, place, tensor) for place, tensor in enumerate(tensors[done:], done)]
             if steps and done == len(tensors):
                 self.sha256[file] = steps[-1].sha256
@@ -125,12 +128,12 @@ class ShardWriter:
                 self._begun[file] = steps[-1]
 
     def _done(self, file: str, last: Finished) -> int:
-        """How many tensors of a shard are finished; InputError where file and journal do not go together."""
+        """How many tensors of a shard are finished; PartialError where file and journal do not go together."""
         tensors = self.shards[file][: last.num_tensors]
         end = len(shard_header(self.shards[file], self.metadata)) + sum(tensor.num_bytes for tensor in tensors)
         path = self.directory / file
         if end != last.end or not path.exists() or path.stat().st_size < end:
-            raise InputError(f"{path}: is not what its journal says; delete {self.directory} to start over")
+            raise PartialError(f"{path}: is not what its journal says; delete {self.directory} to start over")
         return len(tensors)
 
     def start(self) -> None:
@@ -180,13 +183,20 @@ class ShardWriter:
             self._queued_bytes += len(data)
         self._queue.put((file, data))
 
-    def end_step(self, step: str, settle: Callable[[], None] | None = None, sources: Mapping[str, str] | None = None) -> None:
+    def end_step(
+        self,
+        step: str,
+        settle: Callable[[], None] | None = None,
+        sources: Mapping[str, str] | None = None,
+        states: Mapping[str, str] | None = None,
+    ) -> None:
         """Says that all tensors of a step are queued. It counts as finished when they, and what `settle` writes, are on the disk.
 
-        sources: SHA-256 of the stored matrices that the step has read, by name; `sources` of this writer collects them.
+        sources: SHA-256 of the stored matrices that the step has read, by name; `sources` of this writer collects them. states: those
+        of the samples' states behind it, by stream, for the journal.
         """
         file, place, _ = self._planned[self._next - 1]
-        self._queue.put((file, StepEnd(step, place + 1, settle, dict(sources or {}))))
+        self._queue.put((file, StepEnd(step, place + 1, settle, dict(sources or {}), dict(states or {}))))
 
     def wait_for_step(self, step: str) -> None:
         """Returns when the step is finished."""
@@ -236,7 +246,7 @@ class ShardWriter:
                     return
                 assert self._file is not None
                 if isinstance(data, StepEnd):
-                    finished = Finished(data.step, data.num_tensors, self._file.end, digest.copy().hexdigest(), data.sources)
+                    finished = Finished(data.step, data.num_tensors, self._file.end, digest.copy().hexdigest(), data.sources, data.states)
                     self._file.then(partial(self._settle, self._file.file, file, finished, data.settle), self._fail)
                     continue
                 for piece in read_pieces(data) if isinstance(data, TensorInfo) else in_pieces(data):
@@ -265,12 +275,20 @@ class ShardWriter:
             digest.update(header)
             self._file.append(header)
             return digest
-        for piece in read_pieces(TensorInfo(file, "U8", (begun.end,), path, 0, begun.end)):
-            digest.update(piece)
-        if digest.hexdigest() != begun.sha256:
-            raise InputError(f"{path}: its bytes are not those the journal tells of; delete {self.directory} to start over")
+        self.hash_again(file, begun.end, begun.sha256, digest)
         self._file = StagedFile(path, os.O_RDWR, begun.end)
         return digest
+
+    def hash_again(
+        self, file: str, end: int, sha256: str, digest: "hashlib._Hash", advance: Callable[[int], None] = lambda count: None
+    ) -> None:
+        """Feeds `digest` with the first `end` bytes of a shard; PartialError where their hash is another."""
+        path = self.directory / file
+        for piece in read_pieces(TensorInfo(file, "U8", (end,), path, 0, end)):
+            digest.update(piece)
+            advance(len(piece))
+        if digest.hexdigest() != sha256:
+            raise PartialError(f"{path}: its bytes are not those the journal tells of; delete {self.directory} to start over")
 
     def _close(self, name: str, digest: "hashlib._Hash") -> None:
         if self._file is not None:

@@ -21,12 +21,12 @@ import torch
 
 from mtpress import kv_cache
 from mtpress.calibration import InputAmax
-from mtpress.checkpoint import TensorInfo
+from mtpress.checkpoint import TensorInfo, read_json_object
 from mtpress.errors import InputError
 from mtpress.formats import fp8, int4, nvfp4
 from mtpress.hidden_states import NUM_SLOTS
 from mtpress.input_hessian import BLOCK
-from mtpress.journal import Journal
+from mtpress.journal import Journal, PartialError
 from mtpress.plan import Job, Plan, Step
 from mtpress.prefetch import Prefetch
 from mtpress.progress import Progress
@@ -53,6 +53,8 @@ class Forward(Protocol):
 
     def sync(self, step: Step) -> None: ...
 
+    def states_sha256(self) -> dict[str, str]: ...
+
 
 LOSSES_NAME = "losses.json"
 
@@ -60,7 +62,12 @@ LOSSES_NAME = "losses.json"
 def read_losses(directory: Path) -> dict[int, dict[str, float]]:
     """Layer → losses, of every layer of a run so far; empty where its forward has none. directory: the journal's."""
     path = directory / LOSSES_NAME
-    return {int(layer): said for layer, said in json.loads(path.read_text()).items()} if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return {int(layer): dict(said) for layer, said in read_json_object(path).items()}
+    except (InputError, ValueError, TypeError):
+        raise PartialError(f"{path}: is not what mtpress wrote; delete {directory.parent} to start over") from None
 
 
 def _settle(forward: Forward, step: Step, journal: Journal | None) -> None:
@@ -128,7 +135,8 @@ def run(
                 lap("write")
             guard.look({info.file for job in step.jobs for info in job.sources})
             settle = partial(_settle, forward, step, writer.journal) if forward is not None and step.layer is not None else None
-            writer.end_step(step.title, settle, {name: prefetch.digest(name) for name in step.quantized})
+            states = forward.states_sha256() if forward is not None and settle is not None else {}
+            writer.end_step(step.title, settle, {name: prefetch.digest(name) for name in step.quantized}, states)
             progress.advance(step.effort(forward is not None), step.title)
         assert next(weights, None) is None
     writer.wait()

@@ -14,7 +14,7 @@ from torch import nn
 
 from mtpress.calibration_pass import embed
 from mtpress.chat import Sample
-from mtpress.hidden_states import DiskStates
+from mtpress.hidden_states import STREAM, DiskStates
 from mtpress.kv_cache import SeenCache
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.plan import Plan, Step
@@ -33,7 +33,7 @@ class TwoStreams:
     def __init__(self, plan: Plan, samples: Sequence[Sample], device: torch.device, directory: Path, first_layer: int) -> None:
         self.plan = plan
         lengths = [len(sample.input_ids) for sample in samples]
-        place: Any = {"boundary": first_layer, "pinned": device.type == "cuda"}
+        place: Any = {"boundary": first_layer, "pinned": device.type == "cuda", "hashed": True}
         hidden_size = plan.source.text_config["hidden_size"]
         self.exact = DiskStates(directory, lengths, hidden_size, **place)
         self.rounded = DiskStates(directory, lengths, hidden_size, stream=ROUNDED_STREAM, **place)
@@ -60,6 +60,10 @@ class TwoStreams:
         assert step.layer is not None
         self.exact.sync(step.layer + 1)
         self.rounded.sync(step.layer + 1)
+
+    def states_sha256(self) -> dict[str, str]:
+        """Stream → SHA-256 of what all samples hold behind the last layer."""
+        return {STREAM: self.exact.sha256(), ROUNDED_STREAM: self.rounded.sha256()}
 
     def close(self) -> None:
         self.exact.close()

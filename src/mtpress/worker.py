@@ -59,11 +59,13 @@ class Worker:
         groups = [[info for job in step.jobs for info in job.sources] for step in layers]
         self.weights = Prefetch(groups, self.device, ahead=self.device.type == "cuda").load()
 
-    def layer(self, layer: int) -> "tuple[dict[str, float], dict[str, Parts]]":
-        """Moves its samples through the next layer; the largest |x| that each of its linears has read, and the sums of a Hessian."""
+    def layer(self, layer: int) -> "tuple[dict[str, float], dict[str, Parts], dict[int, bytes]]":
+        """Moves its samples through the next layer; the largest |x| that each of its linears has read, the sums of a Hessian, and the
+        digests of its samples' states behind the layer."""
         step = next(step for step in self.plan.steps if step.layer == layer)
         amax = self.forward.layer(step, next(self.weights))
-        return {name: float(value) for name, value in amax.amax.items()}, amax.hessian.parts if amax.hessian else {}
+        seen = {name: float(value) for name, value in amax.amax.items()}
+        return seen, amax.hessian.parts if amax.hessian else {}, self.forward.states.digests
 
     def sync(self, layer: int) -> None:
         """Waits until the states behind a layer are on the disk."""

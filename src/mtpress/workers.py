@@ -9,8 +9,11 @@ forward, or finished shards. Leaves out: what a worker does (worker.py).
 import math
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
@@ -19,12 +22,13 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import psutil
 import torch
 
 from mtpress.calibration import CalibrationSet, InputAmax
 from mtpress.checkpoint_writer import CheckpointWriter
 from mtpress.errors import InputError, MtpressError, ResourceError
-from mtpress.hidden_states import sync_states
+from mtpress.hidden_states import STREAM, states_sha256, sync_states
 from mtpress.input_hessian import InputHessian
 from mtpress.plan import Plan, Step
 from mtpress.progress import Progress
@@ -36,6 +40,10 @@ if TYPE_CHECKING:
     from mtpress.chat import Sample
 
 POLL_SECONDS = 0.2
+WATCH_SECONDS = 1.0
+MAX_STOPPED = 20  # looks at a worker that stands still while this process runs, as after SIGSTOP or in a debugger, before it is ended
+RAY_SECONDS = 60.0  # in which a cluster must have let a process join; ray.init itself tries for minutes, then aborts the process
+JOIN = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
 
 
 class Handle(Protocol):
@@ -59,9 +67,18 @@ class ProcessWorker:
         command = [sys.executable, "-m", "mtpress.worker", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
+        self.looks_stopped = 0
+
+    def watch(self) -> None:
+        """Ends the process when it was seen standing still for too long; whoever waits for it then hears that it ended."""
+        with suppress(psutil.Error):
+            stopped = psutil.Process(self.process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            self.looks_stopped = self.looks_stopped + 1 if stopped else 0
+            if self.looks_stopped >= MAX_STOPPED:
+                self.process.kill()
 
     def call(self, method: str, *arguments: Any) -> None:
-        with suppress(BrokenPipeError):  # result() says what became of it
+        with suppress(ConnectionError):  # result() says what became of it
             self.connection.send_bytes(pickle.dumps((method, arguments)))
 
     def done(self) -> bool:
@@ -72,6 +89,10 @@ class ProcessWorker:
             well, value = pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
             code = self.process.wait()
+            if self.looks_stopped >= MAX_STOPPED:
+                raise ResourceError(
+                    f"a worker process stood still for {MAX_STOPPED * WATCH_SECONDS:.0f} s (SIGSTOP?) and was ended"
+                ) from None
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             raise ResourceError(f"a worker process {how}; is there memory for as many? Try a smaller --workers") from None
         if not well:
@@ -125,6 +146,8 @@ class WorkerPool:
         self.on_ray = ray is not None
         self.joined = ray is not None and connect(ray)
         self.handles: list[Handle] = []
+        self.digests: dict[int, bytes] = {}  # of each sample's states behind the last layer
+        self.left = threading.Event()
         path = str(Path(source).absolute()) if Path(source).is_dir() else str(source)
         recipe, partial = plan.recipe.canonical(), str(writer.partial.absolute())
         try:
@@ -134,6 +157,7 @@ class WorkerPool:
                 threads = max(1, int(resources["num_cpus"]))
             for _ in range(count):
                 self.handles.append(RayWorker(resources) if self.on_ray else ProcessWorker(threads))
+            threading.Thread(target=self._watch, name="mtpress-watch", daemon=True).start()
             for number, handle in enumerate(self.handles):
                 place = f"cuda:{number % torch.cuda.device_count()}" if device.type == "cuda" and ray is None else str(device)
                 handle.call("__init__", path, plan.source.identity, recipe, partial, place, threads)
@@ -142,7 +166,14 @@ class WorkerPool:
             self.close()
             raise
 
+    def _watch(self) -> None:
+        while not self.left.wait(WATCH_SECONDS):
+            for handle in self.handles:
+                if isinstance(handle, ProcessWorker):
+                    handle.watch()
+
     def close(self) -> None:
+        self.left.set()
         for handle in self.handles:
             handle.stop()
         if self.joined:
@@ -169,8 +200,10 @@ class WorkerPool:
         for handle in self.handles:
             handle.call("layer", step.layer)
         merged = InputAmax(hessian=InputHessian() if self.plan.recipe.rounding == "hessian" else None)
-        for amax, parts in self._results():
+        self.digests = {}
+        for amax, parts, digests in self._results():
             merged.merge(amax)
+            self.digests |= digests
             if merged.hessian is not None:
                 merged.hessian.merge(parts)
         if self.on_ray:  # the files may be written on other machines
@@ -183,6 +216,10 @@ class WorkerPool:
         assert step.layer is not None
         if not self.on_ray:
             sync_states(self.writer.lock.directory, step.layer + 1)
+
+    def states_sha256(self) -> dict[str, str]:
+        """Stream → SHA-256 of what all samples hold behind the last layer."""
+        return {STREAM: states_sha256(self.digests)}
 
     def write_shards(self, progress: Progress) -> dict[str, float]:
         """Every unfinished shard of a weight-only run; the seconds that the workers spent per kind of work, together."""
@@ -225,6 +262,8 @@ def connect(address: str) -> bool:
         raise InputError("--ray: Ray is not installed; `pip install mtpress[ray]`, or use --workers alone on this machine") from None
     if ray.is_initialized():
         return False
+    if address != "local":
+        _refuse_dead(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -233,6 +272,29 @@ def connect(address: str) -> bool:
             f"--ray {address}: no cluster there ({reason}); start one with `ray start --head`, or use --ray local"
         ) from None
     return True
+
+
+def _refuse_dead(address: str) -> None:
+    """ResourceError where no cluster lets a process of its own join in RAY_SECONDS."""
+    known = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or (known.read_text().strip() if known.is_file() else "")
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # ray.init knows what to say of it
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
+        joined = subprocess.run(
+            [sys.executable, "-c", JOIN, address], stdin=subprocess.DEVNULL, capture_output=True, timeout=RAY_SECONDS, check=False
+        )
+        reason = "" if joined.returncode == 0 else "what answers is no Ray that this one can join"
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no answer"
+    except subprocess.TimeoutExpired:
+        reason = f"no answer in {RAY_SECONDS:.0f} s"
+    if reason:
+        raise ResourceError(f"--ray {address}: no cluster there ({reason}); start one with `ray start --head`, or use --ray local")
 
 
 def ray_resources(count: int, device: torch.device) -> dict[str, float]:

@@ -101,6 +101,7 @@ def quantize(
     lacks disk or device. Nothing that looks finished stays behind.
     """
     from mtpress import machine, preflight  # torch from here on
+    from mtpress.resumption import refuse_damage
     from mtpress.stream import kernel
     from mtpress.workers import Spread, write_weights
 
@@ -170,6 +171,8 @@ def quantize(
         progress.say(f"needs {promised}")
         progress.skip(sum(step.effort(bool(calibrated)) for step in plan.steps if step.title in steps_done))
         started = time.perf_counter()
+        if steps_done:
+            refuse_damage(plan, writer, lengths, silent)
         written = write_weights(plan, writer, calibrated, device_used, guard, progress, spread)
         guard.look_closely()
         for name, content in beside.items():

@@ -126,8 +126,8 @@ def repair(
     base: what the checkpoint was made from, for what is absent or damaged here; with `comparing` every weight is compared with it too,
     which reads both whole and finds what the base is. base_is: what it is, whatever the weights say; "source" lets it replace what differs.
     keep_template: a chat template that fails stays, and is told as left. copies: in place of hard links. dry_run: says what would be
-    done, reads no weight and writes nothing. InputError where nothing can be opened, or `out` exists; ResourceError where the disk is full. Errors that are left are no
-    exception: RepairResult.sound says.
+    done, reads no weight and writes nothing. InputError where nothing can be opened, or `out` exists; ResourceError where the disk is
+    full. Errors that are left are no exception: RepairResult.sound says.
     """
     started = time.perf_counter()
     target = Path(out)
