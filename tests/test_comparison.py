@@ -188,6 +188,7 @@ BREAKS: dict[str, tuple[set[str], Callable[[Edit], object]]] = {
     "a global scale 10 % off": ({"error-outlier"}, lambda e: _scale(e, "weight_scale_2", lambda s: 1.1 * s)),
     "a NaN block": ({"blocks-broken"}, lambda e: _scale(e, "weight_scale", _first_block(float("nan")))),
     "an empty block": ({"blocks-empty", "error-outlier"}, lambda e: _scale(e, "weight_scale", _first_block(0.0))),
+    "an output channel zeroed": ({"channels-lost", "error-outlier"}, lambda e: e.tensors[f"{OUT_PROJ}.weight"][7].zero_()),
     "a scale missing": ({"not-compared"}, lambda e: e.tensors.pop(f"{OUT_PROJ}.weight_scale")),
     "a NaN in a norm": ({"not-finite"}, lambda e: _one_nan(e, f"{PREFIX}norm.weight")),
     "a matrix trained": ({"base-ancestor"}, _trained),

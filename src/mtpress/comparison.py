@@ -33,6 +33,8 @@ LARGEST: Mapping[Form, float] = {
     "fp8": LARGEST_FP8_ERROR, "plain": 0.0,
 }  # fmt: skip
 INT4 = ("gptq", "pack-quantized")
+# A channel that is lost is further from its source than this, in its own norm; channels below a tenth of the median may round to nothing.
+LEAST_KEPT, LEAST_NORM = 0.9, 0.1
 # What follows the prefix of a wrapper, an architecture or a trainer in the name of a tensor.
 IN_THE_MODEL = re.compile(r"(?:^|\.)((?:mtp|visual)\..+|layers\.\d+\..+|embed_tokens\.\w+|lm_head\.\w+|norm\.weight)$")
 
@@ -44,7 +46,8 @@ class Comparison:
     differing: kept tensors that are neither the base's bytes nor these rounded to another dtype, and not_finite: of them, how many numbers
     are NaN or infinite. absent: without a counterpart of equal shape; grown: of them, those with other rows only.
     error: module → ‖w − ŵ‖ / ‖w‖. int4, fp8: those of these modules that are INT4, and FP8. broken_blocks: module → how many scales
-    are NaN, infinite or, of NVFP4, negative; empty_blocks: zero over weights. closeness: of every tensor and module compared.
+    are NaN, infinite or, of NVFP4, negative; empty_blocks: zero over weights; lost_channels: rows and columns with nothing
+    of the base's. closeness: of every tensor and module compared.
     relation: None where no weight was compared. differences: what the files beside the weights say otherwise.
     """
 
@@ -57,6 +60,7 @@ class Comparison:
     fp8: set[str] = field(default_factory=set)
     broken_blocks: dict[str, int] = field(default_factory=dict)
     empty_blocks: dict[str, int] = field(default_factory=dict)
+    lost_channels: dict[str, int] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
     closeness: dict[str, Closeness] = field(default_factory=dict)
     relation: Relation | None = None
@@ -218,7 +222,10 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 
 @dataclass
 class Sums:
-    """What is added up over the pieces of two tensors, in float64, of what is finite in both."""
+    """What is added up over the pieces of two tensors, in float64, of what is finite in both.
+
+    by_row, by_column: (‖w‖², ‖w − ŵ‖²) of each, where the tensor is a matrix.
+    """
 
     norm: float = 0.0
     own: float = 0.0
@@ -226,6 +233,8 @@ class Sums:
     rows: int = 0
     rows_changed: int = 0
     not_finite: int = 0
+    by_row: "list[torch.Tensor]" = field(default_factory=list)
+    by_column: "torch.Tensor | None" = None
 
     def add(self, here: "torch.Tensor", there: "torch.Tensor") -> None:
         """Rows [n, …] of both, float32."""
@@ -242,6 +251,23 @@ class Sums:
         self.distance += _squares(apart)
         self.rows += len(one)
         self.rows_changed += int((apart != 0).any(1).sum())
+        if two.shape[1] > 1:
+            self.by_row.append(torch.stack([torch.linalg.vector_norm(part, dim=1) for part in (two, apart)]))
+            columns = torch.stack([torch.linalg.vector_norm(part, dim=0).double().square() for part in (two, apart)])
+            self.by_column = columns if self.by_column is None else self.by_column + columns
+
+    @property
+    def lost(self) -> int:
+        """Rows and columns of which less than LEAST_KEPT is left, though the source's are no smaller than others."""
+        import torch
+
+        if self.by_column is None:
+            return 0
+        found = 0
+        for norms in (torch.cat(self.by_row, 1), self.by_column.sqrt()):
+            norm, distance = norms
+            found += int(((distance > LEAST_KEPT * norm) & (norm > LEAST_NORM * norm.median())).sum())
+        return found
 
     def closeness(self, part: str, matrix: bool, form: Form, limit: float) -> Closeness:
         return Closeness(
@@ -311,6 +337,8 @@ def _compare_matrix(name: str, part: str, here: StoredMatrix, there: StoredMatri
         found.broken_blocks[name] = broken
     if empty:
         found.empty_blocks[name] = empty
+    if lost := sums.lost:
+        found.lost_channels[name] = lost
 
 
 def measure(here: StoredMatrix, there: StoredMatrix) -> tuple[Sums, int, int]:

@@ -3,14 +3,13 @@
 from pathlib import Path
 
 from mtpress.repairs.registry import REPAIRS, table
-from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
+from mtpress.rules.registry import ALL_RULES, BASE_RULES, OPEN_RULES, STATIC_RULES
 
 DOCS = Path(__file__).parents[2] / "docs/repair.md"
-RULES = [*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *HASH_RULES, *ENGINE_RULES]
 
 
 def test_every_rule_has_a_repair_or_a_reason() -> None:
-    assert REPAIRS.keys() == {rule.id for rule in RULES}
+    assert REPAIRS.keys() == {rule.id for rule in ALL_RULES}
     for repair in REPAIRS.values():
         assert repair.summary
         assert "|" not in repair.summary

@@ -5,20 +5,19 @@ from pathlib import Path
 
 from mtpress.formats import nvfp4
 from mtpress.rules import stored
-from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES, table
+from mtpress.rules.registry import ALL_RULES, table
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = [*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *HASH_RULES, *ENGINE_RULES]
 
 
 def test_ids_are_unique_and_kebab_case() -> None:
-    ids = [rule.id for rule in RULES]
+    ids = [rule.id for rule in ALL_RULES]
     assert len(set(ids)) == len(ids)
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in ids)
 
 
 def test_every_rule_says_what_it_means_and_what_to_do() -> None:
-    for rule in RULES:
+    for rule in ALL_RULES:
         assert rule.severity in ("error", "warning", "note")
         assert rule.meaning.endswith("."), rule.id
         assert rule.remedy, rule.id

@@ -20,7 +20,7 @@ from mtpress.errors import InputError
 from mtpress.plan import make_plan
 from mtpress.recipe import load_recipe, shipped
 from mtpress.rules.hashes import RULES as HASH_RULES
-from mtpress.rules.registry import BASE_RULES, OPEN_RULES, STATIC_RULES
+from mtpress.rules.registry import BASE_RULES, BOUND_RULES, OPEN_RULES, STATIC_RULES
 from mtpress.shard_writer import shard_header
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
@@ -41,7 +41,7 @@ def test_what_quantize_makes_is_sound(recipe: str, small_bf16: Path, small_nvfp4
     assert result.engine_flags == (("--language-model-only",) if load_recipe(recipe).vision == "drop" else ())
     assert result.format == "modelopt NVFP4 (W4A4)"
     assert result.num_quantized == 25
-    assert result.num_rules == len([*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *HASH_RULES])
+    assert result.num_rules == len([*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *BOUND_RULES, *HASH_RULES])
     assert result.comparison is not None
     assert 0.08 < min(result.comparison.error.values()) <= max(result.comparison.error.values()) < 0.11
 
@@ -128,6 +128,33 @@ def test_another_family(made: Path) -> None:
     edit.save()
     with pytest.raises(InputError, match="model_type 'llama' is not supported"):
         check(made)
+
+
+def test_a_verdict_says_what_was_not_looked_at(made: Path, small_bf16: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine, files, scales = "not started in an engine (--engine)", "files not hashed (--hashes)", "scales of activations not judged"
+    assert check(made, silent=True).not_looked_at == ("weights not read (--values, --base)", scales, files, engine)
+    assert check(made, values=True, silent=True).not_looked_at[0] == "weights not compared (--base)"
+    assert check(made, base=small_bf16, hashes=True, silent=True).not_looked_at == (engine,)
+    assert main(["check", str(made), "--base", str(small_bf16), "--hashes"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"; not looked at: {engine}")
+
+
+@pytest.mark.parametrize("entries", [{}, {"config.json": ""}])
+def test_weights_without_a_hash_are_not_called_unaltered(entries: dict[str, str], made: Path) -> None:
+    edit = Edit(made)
+    edit.tensors["lm_head.weight"] = -edit.tensors["lm_head.weight"]
+    edit.change("mtpress.json", output_sha256=entries)
+    edit.save()
+    found = {finding.id: finding.where for finding in check(made, hashes=True, silent=True).findings if finding.severity == "error"}
+    assert "model.safetensors" in found["file-unverified"]
+    edit.change("mtpress.json", stage="repair", output_sha256={"config.json": ""})
+    result = check(made, hashes=True, silent=True)
+    assert {finding.id: finding.where for finding in result.findings}["weights-unhashed"] == ("model.safetensors",)
+
+
+def test_code_beside_the_weights_is_told(made: Path) -> None:
+    (made / "modeling.py").write_text("raise SystemExit")
+    assert [(finding.id, finding.where) for finding in check(made, silent=True).findings] == [("code-beside", ("modeling.py",))]
 
 
 def test_hashes(made: Path) -> None:

@@ -72,9 +72,9 @@ BREAKS: dict[str, tuple[str, Callable[[Tensors], object]]] = {
     "one scale lost": ("magnitude", each("layers.1.mlp.up_proj.weight", lambda v: v.float() * 37.3)),
     "almost nothing": ("magnitude", each("layers.1.mlp.up_proj.weight", lambda v: v.float() * 1e-4)),
     "a random head": ("magnitude", each("lm_head.weight", lambda v: torch.randn(v.shape, generator=torch.Generator().manual_seed(0)))),
-    "NaN in the embeddings": ("not-finite", nan_at("model.language_model.embed_tokens.weight")),
-    "NaN in the tower": ("not-finite", nan_at("model.visual.blocks.1.attn.qkv.bias")),
-    "infinite in a norm": ("not-finite", each("_model.norm.weight", lambda v: v.float() / 0)),
+    "NaN in the embeddings": ("values-not-finite", nan_at("model.language_model.embed_tokens.weight")),
+    "NaN in the tower": ("values-not-finite", nan_at("model.visual.blocks.1.attn.qkv.bias")),
+    "infinite in a norm": ("values-not-finite", each("_model.norm.weight", lambda v: v.float() / 0)),
     "a zero matrix": ("constant", each("layers.0.mlp.gate_proj.weight", torch.zeros_like)),
     "a constant matrix": ("constant", each("layers.0.mlp.gate_proj.weight", lambda v: torch.full_like(v, 0.01))),
     "embeddings all equal": ("constant", each("embed_tokens.weight", lambda v: v[:1].repeat(len(v), 1))),
@@ -135,17 +135,17 @@ def test_every_rule_has_a_case() -> None:
 def test_quantized_matrices_are_judged_by_what_they_stand_for(kind: str, small_formats: dict[str, Path], tmp_path: Path) -> None:
     e = Edit(Path(shutil.copytree(small_formats[kind], tmp_path / "made")))
     sound = found_of(e.path)
-    assert not {"not-finite", "constant", "scales-constant", "magnitude", "values-not-read"} & set(sound)
+    assert not {"values-not-finite", "constant", "scales-constant", "magnitude", "values-not-read"} & set(sound)
     scales = [n for n in e.tensors if n.endswith((".weight_scale", ".scales")) and e.tensors[n].dim() == 2]
     for n in scales:
         e.tensors[n].view(-1)[:1] = float("nan")
     e.save()
     broken = found_of(e.path)
-    assert {name.removesuffix(".weight_scale").removesuffix(".scales") for name in scales} == set(broken["not-finite"])
+    assert {name.removesuffix(".weight_scale").removesuffix(".scales") for name in scales} == set(broken["values-not-finite"])
     for n in scales:
         e.tensors[n] = torch.ones_like(e.tensors[n].float()).mul(0.5).to(e.tensors[n].dtype)
     e.save()
-    assert set(found_of(e.path)["scales-constant"]) <= set(broken["not-finite"])
+    assert set(found_of(e.path)["scales-constant"]) <= set(broken["values-not-finite"])
 
 
 def test_a_large_matrix_is_read_in_pieces(tmp_path: Path) -> None:

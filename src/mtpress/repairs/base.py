@@ -82,6 +82,7 @@ REPAIRS = (
     Repair("not-compared", "nothing is known to be wrong"),
     Repair("blocks-broken", "the module in BF16 from the base", matrices),
     Repair("blocks-empty", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a block scale")),
+    Repair("channels-lost", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a quantized matrix")),
     Repair("error-large", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a quantized matrix")),
     Repair("error-outlier", "left: an outlier is a choice to look at, not a fault"),
 )  # fmt: skip

@@ -42,9 +42,9 @@ REPAIRS: dict[str, Repair] = {
 
 def table() -> Iterator[str]:
     """The table of docs/repair.md, line by line: every rule, in the order of check, and what repair does about it."""
-    from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
+    from mtpress.rules.registry import ALL_RULES
 
     yield from ("| finding of check | severity | what repair does |", "|---|---|---|")
-    for rule in (*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *HASH_RULES, *ENGINE_RULES):
+    for rule in ALL_RULES:
         repair = REPAIRS[rule.id]
         yield f"| `{rule.id}` | {rule.severity} | {'' if repair.mend else 'none: '}{repair.summary} |"

@@ -107,6 +107,14 @@ def blocks_empty(found: Comparison) -> Iterator[Problem]:
         yield Problem(f"{count(blocks, 'block scale')} in {modules} zero where the source has weights", tuple(found.empty_blocks))
 
 
+def channels_lost(found: Comparison) -> Iterator[Problem]:
+    """In a matrix that is near as a whole; of one that is far error-large says it all."""
+    lost = {name: number for name, number in found.lost_channels.items() if found.kind == "source" and is_near(found, name)}
+    if lost:
+        channels, modules = sum(lost.values()), count(len(lost), "quantized matrix" if len(lost) == 1 else "quantized matrice")
+        yield Problem(f"{count(channels, 'row or column')} in {modules} with nothing of the source's", tuple(lost))
+
+
 def _worst_first(found: Comparison, names: list[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: -found.error[name]))
 
@@ -228,6 +236,14 @@ RULES = (
         "Block scales are zero where the source has weights.",
         QUANTIZE_AGAIN,
         blocks_empty,
+    ),
+    Rule(
+        "channels-lost",
+        "error",
+        "Rows or columns of a quantized matrix have nothing of the source's, though the matrix as a whole is near: they were zeroed or "
+        "overwritten.",
+        FEW_IN_BF16,
+        channels_lost,
     ),
     Rule(
         "error-large",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME
 from mtpress.errors import InputError
 from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
+from mtpress.rules.subject import CONFIG, HF_QUANT_CONFIG, Subject
 
 JSON_FILES = (
     "generation_config.json", HF_QUANT_CONFIG, "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -68,6 +68,16 @@ OPEN_RULES = (
         unreadable,
     ),
 )
+
+
+def code_beside(subject: Subject) -> Iterator[Problem]:
+    files = sorted(path.name for path in subject.path.glob("*.py"))
+    named = [name for name in JSON_FILES if "auto_map" in (subject.json(name) or {})]
+    where = (*files, *([CONFIG] if "auto_map" in subject.config else []), *named)
+    if where:
+        yield Problem(f"code of the checkpoint's own: {', '.join(where)}", where)
+
+
 RULES = (
     Rule(
         "json-unreadable",
@@ -103,5 +113,13 @@ RULES = (
         "metadata.total_size of the index is not the number of bytes of the tensors; loaders that plan memory by it are misled.",
         "rebuild the index: mtpress repair CKPT OUT",
         index_total_size,
+    ),
+    Rule(
+        "code-beside",
+        "warning",
+        "Python files, or an auto_map that names some: no engine needs code for this family, and one that is told to trust the checkpoint "
+        "runs it. mtpress never does.",
+        "read it before you serve it, or take the files and the keys out",
+        code_beside,
     ),
 )

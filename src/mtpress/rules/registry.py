@@ -18,10 +18,12 @@ from mtpress.rules import (
     kv_cache,
     meanings,
     quantization,
+    scale_bounds,
     scales,
     template,
     tensors,
     tokenizer,
+    values,
     vision,
 )
 from mtpress.rules.rule import Rule
@@ -41,8 +43,11 @@ STATIC_RULES = (
     *template.RULES,
 )
 BASE_RULES = (*base.RULES, *meanings.RULES)
+BOUND_RULES = scale_bounds.RULES
+VALUE_RULES = values.RULES
 HASH_RULES = hashes.RULES
 ENGINE_RULES = engine.RULES
+ALL_RULES = (*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *BOUND_RULES, *VALUE_RULES, *HASH_RULES, *ENGINE_RULES)
 
 
 def table() -> Iterator[str]:
@@ -50,6 +55,8 @@ def table() -> Iterator[str]:
     sections: dict[str, Iterable[Rule[Any]]] = {
         "Always: headers, small files and float32 scalars": (*OPEN_RULES, *STATIC_RULES),
         "With `--base SRC`: weights, and what stands beside them, against the source": BASE_RULES,
+        "With `--base SRC` or `--values`: scales of activations against the weights": BOUND_RULES,
+        "With `--values`: the numbers themselves, without a source": VALUE_RULES,
         "With `--hashes`: files against mtpress.json": HASH_RULES,
         "With `--engine`: what vLLM does with it": ENGINE_RULES,
     }

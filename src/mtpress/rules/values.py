@@ -186,7 +186,7 @@ def not_read(found: Survey) -> Iterator[Problem]:
 
 
 RULES = (
-    Rule("not-finite", "error", "NaN or infinite numbers, or block scales: one of them spoils every answer.", FETCH, not_finite),
+    Rule("values-not-finite", "error", "NaN or infinite numbers, or block scales: one of them spoils every answer.", FETCH, not_finite),
     Rule("constant", "error", "A matrix is zero, or holds one number or one row everywhere: nothing was learned in it.", FETCH, constant),
     Rule("scales-constant", "error", "Every block of a quantized matrix has the same scale: the scales were overwritten.",
          QUANTIZE_AGAIN, scales_constant),

@@ -2,13 +2,15 @@
 
 In: a checkpoint, quantized or BF16; with --base its source, with --hashes its own record, with --engine a vLLM. Out: a
 `CheckResult`, and with --engine an entry in mtpress.json. Leaves out: the rules themselves (rules/), and asking the engine
-(engine/trial.py). Without --base no weight is read and torch is not imported: headers, small files and float32 scalars decide.
+(engine/trial.py). Without --base and --values no weight is read and torch is not imported: headers, small files and float32 scalars
+decide. The verdict says what was not looked at.
 """
 
 import argparse
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +24,23 @@ from mtpress.progress import Progress, human_bytes
 from mtpress.record import RECORD_NAME, add_to_record
 from mtpress.relation import Kind, add_base_is, refuse_alone
 from mtpress.rules.hashes import hash_files
-from mtpress.rules.registry import BASE_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES
+from mtpress.rules.registry import BASE_RULES, BOUND_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES, VALUE_RULES
 from mtpress.rules.rule import Finding, Severity, apply, count
+from mtpress.rules.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
 from mtpress.rules.subject import Subject
 from mtpress.rules.vision import TEXT_ONLY_FLAG, stripped
+from mtpress.scale_bounds import ScaleBounds, scale_bounds
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 SHOWN_NAMES = 3
+ACTIVATION_SCALES = (INPUT_SCALE, INPUT_GLOBAL_SCALE, *KV_SCALES)
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What check found. format: of the checkpoint, in words; engine_flags: without which it must not be served."""
+    """What check found. format: of the checkpoint, in words; engine_flags: without which it must not be served; not_looked_at: what
+    the verdict does not cover, each with the option that does."""
 
     checkpoint: str
     format: str
@@ -46,8 +52,10 @@ class CheckResult:
     engine_flags: tuple[str, ...] = ()
     comparison: Comparison | None = None
     num_files_hashed: int | None = None
+    num_values_bytes: int | None = None
     trial: Trial | None = None
     recorded: bool = False
+    not_looked_at: tuple[str, ...] = ()
     seconds: float = 0.0
 
     def num(self, severity: Severity) -> int:
@@ -73,6 +81,8 @@ class CheckResult:
             "base_relation": self.comparison.relation.as_json() if self.comparison and self.comparison.relation else None,
             "comparison": self.comparison.as_json() if self.comparison else None,
             "num_files_hashed": self.num_files_hashed,
+            "num_values_bytes": self.num_values_bytes,
+            "not_looked_at": self.not_looked_at,
             "engine": self.trial.as_json() if self.trial else None,
             "recorded": self.recorded,
             "seconds": round(self.seconds, 3),
@@ -85,14 +95,15 @@ def check(
     hashes: bool = False,
     silent: bool = False,
     *,
+    values: bool = False,
     base_is: Kind | None = None,
     engine: str | None = None,
     num_drafts: int = NUM_DRAFTS,
     acceptance_floor: float = ACCEPTANCE_FLOOR,
     logs: Path | None = None,
 ) -> CheckResult:
-    """Checks a checkpoint; with `base` its weights against it, with `hashes` its files against mtpress.json, with `engine` what a vLLM
-    makes of it ("" is the one that find_engine finds).
+    """Checks a checkpoint; with `base` its weights against it, with `values` its numbers by themselves, with `hashes` its files against
+    mtpress.json, with `engine` what a vLLM makes of it ("" is the one that find_engine finds).
 
     base_is: what the base is to the checkpoint, in place of what the weights say; logs: where the engine's logs go.
     Raises InputError where there is no checkpoint of a known family to check, no record to hash by, or no engine, and
@@ -110,11 +121,22 @@ def check(
     subject = Subject(checkpoint)
     findings = list(apply(STATIC_RULES, subject))
     num_rules = len(OPEN_RULES) + len(STATIC_RULES)
-    comparison = num_files_hashed = None
+    comparison = num_files_hashed = num_values_bytes = bounds = None
     if source is not None:
         comparison = compare(subject, source, given=base_is, silent=silent)
         findings += apply(BASE_RULES, comparison)
         num_rules += len(BASE_RULES)
+    if values:
+        from mtpress.values.survey import survey
+
+        surveyed = survey(subject, silent=silent)
+        num_values_bytes = surveyed.num_bytes
+        findings += apply(VALUE_RULES, surveyed)
+        num_rules += len(VALUE_RULES)
+    if source is not None or values:
+        bounds = scale_bounds(subject, source if comparison is not None and comparison.kind != "stranger" else None)
+        findings += apply(BOUND_RULES, bounds)
+        num_rules += len(BOUND_RULES)
     if hashes:
         hashed = hash_files(where, silent=silent)
         num_files_hashed = len(hashed.equal) + len(hashed.changed)
@@ -138,10 +160,30 @@ def check(
         engine_flags=(TEXT_ONLY_FLAG,) if stripped(subject) else (),
         comparison=comparison,
         num_files_hashed=num_files_hashed,
+        num_values_bytes=num_values_bytes,
         trial=trial,
         recorded=recorded,
+        not_looked_at=tuple(unseen(subject, comparison, bounds, values, hashes, trial)),
         seconds=time.perf_counter() - started,
     )
+
+
+def unseen(
+    subject: Subject, comparison: Comparison | None, bounds: ScaleBounds | None, values: bool, hashes: bool, trial: Trial | None
+) -> Iterator[str]:
+    """What a verdict does not cover."""
+    if comparison is None or comparison.kind == "stranger":
+        yield "weights not compared (--base)" if values else "weights not read (--values, --base)"
+    elif comparison.kind == "ancestor" and not values:
+        yield "changed weights not judged (--values)"
+    if bounds is None and any(name.rpartition(".")[2] in ACTIVATION_SCALES for name in subject.scalars):
+        yield "scales of activations not judged"
+    elif bounds is not None and bounds.unbounded:
+        yield f"{count(len(bounds.unbounded), 'scale')} of activations not judged"
+    if not hashes and subject.has(RECORD_NAME):
+        yield "files not hashed (--hashes)"
+    if trial is None:
+        yield "not started in an engine (--engine)"
 
 
 def try_engine(
@@ -172,6 +214,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint to check: a directory or a Hub id")
     parser.add_argument("--base", metavar="SRC", help="what it was made from: compare every weight with it (reads both whole)")
     add_base_is(parser)
+    parser.add_argument(
+        "--values", action="store_true", help="read every weight and say where the numbers are not those of a trained model"
+    )
     parser.add_argument("--hashes", action="store_true", help="compare every file with the SHA-256 that mtpress.json recorded")
     parser.add_argument(
         "--engine",
@@ -202,7 +247,7 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     if not 0 <= options.acceptance_floor <= 1:
         raise InputError(f"--acceptance-floor {options.acceptance_floor}: a share, from 0 to 1")
     result = check(
-        options.checkpoint, options.base, options.hashes, silent=options.json, base_is=options.base_is,
+        options.checkpoint, options.base, options.hashes, silent=options.json, values=options.values, base_is=options.base_is,
         engine=options.engine, num_drafts=options.mtp, acceptance_floor=options.acceptance_floor, logs=options.engine_logs,
     )  # fmt: skip
     if not options.json:
@@ -234,6 +279,8 @@ def show(result: CheckResult) -> None:
         if result.comparison.relation is not None:
             console.print(result.comparison.relation.line, soft_wrap=True)
         console.print(summary(result.comparison), soft_wrap=True)
+    if result.num_values_bytes is not None:
+        console.print(f"{human_bytes(result.num_values_bytes)} of numbers looked at", highlight=False)
     if result.num_files_hashed is not None:
         console.print(f"{count(result.num_files_hashed, 'file')} hashed")
     if result.trial is not None:
@@ -296,4 +343,6 @@ def verdict(result: CheckResult) -> str:
     numbers = Counter({severity: result.num(severity) for severity in SEVERITIES})
     said = ", ".join(count(number, severity) for severity, number in numbers.items() if number) or "nothing found"
     flags = f"; serve it with {' '.join(result.engine_flags)}" if result.engine_flags else ""
-    return f"{'sound' if result.sound else 'NOT SOUND'}: {said} by {count(result.num_rules, 'rule')} in {result.seconds:.2f} s{flags}"
+    unseen = f"; not looked at: {', '.join(result.not_looked_at)}" if result.not_looked_at else ""
+    word = "sound" if result.sound else "NOT SOUND"
+    return f"{word}: {said} by {count(result.num_rules, 'rule')} in {result.seconds:.2f} s{flags}{unseen}"
