@@ -11,6 +11,7 @@ from typing import Any
 
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.errors import InputError
+from mtpress.json_files import json_bytes
 from mtpress.models import family
 from mtpress.plan import Plan
 from mtpress.recipe import Recipe, SignRound
@@ -59,7 +60,7 @@ def clean_tokenizer_config(path: Path) -> bytes:
     config.pop("backend", None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "Qwen2TokenizerFast"
-    return _json(config)
+    return json_bytes(config)
 
 
 def chosen_files(recipe: Recipe, checkpoint: Checkpoint, carried: dict[str, bytes]) -> dict[str, bytes]:
@@ -69,7 +70,7 @@ def chosen_files(recipe: Recipe, checkpoint: Checkpoint, carried: dict[str, byte
         install_template(files)
     if recipe.generation_config is not None:
         config = json.loads(files[GENERATION]) if GENERATION in files else end_tokens(checkpoint)
-        files[GENERATION] = _json(config | recipe.generation_config.said())
+        files[GENERATION] = json_bytes(config | recipe.generation_config.said())
     return files
 
 
@@ -114,7 +115,7 @@ def install_template(files: dict[str, bytes]) -> None:
         del files[name]
     for name in HOLD_TEMPLATES:
         if name in files and TEMPLATE_KEY in (content := json.loads(files[name])):
-            files[name] = _json({key: value for key, value in content.items() if key != TEMPLATE_KEY})
+            files[name] = json_bytes({key: value for key, value in content.items() if key != TEMPLATE_KEY})
 
 
 def end_tokens(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -139,10 +140,6 @@ def sampling_of(files: dict[str, bytes]) -> dict[str, Any]:
     return {key: content[key] for key in (*SAMPLING, "max_new_tokens") if content.get(key) is not None}
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def config_files(plan: Plan) -> dict[str, bytes]:
     """config.json, which declares what is quantized, and the file of the format that says the same."""
     config = dict(plan.source.config)
@@ -150,7 +147,7 @@ def config_files(plan: Plan) -> dict[str, bytes]:
         config = family(plan.source.model_type).text_only_config(config)
     declared, file, content = DECLARATIONS[plan.recipe.format](plan)
     contents = {"config.json": {**config, "quantization_config": declared}, file: content}
-    return {name: _json(content) for name, content in contents.items()}
+    return {name: json_bytes(content) for name, content in contents.items()}
 
 
 Declared = tuple[dict[str, Any], str, dict[str, Any]]  # config.json's quantization_config, the other file, its content

@@ -8,7 +8,6 @@ leaves, when it is stopped, a partial directory that --resume goes on with. Leav
 
 import errno
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +19,7 @@ from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Shard, TensorInfo
 from mtpress.disk import StagedFile, read_pieces
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import JOURNAL_NAME, LOCK_NAME, SENSITIVITY_NAME, PartialError
+from mtpress.json_files import json_bytes
 from mtpress.output_place import refuse_place
 from mtpress.own_files import own_file
 from mtpress.partial_directory import PartialDirectory, remove_entry
@@ -207,7 +207,7 @@ class CheckpointWriter(ShardWriter):
         total = sum(tensor.num_bytes for tensors in stored.values() for tensor in tensors)
         assert len(weight_map) == sum(len(tensors) for tensors in stored.values()), "a tensor would be stored twice"
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write_file(INDEX_NAME, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write_file(INDEX_NAME, json_bytes(index))
         try:
             for path in self.lock.directory.glob("hidden-*"):
                 path.unlink()  # large, and of no use once every shard is written

@@ -16,13 +16,13 @@ named, for an engine refuses a linear of which a part is spared. What decides, b
 """
 
 import copy
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.errors import InputError
+from mtpress.json_files import json_bytes
 from mtpress.matching.expressions import matches
 from mtpress.models import family
 from mtpress.models.qwen3_5 import FUSED_OF, layer_index
@@ -97,11 +97,6 @@ def config_contents(
             if Declaration(name, content).method:
                 contents[name] = spared(name, content)
     return {name: json_bytes(content) for name, content in contents.items()}
-
-
-def json_bytes(content: Mapping[str, Any]) -> bytes:
-    """A JSON file as mtpress writes them."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _spare_layers(content: dict[str, Any], inner: dict[str, Any], kept: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mtpress import __version__
 from mtpress.engine.api_key import without_secrets
+from mtpress.json_files import json_bytes
 
 RECORD_NAME = "mtpress.json"
 RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -44,7 +45,7 @@ def command_line() -> str:
 def record_bytes(stage: str, **entries: Any) -> bytes:
     """The record of one stage as the content of mtpress.json."""
     content = {"stage": stage, "command": command_line(), "versions": versions(), **entries}
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")  # a path need not be UTF-8
+    return json_bytes(content)
 
 
 def add_to_record(directory: Path, **entries: Any) -> bool:
@@ -53,7 +54,7 @@ def add_to_record(directory: Path, **entries: Any) -> bool:
     partial = path.with_name(f".{RECORD_NAME}.partial")
     try:
         content = json.loads(path.read_text(encoding="utf-8")) | entries
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_bytes(json_bytes(content))
         partial.replace(path)
     except (OSError, ValueError, TypeError):
         partial.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mtpress.json_files import json_string
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -52,5 +54,5 @@ def quoted(token: str) -> str:
 
 def json_text(document: Any, indent: int | None = None) -> str:
     """A document as JSON that a terminal may be shown: the same document, invisible characters in JSON's own spelling."""
-    text = json.dumps(document, indent=indent, ensure_ascii=False, default=str)
+    text = json_string(document, indent=indent)
     return INVISIBLE.sub(lambda found: json.dumps(found[0])[1:-1], text)

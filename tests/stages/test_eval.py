@@ -100,6 +100,18 @@ def test_the_command_line(small_bf16: Path, pair: list[Path], data: Path, tmp_pa
     assert written.count("| compressed-tensors |") == 2 and "KL in nats" in written
 
 
+@pytest.mark.parametrize("name", ["model.language_model.norm.weight", "lm_head.weight"])
+def test_nan_behind_the_layers_is_a_finding(
+    name: str, small_bf16: Path, pair: list[Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    e = Edit(Path(shutil.copytree(pair[0], tmp_path / "broken")))
+    e.tensors[name].view(-1)[0] = float("nan")
+    e.save()
+    assert main(["eval", str(e.path), "--base", str(small_bf16), "--data", str(data), "--limit", "1", "--resamples", "2", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["error"]
+    assert f"{e.path}: the final norm and lm_head give NaN or infinite values, stored so in {name};" in said
+
+
 def test_json_is_the_result_and_a_second_run_gives_the_same(
     result: EvalResult, small_bf16: Path, pair: list[Path], data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """The numbers of a checkpoint, without a source: what no training leaves behind is found, and nothing sound is."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import SMALL_FORMATS, Edit
+from checkpoints import SMALL_FORMATS, Edit, weight_only
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import Checkpoint
 from mtpress.rules.rule import apply
 from mtpress.rules.subject import Subject
 from mtpress.rules.values import RULES
+from mtpress.stages.quantize import quantize
 from mtpress.values.survey import survey
 
 L = "model.language_model.layers."
@@ -159,3 +161,14 @@ def test_a_large_matrix_is_read_in_pieces(tmp_path: Path) -> None:
     (found,) = survey(Subject(Checkpoint.open(tmp_path)), silent=True).statistics.values()
     assert (found.rows, found.zero_rows, found.first_zero_row, found.not_finite) == (9000, 1, 8999, 1)
     assert found.rms == pytest.approx(1 / 45, rel=0.01)
+
+
+def test_quantize_names_what_it_sees_before_it_works(tiny: Edit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    BREAKS["norms of the head as 1 + w"][1](tiny.tensors)
+    tiny.save()
+    result = quantize(tiny.path, tmp_path / "out", weight_only("nvfp4-mtp-vlm"))
+    (note,) = result.notes
+    assert note.startswith("the 7 norms of the head lie around 1.1") and "mtp.layers.0.input_layernorm.weight" in note
+    assert note in capsys.readouterr().err
+    assert json.loads((tmp_path / "out/mtpress.json").read_text())["notes"] == [note]
+    assert quantize(BUILTIN_MODEL, tmp_path / "sound", weight_only("nvfp4-mtp-vlm"), silent=True).notes == []

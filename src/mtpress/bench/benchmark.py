@@ -8,7 +8,6 @@ the first. A configuration that does not come up, or dies, is recorded and left 
 """
 
 import contextlib
-import json
 import shlex
 import sys
 import time
@@ -31,6 +30,7 @@ from mtpress.engine.launch import Launch, ServeOptions
 from mtpress.engine.served_model import ServedModel
 from mtpress.engine.server import Server
 from mtpress.errors import EngineError, InputError, MtpressError
+from mtpress.json_files import json_string
 from mtpress.progress import human_seconds
 
 WARM_TOKENS = 16
@@ -160,7 +160,7 @@ class Benchmark:
         run = client.measure(load, url, model, configuration=number, round=round_number, acceptance=acceptance)
         self.runs.append(run)
         with contextlib.suppress(OSError), (self.folder / RUNS).open("a", encoding="utf-8") as journal:  # a full disk ends no measuring
-            journal.write(json.dumps({"label": self.plan.configurations[number].label, **run.as_json()}) + "\n")
+            journal.write(json_string({"label": self.plan.configurations[number].label, **run.as_json()}) + "\n")
         self.schedule.done(number, cell, time.monotonic() - started)
         accepted = f", accepted length {run.spec_decode.mean_accepted_length:.2f}" if run.spec_decode else ""
         failed = f", {run.num_failed} requests failed ({run.first_error})" if run.num_failed else ""

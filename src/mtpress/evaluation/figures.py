@@ -35,6 +35,10 @@ class Counted:
     def of(self, values: Tensor) -> Numbers:
         return np.asarray(values.numpy()[self.mask], dtype=np.float64)
 
+    def finite(self, found: TokenFigures) -> bool:
+        """Whether every prediction that counts has figures."""
+        return all(bool(np.isfinite(self.of(values)).all()) for values in (found.kl, found.nll))
+
     def sums(self, values: Numbers, group: str) -> Numbers:
         """The sum of each document of a group."""
         return per_document(values, self.document, self.num_documents)[self.groups[group]]

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from mtpress.chat import Sample
-from mtpress.errors import FindingError, InputError
+from mtpress.errors import InputError
 from mtpress.evaluation.bodies import Body
 from mtpress.evaluation.documents import Documents
+from mtpress.evaluation.no_number import no_number
 from mtpress.hidden_states import DiskStates
 from mtpress.models.qwen3_5_layers import StreamedBody
 from mtpress.prefetch import Prefetch
@@ -105,14 +106,11 @@ class _Sums:
         self.sums[name][0] += float(difference.square().sum(dtype=torch.float64))
         self.sums[name][1] += float(reference.float().square().sum(dtype=torch.float64))
 
-    def error(self, layer: int, component: str, body: Body) -> LayerError:
+    def error(self, layer: int, component: str, body: Body, base: Body) -> LayerError:
         """What was summed; FindingError where the checkpoint, or the base before it, computes what is no number."""
         lost, whole = self.sums["accumulated"]
         if not isfinite(lost):
-            whose = body.checkpoint.path if isfinite(whole) else "the base"
-            raise FindingError(
-                f"{whose}: layer {layer} gives NaN or infinite values; `mtpress check {body.checkpoint.path} --base SRC` says why"
-            )
+            raise no_number(body if isfinite(whole) else base, layer)
         relative = {name: (lost / whole) ** 0.5 if whole else 0.0 for name, (lost, whole) in self.sums.items()}
         return LayerError(layer, component, relative["mixer"], relative["mlp"], relative["layer"], relative["accumulated"])
 
@@ -146,7 +144,7 @@ def run_layers(base: Stream, others: Sequence[Stream], directory: Path, progress
             _base_layer(base, index, next(weights), parts, progress)
             for stream in others:
                 sums = _other_layer(stream, base, index, next(weights), parts, progress)
-                errors[stream.body.name].append(sums.error(index, component, stream.body))
+                errors[stream.body.name].append(sums.error(index, component, stream.body, base.body))
                 stream.states.advance()
             base.states.advance()
     for stream in streams:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mtpress.checkpoint import SINGLE_NAME, Checkpoint, Shard, TensorInfo
+from mtpress.json_files import json_bytes
 from mtpress.rules.rule import Finding
 from mtpress.rules.subject import CONFIG, Subject
 from mtpress.shard_writer import OutputTensor
@@ -141,7 +142,7 @@ class Overlay:
         self.config = config
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        self.write_file(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        self.write_file(name, json_bytes(content))
 
     def write_file(self, name: str, content: bytes) -> None:
         self._change()
@@ -198,7 +199,7 @@ class Overlay:
                 revision.rename(place.stored, name)
         files = dict(self.files)
         if self.config_is_new or self.config != self.stored.config:
-            files[CONFIG] = (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()
+            files[CONFIG] = json_bytes(self.config)
         for name, content in files.items():
             if content is None:
                 revision.drop_file(name)

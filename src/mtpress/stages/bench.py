@@ -20,6 +20,7 @@ from mtpress import terminal
 from mtpress.engine.api_key import API_KEY, KEY_VARIABLES, given_key
 from mtpress.engine.arguments import take_engine_arguments
 from mtpress.errors import EngineError, InputError, MtpressError, ResourceError
+from mtpress.json_files import json_bytes
 from mtpress.terminal import json_text, say
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def write_report(result: "BenchResult", folder: Path, *, plot: bool = True) -> l
     from mtpress.bench.markdown import markdown
 
     names = ["bench.json", "bench.md"]
-    (folder / "bench.json").write_text(json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "bench.json").write_bytes(json_bytes(result.as_json(), indent=1))
     (folder / "bench.md").write_text(markdown(result, "bench.png" if plot else None), encoding="utf-8")
     if plot:
         from mtpress.bench.chart import draw

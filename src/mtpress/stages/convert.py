@@ -165,7 +165,8 @@ def _statistics(numbers: Sequence[float]) -> dict[str, Any]:
 
 def _write_configs(subject: Subject, revision: "Revision", planned: "Conversion | None", kept: Sequence[str], text_only: bool) -> None:
     """config.json and the other files that engines read of a quantization; without a tower no processor files."""
-    from mtpress.kept_modules import config_contents, json_bytes
+    from mtpress.json_files import json_bytes
+    from mtpress.kept_modules import config_contents
 
     config = subject.model.text_only_config(subject.config) if text_only else subject.config
     if planned is None:

@@ -52,13 +52,15 @@ def evaluate(
 
     kv_cache: "auto" rounds keys and values to FP8 where a checkpoint declares such a cache, "bf16" and "fp8" decide for all of them.
     calibration: files that the checkpoints may have been calibrated on, to be held against the documents. limit: documents of a set.
-    InputError, before weights are read, for what cannot be compared; ResourceError where the disk cannot hold the hidden states.
+    InputError, before weights are read, for what cannot be compared; FindingError, which names the tensors, where a body computes NaN;
+    ResourceError where the disk cannot hold the hidden states.
     """
     from mtpress.chat import ChatEncoder
     from mtpress.evaluation import documents, figures, result
     from mtpress.evaluation.bodies import open_bodies
     from mtpress.evaluation.drafts import draft, drafts_effort
     from mtpress.evaluation.layers import Stream, layers_effort, refuse_pictures, run_layers
+    from mtpress.evaluation.no_number import no_number
     from mtpress.evaluation.vocabulary import compare_logits, logits_effort
     from mtpress.hidden_states import DiskStates
 
@@ -85,6 +87,9 @@ def evaluate(
         progress.say(f"{len(loaded.samples)} documents, {loaded.num_tokens:,} tokens; {len(others)} checkpoints beside the base")
         errors = run_layers(streams[0], streams[1:], directory, progress)
         of_base, *of_others = compare_logits(streams[0], streams[1:], progress)
+        for stream, tokens in zip(streams, (of_base, *of_others), strict=True):
+            if not counted.finite(tokens):
+                raise no_number(stream.body, None)
         drafted: list[Any] = []
         for stream, tokens in zip(streams, (of_base, *of_others), strict=True):
             if stream.body.no_draft_head is not None:

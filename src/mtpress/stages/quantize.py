@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mtpress.workers import Spread
 FORMAT_TITLES = {"bf16": "BF16"} | {name: layout.title for name, layout in LAYOUTS.items()}
 TEMPLATE_TITLES = {"mtpress": "mtpress's own", "source": "the source's", "none": "none, as in the source"}
+SHOWN_NAMES = 3
 MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the record that the result repeats
 
 
@@ -148,6 +149,10 @@ def quantize(
         if open_choice:
             plan = make_plan(checkpoint, chosen_recipe(open_choice, [group["format"] for group in record["budget"]["groups"]]))
         return describe(plan, target, measured={key: record.get(key) for key in (*MEASURED, "budget")} | chat | said)
+    for note in value_notes(checkpoint):
+        said["notes"].append(note)
+        if not silent:
+            say(f"quantize  {note}", to=sys.stderr)
     identity: dict[str, Any] = {}
     if open_choice:
         assert calibrated is not None
@@ -215,6 +220,23 @@ def quantize(
         writer.finish()
     measured = {"promised": promised.as_json(), **chat, **said, "budget": entries.get("budget")} | {key: entries[key] for key in MEASURED}
     return describe(plan, target, measured=measured)
+
+
+def value_notes(checkpoint: Checkpoint) -> list[str]:
+    """Where the source's numbers are not those of a trained model, by some rows of every tensor: known before the work begins."""
+    from mtpress.rules.rule import apply
+    from mtpress.rules.subject import Subject
+    from mtpress.rules.values import RULES, not_read
+    from mtpress.values.survey import survey
+
+    rules = [rule for rule in RULES if rule.find is not not_read]
+    notes = []
+    for finding in apply(rules, survey(Subject(checkpoint), sample=True, silent=True)):
+        names = [name for name in finding.where[:SHOWN_NAMES] if name not in finding.message]
+        more = ", …" if len(finding.where) > SHOWN_NAMES else ""
+        said = f" ({', '.join(names)}{more})" if names else ""
+        notes.append(f"{finding.message}{said}: mtpress check SRC --values says more")
+    return notes
 
 
 def settle_formats(
