@@ -7,6 +7,7 @@ from launches import NVFP4, card, engine, flags, launch, machine, model, tiny
 from packaging.version import Version
 from pydantic import ValidationError
 
+from mtpress.engine import thinking
 from mtpress.engine.known_issues import FACTS, Condition, KnownIssue, known_issues
 from mtpress.engine.launch import Launch
 from mtpress.engine.meaning import Meaning
@@ -219,3 +220,18 @@ def test_a_build_on_the_way_to_a_version_counts_as_it() -> None:
     old = issue("mixed-batches")
     facts = dict.fromkeys(FACTS) | {"platform": "cuda", "mtp": 1}
     assert [old.applies(Version(v), facts) for v in ("0.26.2rc1.dev5", "0.27.0rc1", "0.32.0")] == [True, False, False]
+
+
+def test_files_and_flags_are_read_once_for_all_issues(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def counting(name: str, real: Any) -> Any:
+        return lambda *given: asked.append(name) or real(*given)
+
+    monkeypatch.setattr(thinking, "tokenizer_config", counting("tokenizer", thinking.tokenizer_config))
+    monkeypatch.setattr(Meaning, "facts", counting("facts", Meaning.facts))
+    launch()
+    assert asked == ["facts", "tokenizer"]
+    asked.clear()
+    launch(version="0.28.0")  # sets the graphs' mode, which issues further down see
+    assert asked == ["facts", "tokenizer", "facts"]

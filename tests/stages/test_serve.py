@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from mtpress.cli import main
-from mtpress.engine import first_words, server
+from mtpress.engine import first_words, profiles, server
 from mtpress.engine.first_words import FirstWords
 from mtpress.engine.hardware import Hardware
 from mtpress.engine.installed import Engine
 from mtpress.engine.metrics import SpecDecode
 from mtpress.errors import EngineError
+from mtpress.stages.serve import NEWEST_READ
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "src/mtpress/builtin/mtpress-tiny"
@@ -120,17 +121,41 @@ def test_a_profile_for_other_hardware_is_shown_on_its_own(capsys: pytest.Capture
     assert document(capsys)["assumed"] == []
 
 
-def test_a_dry_run_needs_no_engine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.fixture
+def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine without an engine and without a GPU."""
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("mtpress.engine.hardware.read_hardware", lambda: HERE)
+
+
+def test_a_dry_run_needs_no_engine(nothing_here: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = document(capsys, "--profile", "rtx-5090")
-    assert found["engine"] == {"command": ["vllm"], "version": "0.32.0", "platform": "cuda"}
+    assert found["engine"] == {"command": ["vllm"], "version": NEWEST_READ["cuda"], "platform": "cuda"}
     assert any("no vLLM" in line for line in found["assumed"])
     assert main(["serve", str(TINY)]) == 2
     assert "make engine" in capsys.readouterr().err
     assert dry_run(capsys, "--engine", str(tmp_path / "gone"))[0] == 2
+    assert document(capsys, "--profile", "cpu")["engine"] == {"command": ["vllm"], "version": NEWEST_READ["cpu"], "platform": "cpu"}
+
+
+def test_where_nothing_chooses_a_profile_a_dry_run_asks_for_one(
+    nothing_here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asks(version: str) -> None:
+        code, out, err = dry_run(capsys)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "CUDA build" not in err
+        assert f"--profile NAME shows the command of one for vLLM {version}: {', '.join(profiles.profiles())}" in err
+
+    asks(NEWEST_READ["cuda"])
+    installed = Engine(Path("python"), ("/env/bin/vllm",), "0.31.0", "cuda")
+    monkeypatch.setattr("mtpress.engine.installed.find_engine", lambda where=None: installed)
+    asks("0.31.0")
+    assert main(["serve", str(TINY)]) == 2  # to be served, it needs a GPU
+    assert "no NVIDIA GPU is visible" in capsys.readouterr().err
 
 
 def test_a_refused_launch_is_printed_and_then_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -301,12 +301,14 @@ def _heed(meaning: Meaning, settings: list[Setting]) -> tuple[list[Setting], lis
     notes: list[str] = []
     refused: list[str] = []
     given = {argument.flag for argument in meaning.theirs}
+    facts = meaning.facts(settings)
     for issue in known_issues():
-        if not issue.applies(meaning.engine.release, meaning.facts(settings)):
+        if not issue.applies(meaning.engine.release, facts):
             continue
         if issue.action == "set" and not given & set(issue.set_):
             changed = [Setting(flag, value, f"{issue.effect}; {issue.remedy}", issue.source) for flag, value in issue.set_.items()]
             settings = [*(s for s in settings if s.flag not in issue.set_), *changed]
+            facts = meaning.facts(settings)
         else:
             {"refuse": refused, "warn": warnings, "set": warnings, "note": notes}[issue.action].append(issue.line())
     return settings, warnings, notes, refused

@@ -7,6 +7,7 @@ listens. Leaves out: deciding anything (launch.py).
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mtpress.engine.arguments import OFF, ON, SPECULATIVE, Argument, decimal, final_values, json_object, read, whole_number
@@ -34,6 +35,14 @@ class Meaning:
     template: "Template"
     environ: Mapping[str, str]
     theirs: Sequence[Argument]
+
+    @cached_property
+    def tokenizer_backend(self) -> bool:
+        """Whether tokenizer_config.json names what transformers 4 cannot load. The file may hold every added token: it is read once."""
+        from mtpress.engine.thinking import tokenizer_config
+
+        tokenizer = tokenizer_config(self.model.path)
+        return tokenizer.get("tokenizer_class") == "TokenizersBackend" or "backend" in tokenizer
 
     def values(self, settings: Iterable[Setting]) -> dict[str, str]:
         """Flag → its text at the end of the command."""
@@ -77,12 +86,10 @@ class Meaning:
     def facts(self, settings: Sequence[Setting]) -> dict[str, Any]:
         """By the names of known_issues.FACTS, and every flag of the command."""
         from mtpress.engine.profiles import capability_text
-        from mtpress.engine.thinking import tokenizer_config
 
         values = self.values(settings)
         gpu = self.hardware.gpus[0] if self.hardware.gpus and self.engine.platform == "cuda" else None
         method, number = speculative(values)
-        tokenizer = tokenizer_config(self.model.path)
         return {flag: text for flag, text in values.items() if text != OFF} | {
             "platform": self.engine.platform,
             "gpu": gpu.name if gpu else None,
@@ -103,7 +110,7 @@ class Meaning:
             "prefix_caching": values.get("--enable-prefix-caching", ON) == ON,
             "thinking_off_by_default": self.template.default == "off",
             "think_tags": self.template.tags,
-            "tokenizer_backend": tokenizer.get("tokenizer_class") == "TokenizersBackend" or "backend" in tokenizer,
+            "tokenizer_backend": self.tokenizer_backend,
             "old_backend_variables": any(name in self.environ for name in OLD_VARIABLES),
             "plugins": " ".join(self.engine.plugins),
             "v1_runner": self.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",

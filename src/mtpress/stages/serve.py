@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from mtpress.engine.hardware import Hardware
     from mtpress.engine.installed import Engine
     from mtpress.engine.launch import Launch
+    from mtpress.engine.profiles import Platform
     from mtpress.engine.settings import Setting
 
 DEFAULT_PORT = 8000  # vLLM's own
-NEWEST_READ = "0.32.0"  # the version whose sources profiles and known issues were read in
+NEWEST_READ: dict["Platform", str] = {"cuda": "0.32.0", "cpu": "0.32.0"}  # whose sources profiles and known issues were read in
 PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # what `make engine` installs beside the CPU build
 
 
@@ -54,7 +55,7 @@ def plan(options: argparse.Namespace) -> ServeResult:
     hardware = read_hardware()
     assumed: list[str] = []
     engine = _engine(options, assumed)
-    if options.dry_run and options.profile is not None:
+    if options.dry_run:
         engine, hardware = _assume_profile(options.profile, engine, hardware, assumed)
     launch = compose(
         model, engine, hardware,
@@ -75,21 +76,29 @@ def _engine(options: argparse.Namespace, assumed: list[str]) -> "Engine":
     except InputError as error:
         if not options.dry_run or options.engine is not None:
             raise
-        assumed.append(f"vLLM {NEWEST_READ}, built for CUDA: {error}")
-        return Engine(Path("python"), ("vllm",), NEWEST_READ, "cuda", PLUGINS)
+        assumed.append(f"vLLM {NEWEST_READ['cuda']}, built for CUDA: {error}")
+        return Engine(Path("python"), ("vllm",), NEWEST_READ["cuda"], "cuda", PLUGINS)
 
 
-def _assume_profile(name: str, engine: "Engine", hardware: "Hardware", assumed: list[str]) -> tuple["Engine", "Hardware"]:
-    """The engine and the machine of the profile, where those here are not."""
+def _assume_profile(name: str | None, engine: "Engine", hardware: "Hardware", assumed: list[str]) -> tuple["Engine", "Hardware"]:
+    """The engine and the machine of the profile, where those here are not; InputError where nothing here says which profile."""
     from mtpress.engine import profiles
 
+    if name is None:
+        if engine.platform == "cuda" and not hardware.gpus:
+            there = ", ".join(profiles.profiles())
+            raise InputError(
+                f"no GPU here to choose a profile by; --profile NAME shows the command of one for vLLM {engine.version}: {there}"
+            )
+        return engine, hardware
     profile = profiles.named(name)
     reason = profiles.mismatch(profile, hardware, engine.platform, None)
     if reason is None:
         return engine, hardware
     nominal = profile.hardware.as_hardware()
     if engine.platform != profile.match.platform:
-        engine = replace(engine, version=str(engine.release), platform=profile.match.platform, plugins=PLUGINS)
+        version = NEWEST_READ[profile.match.platform] if assumed else str(engine.release)
+        engine = replace(engine, version=version, platform=profile.match.platform, plugins=PLUGINS)
     built = "CUDA" if profile.match.platform == "cuda" else "the CPU"
     assumed.append(f"{profiles.described(nominal)} and a vLLM built for {built}; the profile is not for this machine: {reason}")
     return engine, nominal
