@@ -233,5 +233,5 @@ def test_files_and_flags_are_read_once_for_all_issues(monkeypatch: pytest.Monkey
     launch()
     assert asked == ["facts", "tokenizer"]
     asked.clear()
-    launch(version="0.28.0")  # sets the graphs' mode, which issues further down see
-    assert asked == ["facts", "tokenizer", "facts"]
+    launch(version="0.28.0")  # two issues set something, which those further down see
+    assert (asked.count("facts"), asked.count("tokenizer")) == (3, 1)
