@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs/serving.md"
 SEEDS = Path(__file__).with_name("seed_launches.yaml")
 VERSION, PORT, MODEL, PACKAGE = "0.32.0", 8000, "CKPT", "MTPRESS"
-PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # as `make engine` installs them
+PLUGINS = ("mtpress_gdn_cpu", "mtpress_int4_cpu", "mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # as `make engine` installs them
 MARKER = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BUILDS = {"cpu": "nvfp4-mtp-vlm", "int4-rtx-5090": INT4, "gpu-24gb": "nvfp4-mtp-text"}  # the others: the VLM build
 

@@ -352,6 +352,11 @@ def ignore_is_a_string(e: Edit) -> None:
     e.quantization["ignore"] = "lm_head"
 
 
+@breaks("ignore-called-otherwise", "ignore-too-little", "vision-not-ignored", "mtp-not-ignored", "mtp-fc-not-ignored", "configs-contradict")
+def the_other_files_name_of_the_list(e: Edit) -> None:
+    e.quantization["exclude_modules"] = e.quantization.pop("ignore")
+
+
 @breaks("ignore-splits-fused")
 def half_of_a_fused_pair(e: Edit) -> None:
     e.without(lambda name: name.endswith("layers.0.linear_attn.in_proj_a"))

@@ -29,10 +29,16 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
+def texts() -> list[Sample]:
+    """Texts of 40 tokens each."""
+    loaded = load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=40, max_seq_len=40), []).samples
+    return [text for text in loaded if len(text.input_ids) == 40]
+
+
+@pytest.fixture(scope="module")
+def samples(texts: list[Sample]) -> list[Sample]:
     """Twelve texts of 18 to 40 tokens, then a picture with a question."""
-    texts = load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=40, max_seq_len=40), []).samples
-    texts = [Sample(text.input_ids[: 40 - 2 * i]) for i, text in enumerate(t for t in texts if len(t.input_ids) == 40)][:12]
+    texts = [Sample(text.input_ids[: 40 - 2 * i]) for i, text in enumerate(texts)][:12]
     picture = {"type": "image", "image": Image.new("RGB", (64, 64), (200, 30, 30))}
     return [*texts, ChatEncoder(BUILTIN_MODEL).encode([{"role": "user", "content": [picture, {"type": "text", "text": "What color?"}]}])]
 
@@ -49,8 +55,8 @@ def equal(one: Rounded, other: Rounded) -> bool:
     return one.keys() == other.keys() and all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
 
 
-def block_error(plan: Plan, step: Step, rounded: Rounded, states: list[Tensor]) -> float:
-    """Mean squared error of the layer's output on BF16 states."""
+def token_errors(plan: Plan, step: Step, rounded: Rounded, states: list[Tensor]) -> Tensor:
+    """Mean squared error of the layer's output on BF16 states, of each token."""
     body = StreamedBody(plan.source.config, CPU)
     start = f"{plan.prefix}layers.{step.layer}."
     outputs = []
@@ -60,7 +66,7 @@ def block_error(plan: Plan, step: Step, rounded: Rounded, states: list[Tensor]) 
         with torch.no_grad(), body.delta_rule(module):
             positions = [torch.arange(x.shape[1]).expand(3, 1, -1) for x in states]
             outputs.append(torch.cat([body.through(module, x, p)[0] for x, p in zip(states, positions, strict=True)]).float())
-    return float((outputs[0] - outputs[1]).square().mean())
+    return (outputs[0] - outputs[1]).square().mean(-1).flatten()
 
 
 def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
@@ -68,15 +74,16 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
     return weight.flatten(1).bfloat16()
 
 
-def test_tuned_layers_beat_plain_rounding_on_other_tokens(plan, samples, tmp_path):
+def test_tuned_layers_beat_plain_rounding_on_other_tokens(plan, samples, texts, tmp_path):
     tuning = SignRoundPass(plan, samples[:8], CPU, tmp_path, Settings())
     (tmp_path / "others").mkdir()
-    others = CalibrationPass(plan, samples[:12], CPU, tmp_path / "others")
+    others = CalibrationPass(plan, [*samples[:8], *texts[12:]], CPU, tmp_path / "others")
+    assert len(texts) >= 24
     for step in layers(plan):
         tensors = tensors_of(plan, step)
         if step.layer == 0:
             others.states.settle()
-        held_out = [others.states.peek(i) for i in range(8, 12)]
+        held_out = [others.states.peek(i) for i in range(8, 8 + len(texts[12:]))]
         tuning.settings = Settings(iterations=40 if step.layer in (0, 3) else 1)  # one of each kind
         found = tuning.layer(step, tensors)
         assert sorted(f"{name}.weight" for name in found) == sorted(step.quantized)
@@ -86,7 +93,10 @@ def test_tuned_layers_beat_plain_rounding_on_other_tokens(plan, samples, tmp_pat
         else:
             losses = tuning.losses[step.layer]
             assert losses.best < 0.8 * losses.before
-            assert block_error(plan, step, found, held_out) < 0.9 * block_error(plan, step, plain, held_out)
+            tuned, untuned = (token_errors(plan, step, rounded, held_out) for rounded in (found, plain))
+            # by how much depends on a few tokens that hold most of the sum, and they on the last bits of this CPU's products
+            assert (tuned < untuned).float().mean() > 0.5
+            assert tuned.mean() < untuned.mean()
         others.layer(step, tensors)
     # the BF16 stream is the one that calibration moves
     assert all(torch.equal(tuning.exact.peek(i), others.states.peek(i)) for i in range(8))

@@ -6,7 +6,7 @@ A directory `.mtpress-partial` in OUT.partial, small, and gone when the output g
                          {"step": "layer 7", "num_tensors": 96, "end": 1270874112, "sha256": "…", "sources": {…}, "states": {…},
                           "line": "…"}
                          num_tensors and end (bytes, header included) count from the start of the file, sha256 is of those
-                         bytes, sources are the SHA-256 of the stored matrices that the step has quantized, states those of the
+                         bytes, sources are digests of the stored matrices that the step has quantized, states the SHA-256 of the
                          samples behind its layer (hidden_states.py), line that of all before it in the line
     sensitivity.lines    recipes with a budget: what was measured before the first step (sensitivity_pass.py)
     hidden-0…2.bin       hidden states of the samples at three layer boundaries (hidden_states.py)

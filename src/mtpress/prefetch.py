@@ -3,8 +3,8 @@
 In: groups of tensors in the order they are needed. Out: a generator of dicts name → tensor on the compute device, at most one
 group ahead. On a GPU a group lands in pinned memory and is copied on a stream of its own, so disk, copy and compute overlap.
 
-A tensor is valid until the next group is asked for: then its buffer is filled with the group after that. The SHA-256 of those
-that are named `hashed` is taken meanwhile.
+A tensor is valid until the next group is asked for: then its buffer is filled with the group after that. Of those that are named
+`sampled` the digest is taken.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ import torch
 from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
 from mtpress.disk import BLOCK_BYTES, aligned_buffer, opened, read_range, round_up
 
-Loaded = tuple[dict[str, torch.Tensor], dict[str, "Future[hashlib._Hash]"], "torch.cuda.Event | None"]
+Loaded = tuple[dict[str, torch.Tensor], dict[str, str], "torch.cuda.Event | None"]
+SAMPLE_BYTES = 1 << 16
 
 
 class Prefetch:
@@ -26,14 +27,12 @@ class Prefetch:
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[TensorInfo]], device: torch.device, hashed: Collection[str] = (), *, ahead: bool = True
+        self, groups: Sequence[Sequence[TensorInfo]], device: torch.device, sampled: Collection[str] = (), *, ahead: bool = True
     ) -> None:
-        self.groups, self.device, self.hashed, self.ahead = groups, device, hashed, ahead
-        self.digests: dict[str, Future[hashlib._Hash]] = {}
-        self._unhashed: list[list[Future[hashlib._Hash]]] = [[], []]  # what still reads a buffer
+        self.groups, self.device, self.sampled, self.ahead = groups, device, sampled, ahead
+        self.digests: dict[str, str] = {}
         self.on_gpu = device.type == "cuda"
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-prefetch")
-        self.hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mtpress-hash")
         self.copy_stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
         size = max((sum(_end(0, info) for info in group) for group in groups), default=0)
         self.host = [self._buffer(size) for _ in range(min(2 if ahead else 1, len(groups)))]
@@ -68,23 +67,20 @@ class Prefetch:
                     free[number % 2] = used
         finally:
             self.pool.shutdown(wait=True, cancel_futures=True)
-            self.hashing.shutdown(wait=True)
 
     def _load(self, number: int, free: "torch.cuda.Event | None") -> Loaded:
         group, place = self.groups[number], number % len(self.host)
         buffer, device_memory = self.host[place], self.device_memory[place]
-        for unhashed in self._unhashed[place]:
-            unhashed.result()
         places, end = dict[str, tuple[int, TensorInfo]](), 0
-        digests = dict[str, "Future[hashlib._Hash]"]()
+        digests = dict[str, str]()
         for info in sorted(group, key=lambda i: (i.file, i.offset)):
             start = end + info.offset % BLOCK_BYTES  # where in its block it stands on disk, it stands in memory
             end = _end(end, info)
             places[info.name] = (start, info)
             with opened(info) as file:
                 read_range(file, buffer[start - info.offset % BLOCK_BYTES : end], info.offset, info.offset + info.num_bytes, info)
-            if info.name in self.hashed:  # while the next tensor is read, and on while these are used
-                digests[info.name] = self.hashing.submit(hashlib.sha256, buffer[start : start + info.num_bytes])
+            if info.name in self.sampled:
+                digests[info.name] = sample_digest(buffer[start : start + info.num_bytes])
         ready = None
         if self.copy_stream is not None:
             with torch.cuda.stream(self.copy_stream):
@@ -95,12 +91,11 @@ class Prefetch:
                 ready.record()
             ready.synchronize()  # in this thread: the pinned buffer is filled again two groups on
         tensors = {name: self._tensor(device_memory, start, info) for name, (start, info) in places.items()}
-        self._unhashed[place] = list(digests.values())
         return tensors, digests, ready
 
     def digest(self, name: str) -> str:
-        """SHA-256 of a tensor that was handed out and is named `hashed`; can be asked for once."""
-        return self.digests.pop(name).result().hexdigest()
+        """sample_digest of a tensor that was handed out and is named `sampled`; can be asked for once."""
+        return self.digests.pop(name)
 
     @staticmethod
     def _tensor(memory: torch.Tensor, start: int, info: TensorInfo) -> torch.Tensor:
@@ -108,6 +103,17 @@ class Prefetch:
         if start % (DTYPE_BITS[info.dtype] // 8):  # files may place a tensor anywhere
             stored = stored.clone()
         return stored.view(torch_dtype(info.dtype)).view(info.shape)
+
+
+def sample_digest(stored: memoryview) -> str:
+    """SHA-256 of a tensor's first and last SAMPLE_BYTES, or of all of it where it has no more.
+
+    Training moves every row, so this tells two checkpoints with the same headers apart. Hashing all of it would take most of the
+    time of a weight-only pass.
+    """
+    digest = hashlib.sha256(stored[:SAMPLE_BYTES])
+    digest.update(stored[max(SAMPLE_BYTES, len(stored) - SAMPLE_BYTES) :])
+    return digest.hexdigest()
 
 
 def _end(start: int, info: TensorInfo) -> int:

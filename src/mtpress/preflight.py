@@ -6,7 +6,7 @@ of this one).
 
     time     the larger of disk and processor, as they overlap, and the forward on top, whose matrix products need every core:
              disk       read / read rate + written / write rate
-             processor  (hashed / hash rate + copied / copy rate) / cores + packed / pack rate
+             processor  (written / hash rate + copied / copy rate) / cores + packed / pack rate
              forward    2 · parameters of the linears · tokens / matmul rate + tokens · delta-rule time + pairs of tokens / attention rate
     memory   what is loaded now + what is read at a time (weight-only: two fused groups; calibrated: a layer, two for a GPU) + what
              waits for the disk + the widest activations of the longest sample
@@ -136,8 +136,7 @@ def _work_seconds(plan: Plan, machine: Machine, steps: Sequence[Step]) -> float:
     quantized = sum(info.num_bytes for step in steps for job in step.jobs if job.kind == "quantize" for info in job.sources)
     disk = read / machine.read + written / machine.write
     cores = max(1, torch.get_num_threads())
-    hashed = (quantized + written) / machine.hash
-    processor = (hashed + 2 * (read + written) / machine.copy) / cores + quantized / machine.pack
+    processor = (written / machine.hash + 2 * (read + written) / machine.copy) / cores + quantized / machine.pack
     return max(disk, processor)
 
 

@@ -192,7 +192,7 @@ class ShardWriter:
     ) -> None:
         """Says that all tensors of a step are queued. It counts as finished when they, and what `settle` writes, are on the disk.
 
-        sources: SHA-256 of the stored matrices that the step has read, by name; `sources` of this writer collects them. states: those
+        sources: digests of the stored matrices that the step has read, by name; `sources` of this writer collects them. states: SHA-256
         of the samples' states behind it, by stream, for the journal.
         """
         file, place, _ = self._planned[self._next - 1]

@@ -106,7 +106,7 @@ def run(
 
     # on a CPU a layer is computed on for so much longer than it is read that reading it ahead is not worth its memory
     ahead = device.type == "cuda" or forward is None or not forward.whole_layers
-    prefetch = Prefetch(groups, device, ahead=ahead, hashed={name for step in steps for name in step.quantized})
+    prefetch = Prefetch(groups, device, ahead=ahead, sampled={name for step in steps for name in step.quantized})
     with closing(prefetch.load()) as weights:
         for step in steps:
             whole = next(weights) if _in_one_piece(step, forward) else {}

@@ -3,12 +3,14 @@
 # ruff: noqa: N802, N815 - the names are pynvml's
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from mtpress.engine import hardware
 from mtpress.engine.hardware import Gpu, available_memory_bytes, read_hardware
 
 MIB = 1 << 20
@@ -77,6 +79,23 @@ def test_this_machine() -> None:
     found = read_hardware()
     assert found.num_cores >= 1 and 0 < found.available_bytes <= found.memory_bytes == psutil.virtual_memory().total
     assert 0 < available_memory_bytes() <= found.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 amx_tile\n\nprocessor\t: 1\nflags\t\t: fpu\n", frozenset({"fpu", "avx2", "amx_tile"})),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", None),
+        (None, None),
+    ],
+)
+def test_what_the_processor_can(
+    content: str | None, flags: frozenset[str] | None, nvml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "cpuinfo").write_text(content)
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    assert read_hardware().cpu_flags == flags
 
 
 def test_no_driver_means_no_gpu(nvml: Any) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mtpress.engine.launch import Launch
 from mtpress.engine.meaning import Meaning
 from mtpress.engine.thinking import read_template
 from mtpress.errors import InputError
+from mtpress.stages.serve import PLUGINS
 
 PRO, SPARK, HOPPER, B200 = "rtx-pro-6000-256k", "gb10", "hopper", card("NVIDIA B200", 178.4, (10, 0))
 W4A16 = {"format": "modelopt NVFP4 (W4A16)", "quant_method": "modelopt_fp4"}
@@ -20,6 +22,14 @@ SMALL = card("NVIDIA GeForce RTX 5090", 31.8, (12, 0))
 EAGER, PIECEWISE = ["--enforce-eager"], ["--compilation-config.cudagraph_mode", "PIECEWISE"]
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 THINK = ["--default-chat-template-kwargs", '{"enable_thinking": true}']
+FP8_HEAD, FLY = (
+    ["--spec-method", "mtp", "--spec-tokens", "2", f"--speculative-config.{name}", value]
+    for name, value in (("draft_lm_head_quantization", "fp8"), ("rejection_sample_method", "fly"))
+)
+AVX2 = replace(machine("cpu"), cpu_flags=frozenset({"avx", "avx2", "fma"}))
+AMX = replace(machine("cpu"), cpu_flags=frozenset({"avx2", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16"}))
+TEXT = {"architecture": "Qwen3_5ForCausalLM"}
+AUTOROUND = {"format": "AutoRound", "quant_method": "inc"}
 NO_DRAFTS = {"num_speculative_tokens": 0}
 Call = dict[str, Any]
 
@@ -84,8 +94,31 @@ CASES: dict[str, tuple[Call, tuple[Call, ...]]] = {
         {"tokenizer": {"tokenizer_class": "TokenizersBackend"}},
         ({}, {"tokenizer": {"tokenizer_class": "Qwen2Tokenizer"}}),
     ),
+    "draft-lm-head-quantization": ({"extra": FP8_HEAD}, ({}, {"extra": FP8_HEAD, "version": "0.33.0"})),
+    "draft-lm-head-quantization-runner": (
+        {"extra": FP8_HEAD, "version": "0.33.0", "environ": V1},
+        ({"extra": FP8_HEAD, "version": "0.33.0"}, {"version": "0.33.0", "environ": V1}),
+    ),
+    "lossy-acceptance": ({"extra": FLY, "version": "0.33.0"}, ({"version": "0.33.0"}, {"extra": FLY})),
     "cpu-sampling": ({"on": "cpu"}, ({}, {"on": "cpu", **NO_DRAFTS}, {"on": "cpu", "plugins": ("mtpress_sampling_cpu",)})),
-    "cpu-structured-output": ({"on": "cpu"}, ({}, {"on": "cpu", **NO_DRAFTS})),
+    "cpu-short-draft-rows": (
+        {"on": "cpu"},
+        ({}, {"on": "cpu", **NO_DRAFTS}, {"on": "cpu", "version": "0.33.0"}, {"on": "cpu", "plugins": ("mtpress_gdn_cpu",)}),
+    ),
+    "cpu-one-token-prompt": ({"on": AMX}, ({"on": "cpu"}, {"on": AVX2}, {"on": AMX, "plugins": ("mtpress_gdn_cpu",)})),
+    "cpu-text-architecture-drafts": (
+        {"on": "cpu", "served": TEXT},
+        ({"on": "cpu"}, {"served": TEXT}, {"on": "cpu", "served": TEXT, **NO_DRAFTS}),
+    ),
+    "cpu-int4-activations": (
+        {"on": AMX, "served": AUTOROUND},
+        ({"on": AMX}, {"on": AVX2, "served": AUTOROUND}, {"on": AMX, "served": AUTOROUND, "plugins": ("mtpress_int4_cpu",)}),
+    ),
+    "cpu-int4-kernel": (
+        {"on": AVX2, "served": AUTOROUND},
+        ({"on": AVX2}, *({"on": on, "served": AUTOROUND} for on in (AMX, "cpu", PRO)),
+         {"on": AVX2, "served": AUTOROUND, "plugins": ("mtpress_int4_cpu",)}),
+    ),
     "cpu-nvfp4": (
         {"on": "cpu", "served": NVFP4},
         ({"served": NVFP4}, {"on": "cpu"}, {"on": "cpu", "served": NVFP4, "plugins": ("other", "mtpress_nvfp4_cpu")}),
@@ -172,7 +205,7 @@ def test_what_is_only_to_be_known_is_a_note() -> None:
 
 
 def test_a_cpu_launch_of_the_built_in_model_has_no_warnings() -> None:
-    assert launch("cpu", served=tiny(), plugins=("mtpress_sampling_cpu",)).warnings == ()
+    assert launch("cpu", served=tiny(), plugins=PLUGINS).warnings == ()
     assert any("install this mtpress" in text for text in launch("cpu", served=tiny()).warnings)
 
 

@@ -1,14 +1,17 @@
 """The machine that an engine would start on: its GPUs, its memory, its cores.
 
-In: NVML (the driver's own library, by pynvml) and /proc/meminfo. Out: a `Hardware`. Leaves out: measuring how fast it is
+In: NVML (the driver's own library, by pynvml), /proc/meminfo and /proc/cpuinfo. Out: a `Hardware`. Leaves out: measuring how fast it is
 (machine.py), and GPUs that are not NVIDIA's. No torch and no CUDA context: looking takes no memory on the GPU.
 """
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+CPUINFO = Path("/proc/cpuinfo")
 
 # A GPU whose memory NVML does not tell, or tells within this share of the host's: it has none of its own.
 SAME_MEMORY = 0.02
@@ -27,12 +30,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The GPUs that an engine may use, in its order, the host's memory and its cores."""
+    """The GPUs that an engine may use, in its order, the host's memory and its cores. cpu_flags: as Linux names them; None: not known."""
 
     gpus: tuple[Gpu, ...]
     memory_bytes: int
     available_bytes: int
     num_cores: int
+    cpu_flags: frozenset[str] | None = None
 
 
 def available_memory_bytes() -> int:
@@ -44,7 +48,17 @@ def read_hardware() -> Hardware:
     """This machine now. Without NVIDIA's driver there are no GPUs; CUDA_VISIBLE_DEVICES is followed."""
     memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0))
-    return Hardware(_read_gpus(int(memory.total), int(memory.available)), int(memory.total), int(memory.available), cores)
+    gpus = _read_gpus(int(memory.total), int(memory.available))
+    return Hardware(gpus, int(memory.total), int(memory.available), cores, _read_cpu_flags())
+
+
+def _read_cpu_flags() -> frozenset[str] | None:
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    first = next((line for line in lines if line.startswith("flags")), None)  # ARM calls them features, and has others
+    return frozenset(first.partition(":")[2].split()) if first is not None else None
 
 
 def _read_gpus(host_bytes: int, available_bytes: int) -> tuple[Gpu, ...]:

@@ -19,11 +19,11 @@ from mtpress.engine.profiles import Items, Strict
 
 KNOWN_ISSUES = Path(__file__).with_name("known_issues.yaml")
 FACTS = (
-    "platform", "gpu", "compute_capability", "unified", "memory_gib",
+    "platform", "gpu", "compute_capability", "unified", "memory_gib", "avx512", "avx512_bf16", "amx",
     "format", "quant_method", "num_mtp_layers", "needs_language_model_only",
     "kv_cache_dtype", "num_speculative_tokens", "mtp", "max_model_len", "max_num_seqs", "gpu_memory_utilization", "tensor_parallel_size",
     "prefix_caching", "thinking_off_by_default", "think_tags", "tokenizer_backend", "old_backend_variables", "v1_runner",
-    "plugins",
+    "plugins", "architecture", "draft_lm_head_quantization", "rejection_sample_method",
 )  # fmt: skip
 Scalar = bool | int | float | str
 Action = Literal["refuse", "warn", "set", "note"]

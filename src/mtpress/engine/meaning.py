@@ -83,6 +83,12 @@ class Meaning:
             return 16384
         return 8192 if memory >= 70 * GIB and "a100" not in self.hardware.gpus[0].name.lower() else 2048
 
+    def _cpu(self) -> dict[str, bool | None]:
+        """What the CPU build's paths depend on; None where the platform is another, or it is not known."""
+        flags = self.hardware.cpu_flags if self.engine.platform == "cpu" else None
+        names = {"avx512": "avx512bw", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
+        return {fact: flag in flags if flags is not None else None for fact, flag in names.items()}
+
     def facts(self, settings: Sequence[Setting]) -> dict[str, Any]:
         """By the names of known_issues.FACTS, and every flag of the command."""
         from mtpress.engine.profiles import capability_text
@@ -90,12 +96,14 @@ class Meaning:
         values = self.values(settings)
         gpu = self.hardware.gpus[0] if self.hardware.gpus and self.engine.platform == "cuda" else None
         method, number = speculative(values)
+        drafting = json_object(values.get(SPECULATIVE))
         return {flag: text for flag, text in values.items() if text != OFF} | {
             "platform": self.engine.platform,
             "gpu": gpu.name if gpu else None,
             "compute_capability": capability_text(gpu) if gpu else None,
             "unified": gpu.unified if gpu else None,
             "memory_gib": gpu.memory_bytes / GIB if gpu else None,
+            **self._cpu(),
             "format": self.model.format,
             "quant_method": self.model.quant_method,
             "num_mtp_layers": self.model.num_mtp_layers,
@@ -113,6 +121,9 @@ class Meaning:
             "tokenizer_backend": self.tokenizer_backend,
             "old_backend_variables": any(name in self.environ for name in OLD_VARIABLES),
             "plugins": " ".join(self.engine.plugins),
+            "architecture": self.model.architecture,
+            "draft_lm_head_quantization": drafting.get("draft_lm_head_quantization"),
+            "rejection_sample_method": drafting.get("rejection_sample_method"),
             "v1_runner": self.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",
         }
 

@@ -339,8 +339,8 @@ REPAIRS = (
            "an order of their own; else left: vLLM has no kernel for what is stored", no_kernel, Turn.DECLARATION),
     Repair("quantization-not-stored", "the declaration is taken out of every config file", written_anew, Turn.DECLARATION),
     *(Repair(rule_id, LISTED, written_anew, Turn.DECLARATION) for rule_id in (
-        "ignore-malformed", "ignore-splits-fused", "ignore-too-little", "vision-not-ignored", "ignore-too-much", "ignore-matches-nothing",
-        "mtp-not-ignored", "mtp-fc-not-ignored",
+        "ignore-malformed", "ignore-called-otherwise", "ignore-splits-fused", "ignore-too-little", "vision-not-ignored", "ignore-too-much",
+        "ignore-matches-nothing", "mtp-not-ignored", "mtp-fc-not-ignored",
     )),
     Repair("format-not-covered", "mtpress does not know the format well enough to judge or to mend it"),
 )  # fmt: skip

@@ -49,6 +49,15 @@ def ignore_malformed(subject: Subject) -> Iterator[Problem]:
             yield Problem(f"{declared.file}: {declared.ignore_key} must be a list of strings", (declared.file,))
 
 
+def ignore_called_otherwise(subject: Subject) -> Iterator[Problem]:
+    declared = subject.declared
+    if declared is None or declared.legacy or declared.format not in ("nvfp4", "modelopt-fp8", "modelopt-mixed"):
+        return
+    if declared.ignore_key not in declared.inner and isinstance(declared.inner.get("exclude_modules"), list):
+        said = "calls its list exclude_modules: vLLM reads that there since 0.33, and before it takes every linear as quantized"
+        yield Problem(f"{declared.file} {said}", (declared.file,))
+
+
 def ignore_splits_fused(subject: Subject) -> Iterator[Problem]:
     split = [linear for linear, verdict in subject.verdicts.items() if verdict == "split"]
     if split:
@@ -127,6 +136,14 @@ RULES = (
         "a regular expression in it does not end, and neither does the start of the engine.",
         REPAIR,
         ignore_malformed,
+    ),
+    Rule(
+        "ignore-called-otherwise",
+        "warning",
+        "The list of modelopt stands in config.json under its name in hf_quant_config.json, exclude_modules, and not as ignore: vLLM 0.33 "
+        "reads it, 0.32 reads an empty list. What follows from that in 0.32 is judged beside it.",
+        REPAIR,
+        ignore_called_otherwise,
     ),
     Rule(
         "ignore-splits-fused",

@@ -193,7 +193,7 @@ def quantize(
                 "name": checkpoint.path.name if Path(source).is_dir() else str(source),
                 "identity": checkpoint.identity,
                 "files": guard.fingerprints(),
-                "quantized_sha256": quantized_sha256(writer.sources),
+                "quantized_sample_sha256": quantized_sample_sha256(writer.sources),
             },
             "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
             **chat,
@@ -346,10 +346,11 @@ def run_identity(plan: Plan, guard: SourceGuard, calibrated: Any, device: Any) -
     return {**identity, "device": device.type} if calibrated else identity
 
 
-def quantized_sha256(digests: Mapping[str, str]) -> str:
+def quantized_sample_sha256(digests: Mapping[str, str]) -> str:
     """One SHA-256 for all stored matrices that were quantized: of a line "name digest" for each, in order of name.
 
-    With it and the output, which holds every other tensor bit for bit, the record says which weights the source had.
+    A digest is of a matrix's beginning and end (prefetch.sample_digest). With it and the output, which holds every other tensor bit for
+    bit, the record says which weights the source had: a fine-tune has the same headers as its ancestor.
     """
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(digests.items())).encode()).hexdigest()
 

@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from mtpress.engine.settings import Setting
 
 DEFAULT_PORT = 8000  # vLLM's own
-NEWEST_READ: dict["Platform", str] = {"cuda": "0.32.0", "cpu": "0.32.0"}  # whose sources profiles and known issues were read in
-PLUGINS = ("mtpress_nvfp4_cpu", "mtpress_sampling_cpu")  # what `make engine` installs beside the CPU build
+NEWEST_READ: dict["Platform", str] = {"cuda": "0.33.0", "cpu": "0.32.0"}  # whose sources profiles and known issues were read in
+PLUGINS = (
+    "mtpress_gdn_cpu",
+    "mtpress_int4_cpu",
+    "mtpress_nvfp4_cpu",
+    "mtpress_sampling_cpu",
+)  # what `make engine` installs beside the CPU build
 
 
 @dataclass(frozen=True)
