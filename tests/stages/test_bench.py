@@ -319,15 +319,15 @@ def test_an_output_that_appears_meanwhile_costs_no_measurement(
     assert kept.exists()
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), EngineError("the client died")])
+@pytest.mark.parametrize("end", [KeyboardInterrupt, EngineError])
 def test_what_was_measured_before_the_end_is_kept(
-    end: BaseException, no_engine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    end: type[BaseException], no_engine: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def measured(self: Benchmark) -> None:
         self.dataset = self.folder / "prompts.jsonl"
         client = SimpleNamespace(measure=lambda *_, **__: result().runs[0])
         self._measure(client, "http://h", "m", 0, 0, self.plan.cells[0])  # type: ignore[arg-type]
-        raise end
+        raise end("the client died" if end is EngineError else "")
 
     monkeypatch.setattr(Benchmark, "run", measured)
     assert main(["bench", TINY, "--no-plot", "--mtp", "off", "--out", str(tmp_path / "out")]) in (2, 130)
