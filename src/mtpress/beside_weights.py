@@ -33,12 +33,16 @@ HOLD_TEMPLATES = (TOKENIZER_CONFIG, "processor_config.json")  # JSON files with 
 def carried_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Files beside the weights that go over byte for byte, and tokenizer_config.json without what newer libraries add."""
     carried: dict[str, bytes] = {}
+    total = 0
     for path in (*checkpoint.other_files(), *sorted((checkpoint.path / NAMED_TEMPLATES).glob("*.jinja"))):
         if path.name in NOT_CARRIED or path.name.startswith(".") or path.suffix in (".bin", ".pt", ".pth", ".pkl", ".py", ".gguf"):
             continue
         try:
-            if path.stat().st_size > MAX_CARRIED_BYTES:
-                raise InputError(f"{path}: {path.stat().st_size / 1e6:.0f} MB beside the weights; move it out of the checkpoint")
+            total += (size := path.stat().st_size)
+            if size > MAX_CARRIED_BYTES:
+                raise InputError(f"{path}: {size / 1e6:.0f} MB beside the weights; move it out of the checkpoint")
+            if total > MAX_CARRIED_BYTES:
+                raise InputError(f"{checkpoint.path}: over {MAX_CARRIED_BYTES // 1_000_000} MB of files beside the weights; move them out")
             carried[str(path.relative_to(checkpoint.path))] = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None

@@ -23,8 +23,10 @@ from transformers import AutoTokenizer
 from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
 from mtpress.messages import CONTROL_TOKENS, FORMAT_WORDS, MODE_TAGS, normalize_messages, part_kind
+from mtpress.picture_limits import opened, refuse_processor, refuse_resized
 from mtpress.template_trial import rendered
 from mtpress.templating import reason, refusals
+from mtpress.tokenizer_trial import refuse_hostile
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would hand others to programs of the system
 MAX_PICTURE_PIXELS = 50_000_000
@@ -95,6 +97,7 @@ class ChatEncoder:
     """Renders with a checkpoint's own template (in transformers' sandbox), or the one given, and encodes with its tokenizer."""
 
     def __init__(self, directory: Path, chat_template: str | None = None) -> None:
+        refuse_hostile(directory)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exception
@@ -132,6 +135,7 @@ class ChatEncoder:
             processor = kind.from_pretrained(str(self.directory), local_files_only=True)
         except Exception as error:  # transformers validates with exceptions of many kinds
             raise InputError(f"{self.directory}: {file} does not load ({reason(error)}); copy it from the base") from None
+        refuse_processor(processor, str(self.directory / file))
         self._refuse_other_tower(processor, file, token)
         return processor
 
@@ -186,7 +190,7 @@ class ChatEncoder:
         Control tokens that are typed in text are not tokens here (messages.py), and no placeholders: only parts are pictures.
         """
         text = self.render(messages, add_generation_prompt=add_generation_prompt, where=where, **kwargs)
-        images = [open_image(source, where) for source, _ in vision_parts(messages, "image")]
+        images = opened([source for source, _ in vision_parts(messages, "image")], where, open_image)
         pixels: dict[str, torch.Tensor] = {}
         if images:
             text, pixels = self._with_images(text, images, where)
@@ -200,6 +204,7 @@ class ChatEncoder:
         """The text with the placeholders of all images, and what a Sample holds of them."""
         places = _places(text, IMAGE_TOKEN, len(images), "image", where)
         processor = self.image_processor
+        refuse_resized(images, processor, where)
         try:
             found = processor(images=images, return_tensors="pt")
         except Exception as error:  # it refuses pictures of odd sides by more than one library's errors

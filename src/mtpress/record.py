@@ -4,7 +4,6 @@ In: what a stage knows (recipe, source, calibration, timings). Out: the record b
 the command line; times in seconds, sizes in bytes.
 """
 
-import json
 import platform
 import resource
 import shlex
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mtpress import __version__
+from mtpress.checkpoint import read_json_object
 from mtpress.engine.api_key import without_secrets
+from mtpress.errors import InputError
 from mtpress.json_files import json_bytes
 
 RECORD_NAME = "mtpress.json"
@@ -53,10 +54,10 @@ def add_to_record(directory: Path, **entries: Any) -> bool:
     path = directory / RECORD_NAME
     partial = path.with_name(f".{RECORD_NAME}.partial")
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) | entries
+        content = read_json_object(path) | entries
         partial.write_bytes(json_bytes(content))
         partial.replace(path)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, InputError):
         partial.unlink(missing_ok=True)
         return False
     return True

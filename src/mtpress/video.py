@@ -12,7 +12,7 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,15 @@ from PIL import Image, ImageSequence
 from torch.nn.functional import interpolate
 from transformers import video_utils
 
+from mtpress.alarm import TimeUp, alarm
 from mtpress.errors import InputError
+from mtpress.picture_limits import limits
 from mtpress.templating import reason
 
 MAX_VIDEO_FRAMES = 100_000  # before some are chosen
 MAX_VIDEO_PIXELS = 200_000_000  # of the chosen frames together: 600 MB as bytes
+MAX_ANIMATION_PIXELS = 4_000_000_000  # of all frames: each is drawn over the one before, so all are decoded; half a minute
+MAX_COUNT_SECONDS = 20.0  # a GIF says nowhere how many frames it has
 ANIMATION_FORMATS = ("GIF", "WEBP", "PNG")
 FRAME_SECONDS = 0.1  # of a frame that names no time, as browsers show it
 DECODERS = (("torchcodec", "torchcodec"), ("pyav", "av"), ("opencv", "cv2"))  # transformers' name, the package's
@@ -63,6 +67,8 @@ def open_video(source: Any, processor: Any, where: str, fps: Any = None) -> Vide
         video = _decode_film(data, processor) if film else _animation(data, processor, fps)
     except InputError as error:
         raise InputError(f"{shown} {error}") from None
+    except TimeUp:
+        raise InputError(f"{shown} has more frames than can be counted in {MAX_COUNT_SECONDS:.0f} s; make it shorter") from None
     except Exception as error:  # decoders of damaged videos raise errors of every kind
         raise InputError(f"{shown} does not open ({reason(error)[:120]})") from None
     return video
@@ -107,19 +113,33 @@ def _animation(data: Any, processor: Any, fps: float | None) -> Video:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         with Image.open(data, formats=ANIMATION_FORMATS) as image:
-            count = getattr(image, "n_frames", 1)
+            with alarm(MAX_COUNT_SECONDS):
+                count = getattr(image, "n_frames", 1)
             if count < 2:
                 raise InputError("has a single frame; a picture is an image, not a video")
             if count > MAX_VIDEO_FRAMES:
                 raise InputError(f"has {count:,} frames, over {MAX_VIDEO_FRAMES:,}")
-            rate = fps or count / sum(_frame_seconds(frame) for frame in ImageSequence.Iterator(image))
+            if (pixels := count * image.width * image.height) > MAX_ANIMATION_PIXELS:
+                raise InputError(
+                    f"has {pixels:,} pixels in its {count:,} frames, over {MAX_ANIMATION_PIXELS:,}; make it smaller or shorter"
+                )
+            size = image.size
+            rate = fps or count / sum(_frame_seconds(frame) for frame in _frames(image, size))
             metadata = video_utils.VideoMetadata(total_num_frames=count, fps=rate, width=image.width, height=image.height)
             indices = _choose(processor, metadata)
             wanted, frames = set(indices), {}
-            for number, frame in enumerate(ImageSequence.Iterator(image)):
+            for number, frame in enumerate(_frames(image, size)):
                 if number in wanted:
                     frames[number] = _as_tensor(frame.convert("RGB"))
             return Video(torch.stack([frames[i] for i in indices]), [i / rate for i in indices])
+
+
+def _frames(image: Image.Image, size: tuple[int, int]) -> Iterator[Image.Image]:
+    """One after another. A GIF's canvas grows with a frame beyond it, and what it then costs nobody has counted."""
+    for frame in ImageSequence.Iterator(image):
+        if frame.size != size:
+            raise InputError(f"has a frame of {frame.width}×{frame.height} on a canvas of {size[0]}×{size[1]}")
+        yield frame
 
 
 def _frame_seconds(frame: Image.Image) -> float:
@@ -171,11 +191,13 @@ def patches(frames: torch.Tensor, processor: Any) -> tuple[torch.Tensor, torch.T
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     depth, patch, merge = processor.temporal_patch_size, processor.patch_size, processor.merge_size
-    count, factor, (least, most) = len(frames), patch * merge, _pixel_limits(processor.size)
+    count, factor, (least, most) = len(frames), patch * merge, limits(processor)
     if getattr(processor, "cap_pixels_per_frame", None):
         most = count * max(min(processor.max_video_tokens * factor**2, most // count), int(least * 1.05))
     sides = {"height": frames.shape[2], "width": frames.shape[3]}
     height, width = smart_resize(num_frames=count, **sides, temporal_factor=depth, factor=factor, min_pixels=least, max_pixels=most)
+    if count * height * width > MAX_VIDEO_PIXELS:
+        raise ValueError(f"it becomes {count:,} frames of {width}×{height} pixels, over {MAX_VIDEO_PIXELS:,} together")
     if (height, width) != frames.shape[2:]:
         frames = interpolate(frames, size=(height, width), mode="bicubic", antialias=True)
     mean, deviation = (torch.tensor(of) * (1.0 / processor.rescale_factor) for of in (processor.image_mean, processor.image_std))
@@ -184,10 +206,6 @@ def patches(frames: torch.Tensor, processor: Any) -> tuple[torch.Tensor, torch.T
     grid = (len(pixels) // depth, height // patch, width // patch)
     cut = pixels.view(grid[0], depth, 3, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch)
     return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(math.prod(grid), -1), torch.tensor([grid])
-
-
-def _pixel_limits(size: Any) -> tuple[int, int]:
-    return int(size["shortest_edge"]), int(size["longest_edge"])
 
 
 def placeholders(seconds: Iterable[float], grid: torch.Tensor, processor: Any) -> str:

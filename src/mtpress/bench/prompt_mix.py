@@ -18,6 +18,7 @@ from typing import Any, Literal
 from mtpress.builtin import BUILTIN_DIR
 from mtpress.errors import InputError
 from mtpress.messages import normalize_messages
+from mtpress.tokenizer_trial import refuse_hostile
 
 MIX_FILE = BUILTIN_DIR / "prompts.jsonl"
 MIX, RANDOM = "mix", "random"
@@ -64,6 +65,7 @@ def _tokenizer(file: Path) -> Any:
     """Read once for all configurations of a checkpoint; some 13 MB of JSON."""
     from tokenizers import Tokenizer
 
+    refuse_hostile(file.parent)
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises Exception itself
