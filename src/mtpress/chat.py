@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
 from mtpress.messages import CONTROL_TOKENS, FORMAT_WORDS, MODE_TAGS, normalize_messages, part_kind
-from mtpress.picture_limits import opened, refuse_processor, refuse_resized
+from mtpress.picture_limits import MAX_PATCH, opened, refuse_processor, refuse_resized
 from mtpress.template_trial import rendered
 from mtpress.templating import reason, refusals
 from mtpress.tokenizer_trial import refuse_hostile
@@ -135,8 +135,8 @@ class ChatEncoder:
             processor = kind.from_pretrained(str(self.directory), local_files_only=True)
         except Exception as error:  # transformers validates with exceptions of many kinds
             raise InputError(f"{self.directory}: {file} does not load ({reason(error)}); copy it from the base") from None
-        refuse_processor(processor, str(self.directory / file))
         self._refuse_other_tower(processor, file, token)
+        refuse_processor(processor, str(self.directory / file))
         return processor
 
     def _refuse_other_tower(self, processor: Any, file: str, token: str) -> None:
@@ -149,7 +149,7 @@ class ChatEncoder:
             ("spatial_merge_size", "merge_size"),
         ):
             calls_for, has = vision.get(key) if isinstance(vision, Mapping) else None, getattr(processor, mine, None)
-            if type(has) is not int or has < 1 or has != calls_for:
+            if type(has) is not int or not 1 <= has <= MAX_PATCH or has != calls_for:
                 raise InputError(
                     f"{self.directory}: {file} has {mine} {str(has)[:40]!r}, config.json's vision_config {key} "
                     f"{str(calls_for)[:40]!r}; copy both from the base"

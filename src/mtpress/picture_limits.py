@@ -58,10 +58,6 @@ def limits(processor: Any) -> tuple[int, int]:
 
 def refuse_processor(processor: Any, file: str) -> None:
     """InputError for a processor whose sizes no tower has."""
-    for name in ("patch_size", "merge_size", "temporal_patch_size"):
-        size = getattr(processor, name, None)
-        if type(size) is not int or not 1 <= size <= MAX_PATCH:
-            raise InputError(f"{file}: {name} must be a whole number from 1 to {MAX_PATCH}, is {str(size)[:40]!r}; copy it from the base")
     try:
         least, most = limits(processor)
     except (KeyError, TypeError, ValueError, OverflowError):
