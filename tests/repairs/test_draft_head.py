@@ -98,11 +98,16 @@ def test_a_base_whose_head_does_not_fit(edit: Edit, small_bf16: Path, tmp_path: 
 
 
 def test_a_trained_head_is_not_undone_without_asking(edit: Edit, small_bf16: Path) -> None:
-    """Without a base nobody knows that it differs; with --no-compare nobody looks; with the base it is the base's again."""
+    """With the base it is told; only where the user says that the base is the source does it become the base's again."""
     edit.tensors["mtp.fc.weight"] = edit.tensors["mtp.fc.weight"] + 1
     edit.save()
     assert repair(edit.path, edit.path.with_name("a"), silent=True).outcomes == ()
     assert repair(edit.path, edit.path.with_name("b"), small_bf16, comparing=False, silent=True).outcomes == ()
-    result = repair(edit.path, edit.path.with_name("c"), small_bf16, silent=True)
+    told = repair(edit.path, edit.path.with_name("c"), small_bf16, silent=True)
+    assert [outcome.finding.id for outcome in told.left] == ["mtp-differs"]
+    assert not told.written
+    assert not told.sound
+    assert repair(edit.path, edit.path.with_name("d"), small_bf16, base_is="ancestor", silent=True).sound
+    result = repair(edit.path, edit.path.with_name("e"), small_bf16, base_is="source", silent=True)
     assert [outcome.finding.id for outcome in result.fixed] == ["mtp-differs"]
     assert result.sound

@@ -273,18 +273,18 @@ def test_a_text_only_form_over_vl_names(edit: Edit, out: Path, small_bf16: Path)
     assert check(out, base=small_bf16, silent=True).findings == ()
 
 
-def test_folded_norms_are_left(edit: Edit, out: Path, small_bf16: Path) -> None:
-    """A norm that differs where the matrices behind it differ too may be folded into them: taking the base's would break both."""
+def test_norms_and_scales_that_differ_are_told(edit: Edit, out: Path, small_bf16: Path) -> None:
+    """A norm that differs may be folded into the matrices behind it; a base's would break both."""
     name = f"{PREFIX}layers.0.input_layernorm.weight"
     edit.tensors[name] = edit.tensors[name] * 2
     for linear in ("in_proj_qkv", "in_proj_z"):
         scale = f"{PREFIX}layers.0.linear_attn.{linear}.weight_scale_2"
         edit.tensors[scale] = edit.tensors[scale] / 2
-    other = f"{PREFIX}layers.1.input_layernorm.weight"
-    edit.tensors[other] = edit.tensors[other] * 2
     edit.save()
     result = repair(edit.path, out, small_bf16, silent=True)
-    left = {outcome.finding.id: outcome for outcome in result.left}
-    assert "may be folded" in left["kept-differs"].left[0].why
-    fixed = {outcome.finding.id: outcome.fixed[0].how for outcome in result.fixed}
-    assert fixed["kept-differs"].startswith("1 tensor put from the base")
+    assert result.relation is not None
+    assert (result.relation.kind, result.written, result.sound) == ("source", False, False)
+    assert {outcome.finding.id for outcome in result.left} == {"kept-differs", "error-large"}
+    assert all("--base-is source" in outcome.left[0].takes for outcome in result.left)
+    assert repair(edit.path, out, small_bf16, base_is="source", silent=True).sound
+    assert check(out, base=small_bf16, silent=True).findings == ()

@@ -1,7 +1,7 @@
 """Repairs of the draft head: from the base bit for bit, dequantized where there is none, renamed, declared."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mtpress.comparison import counterpart, counterparts
@@ -77,11 +77,16 @@ def mtp_unindexed(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def mtp_quantized(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    yield from unpacked(ctx, finding.where)
+
+
+def unpacked(ctx: Context, modules: Iterable[str]) -> Iterator[Fix | Left]:
     """The base's head where the codes are that, rounded; else, and without a base, what the codes stand for."""
-    own = [module for module in finding.where if ctx.base is None or _trained(ctx, module)]
+    modules = list(modules)
+    own = [module for module in modules if ctx.base is None or _trained(ctx, module)]
     made = in_bf16(ctx, own, damaged=False)
     yield from made.told(ctx, "; they are not the base's, rounded" if ctx.base is not None else "")
-    if ctx.base is not None and len(own) < len(finding.where):
+    if ctx.base is not None and len(own) < len(modules):
         yield from head_from_base(ctx)
     elif made.missing:
         yield needs_base(f"{made.missing[0]} in BF16")

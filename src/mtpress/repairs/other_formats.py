@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+from mtpress.models.qwen3_5 import MTP_PREFIX
 from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.declaration import DECLARED_AS, declare
+from mtpress.repairs.draft_head import unpacked
 from mtpress.repairs.mixed_precision import stored_formats
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules import stored
@@ -18,7 +20,10 @@ def format_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if (len(forms) == 1 and forms <= DECLARED_AS.keys()) or stored_formats(subject) is not None:
         yield from declare(ctx)
         return
-    made = in_bf16(ctx, finding.where, damaged=False)
+    head = [module for module in finding.where if module.startswith(MTP_PREFIX)]
+    if head:
+        yield from unpacked(ctx, head)
+    made = in_bf16(ctx, (module for module in finding.where if module not in head), damaged=False)
     yield from made.told(ctx)
     if made.missing:
         titles = ", ".join(sorted(stored.TITLES[form] for form in forms))
