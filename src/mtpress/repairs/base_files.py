@@ -4,6 +4,7 @@ In: a `Context`. Out: the base's tensor or file for something that is missing or
 """
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from mtpress.checkpoint import Checkpoint, TensorInfo
 from mtpress.comparison import counterpart, counterparts
 from mtpress.errors import InputError
 from mtpress.models import family
-from mtpress.models.qwen3_5_engine import ARCHITECTURE
 from mtpress.repairs.repair import Context
 from mtpress.rules.subject import Subject
 
 LARGEST_SHARE = 0.25  # of the quantized matrices are put in BF16; where more are wrong, the base or the config is
 TEXT_MODEL_TYPE = "qwen3_5_text"
+PROBLEM_KEY = re.compile(r"config\.json: (\w+)")
 
 
 def open_base(path: str | Path, checkpoint_name: str) -> Checkpoint:
@@ -36,22 +37,27 @@ def base_tensor(ctx: Context, name: str, shape: tuple[int, ...] | None = None) -
     return found if found is not None and (shape is None or found.shape == shape) else None
 
 
-def base_config(ctx: Context) -> dict[str, Any]:
-    """config.json of the base, with this checkpoint's own quantization_config; in text-only form where only that fits what is stored."""
+def filled_config(ctx: Context) -> tuple[dict[str, Any], list[str]]:
+    """config.json with the keys that it lacks, or that no model can have, from the base's; what it says otherwise stays. And these keys."""
     assert ctx.base is not None
-    overlay, subject = ctx.overlay, ctx.subject
-    config = copy.deepcopy(ctx.base.config)
-    if "quantization_config" in overlay.config:
-        config["quantization_config"] = overlay.config["quantization_config"]
-    bare = all(not name.startswith("model.language_model.") for name in subject.tensors)
-    if (
-        overlay.config.get("model_type") == TEXT_MODEL_TYPE
-        and bare
-        and not subject.stored_vision
-        and isinstance(config.get("text_config"), dict)
-    ):
-        text: dict[str, Any] = config["text_config"] | {"model_type": TEXT_MODEL_TYPE, "architectures": [ARCHITECTURE[TEXT_MODEL_TYPE]]}
-        return text | ({"quantization_config": config["quantization_config"]} if "quantization_config" in config else {})
-    if overlay.config.get("language_model_only") is True and not subject.stored_vision:
-        config["language_model_only"] = True
-    return config
+    config, taken = copy.deepcopy(ctx.overlay.config), list[str]()
+    ours = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    theirs = ctx.base.text_config
+    while (problem := ctx.overlay.subject_with(config).config_problem) is not None and (said := PROBLEM_KEY.search(problem)):
+        level, source, key = (ours, theirs, said[1]) if said[1] in theirs else (config, ctx.base.config, said[1])
+        if key in taken or key not in source:
+            break
+        level[key] = copy.deepcopy(source[key])
+        taken.append(key)
+    return config, taken
+
+
+def vision_config(ctx: Context) -> dict[str, Any]:
+    """config.json of the model with its tower, from one that was rewritten to text only: its own keys within the base's frame."""
+    assert ctx.base is not None
+    config, mine = copy.deepcopy(ctx.base.config), ctx.overlay.config
+    if isinstance(mine.get("text_config"), dict):
+        return copy.deepcopy(mine) | {key: value for key, value in config.items() if key not in mine} | {"model_type": config["model_type"]}
+    text = {key: copy.deepcopy(value) for key, value in mine.items() if key not in ("architectures", "quantization_config")}
+    config["text_config"] = {**config.get("text_config", {}), **text, "model_type": TEXT_MODEL_TYPE}
+    return config | ({"quantization_config": mine["quantization_config"]} if "quantization_config" in mine else {})

@@ -5,20 +5,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from mtpress.models.qwen3_5_engine import ARCHITECTURE
-from mtpress.repairs.base_files import base_config
-from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.base_files import filled_config
+from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.config import TEXT_MODEL_TYPE
 from mtpress.rules.rule import Finding
-
-FROM_BASE = "config.json is the base's, with its own quantization_config"
 
 
 def config_from_base(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if ctx.base is None:
         yield needs_base("what config.json lacks")
         return
-    ctx.overlay.set_config(base_config(ctx))
-    yield Fix(FROM_BASE)
+    config, taken = filled_config(ctx)
+    if not taken:
+        yield Left(finding.message, OTHER_BASE)
+        return
+    ctx.overlay.set_config(config)
+    yield Fix(f"{', '.join(taken)} of config.json taken from the base, what else it says stays")
 
 
 def architecture(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -61,7 +63,7 @@ def torch_dtype(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 REPAIRS = (
-    Repair("config-incomplete", "config.json is the base's (`--base`), with its own quantization_config", config_from_base, Turn.CONFIG),
+    Repair("config-incomplete", "the keys that are missing are the base's (`--base`), the others stay", config_from_base, Turn.CONFIG),
     Repair("architecture", "`architectures` names the class of the model_type", architecture, Turn.CONFIG),
     Repair("text-model-type", f"set to {TEXT_MODEL_TYPE}", text_model_type, Turn.CONFIG),
     Repair("dtype", "set to bfloat16", dtype, Turn.CONFIG),

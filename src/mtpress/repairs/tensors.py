@@ -1,5 +1,6 @@
 """Repairs of names, dtypes and shapes: renamed, brought back from the base, cast where no value changes, dropped without a place."""
 
+import copy
 import math
 import re
 import struct
@@ -14,6 +15,7 @@ from mtpress.repairs.declaration import declare, stored_bits
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
+from mtpress.rules.subject import Subject
 from mtpress.rules.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -187,6 +189,12 @@ def put_cast(ctx: Context, info: TensorInfo, dtype: str) -> None:
 def weight_shape(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     """From the base; but the shape that compressed-tensors stores beside INT4 codes follows from config.json, if they have it."""
     subject, names = ctx.subject, set(finding.where)
+    if (rows := _stored_vocabulary(subject)) is not None and names <= {f"{subject.prefix}embed_tokens.weight", "lm_head.weight"}:
+        config = copy.deepcopy(ctx.overlay.config)
+        (config["text_config"] if isinstance(config.get("text_config"), dict) else config)["vocab_size"] = rows
+        ctx.overlay.set_config(config)
+        yield Fix(f"vocab_size of config.json set to {rows}, the rows that embeddings and lm_head have")
+        return
     modules = {subject.model.module_of(name) for name in names}
     schemes = {module: subject.schemes[module].bits for module in modules if module in subject.schemes}
     if schemes and all(stored_bits(subject, module) not in (None, bits) for module, bits in schemes.items()):
@@ -201,6 +209,14 @@ def weight_shape(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield Fix(f"{count(len(alone), WEIGHT_SHAPE)} set to what the codes have")
     if rest := tuple(name for name in finding.where if name not in alone):
         yield from from_base(ctx, rest, f"{rest[0]} in its shape")
+
+
+def _stored_vocabulary(subject: Subject) -> int | None:
+    """The rows that embeddings and lm_head have alike, where these are not vocab_size: tokens that were added to both."""
+    shapes = [subject.tensors[name].shape for name in (f"{subject.prefix}embed_tokens.weight", "lm_head.weight") if name in subject.tensors]
+    hidden = subject.model.text_config(subject.config).get("hidden_size")
+    alike = len(shapes) == 2 and shapes[0] == shapes[1] and len(shapes[0]) == 2 and shapes[0][1] == hidden
+    return shapes[0][0] if alike and shapes[0][0] != subject.vocab_size else None
 
 
 def n_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -218,7 +234,8 @@ REPAIRS = (
     Repair("weight-dtype", "scales are cast where no value changes; weights are put from the base (`--base`)", weight_dtype),
     Repair("weight-precision", "cast where every value is a BF16 number; else left, with what rounding changes",
            weight_precision),
-    Repair("weight-shape", "put from the base in BF16 (`--base`)", weight_shape),
+    Repair("weight-shape", "put from the base in BF16 (`--base`); vocab_size is set to the rows of embeddings and lm_head, where alike",
+           weight_shape),
     Repair("n-not-divisible", "left: on a GPU it works", n_not_divisible),
     Repair("k-not-divisible", "put from the base in BF16 (`--base`)", k_not_divisible),
 )  # fmt: skip

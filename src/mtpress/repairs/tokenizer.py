@@ -21,6 +21,10 @@ from mtpress.rules.tokenizer import (
 )
 
 LEGACY_CLASS = "Qwen2TokenizerFast"
+OF_ANOTHER_VOCABULARY = Left(
+    "the tokenizer is its author's, and an ancestor's would take away tokens that were added to it",
+    "the tokenizer of the checkpoint that this one was made from",
+)
 
 
 def missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -34,10 +38,11 @@ def missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 def tokenizer_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if ctx.base is None:
         yield needs_base("the tokenizer")
-    elif (ctx.base.path / TOKENIZER).is_file():
-        yield from copy_files(ctx, (TOKENIZER,))
     else:
-        yield from copy_files(ctx, ("vocab.json", "merges.txt"))
+        yield from copy_files(ctx, (TOKENIZER,) if (ctx.base.path / TOKENIZER).is_file() else ("vocab.json", "merges.txt"))
+        size, theirs = ctx.subject.vocab_size, ctx.base.text_config.get("vocab_size")
+        if ctx.ancestor and size != theirs:
+            yield Fix(f"it is the ancestor's: the {size} embeddings are not those of its {theirs}, tokens that were added are not in it")
 
 
 def template_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -68,6 +73,9 @@ def token_id_outside(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if ctx.base is None:
         yield needs_base("the ids of this model's tokens")
         return
+    if ctx.ancestor and f"{TOKENIZER} " in finding.message:
+        yield OF_ANOTHER_VOCABULARY
+        return
     files = [name for name in (GENERATION, TOKENIZER) if f"{name} " in finding.message]
     if TOKENIZER in files:
         files += [name for name in (TOKENIZER_CONFIG,) if (ctx.base.path / name).is_file()]
@@ -93,6 +101,8 @@ def token_id_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if lacking or any(size is not None and not 0 <= number < size for number in right.values()):
         if ctx.base is None:
             yield needs_base(f"a tokenizer with {', '.join(lacking or right)}")
+        elif ctx.ancestor:
+            yield OF_ANOTHER_VOCABULARY
         else:
             yield from copy_files(ctx, tuple(n for n in (TOKENIZER, TOKENIZER_CONFIG) if (ctx.base.path / n).is_file()))
         return
@@ -103,6 +113,8 @@ def token_id_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 def special_tokens(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if ctx.base is None:
         yield needs_base("this model's tokenizer")
+    elif ctx.ancestor:
+        yield OF_ANOTHER_VOCABULARY
     else:
         yield from copy_files(ctx, tuple(n for n in (TOKENIZER, TOKENIZER_CONFIG) if (ctx.base.path / n).is_file()))
 

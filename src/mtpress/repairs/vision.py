@@ -1,9 +1,8 @@
 """Repairs of the vision tower: its tensors, its processor files and the config, from the base."""
 
-import copy
 from collections.abc import Iterator
 
-from mtpress.repairs.base_files import base_config, base_tensor
+from mtpress.repairs.base_files import base_tensor, vision_config
 from mtpress.repairs.files import copy_files
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.rule import Finding, count
@@ -40,8 +39,8 @@ def vision_in_text_model(ctx: Context, finding: Finding) -> Iterator[Fix | Left]
     if "vision_config" not in ctx.base.config:
         yield Left("the base has no vision_config either", OTHER_BASE)
         return
-    ctx.overlay.set_config(copy.deepcopy(base_config(ctx)))
-    yield Fix("config.json is the base's, with its own quantization_config")
+    ctx.overlay.set_config(vision_config(ctx))
+    yield Fix("config.json has the base's vision_config and frame again, its own text keys stay")
 
 
 def processor_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -60,7 +59,10 @@ REPAIRS = (
     Repair("vision-missing", "the tower is put from the base (`--base`), bit for bit", vision_missing),
     Repair("vision-called-stripped", "set to false", vision_called_stripped, Turn.CONFIG),
     Repair(
-        "vision-in-text-model", "config.json is the base's (`--base`), with its own quantization_config", vision_in_text_model, Turn.CONFIG
+        "vision-in-text-model",
+        "config.json gets the base's vision_config and frame (`--base`), its own text keys stay",
+        vision_in_text_model,
+        Turn.CONFIG,
     ),
     Repair("processor-missing", "copied from the base (`--base`)", processor_missing),
 )
