@@ -32,6 +32,7 @@ LARGEST: Mapping[Form, float] = {
     "nvfp4": LARGEST_ERROR, "nvfp4-pack-quantized": LARGEST_ERROR, "gptq": LARGEST_INT4_ERROR, "pack-quantized": LARGEST_INT4_ERROR,
     "fp8": LARGEST_FP8_ERROR, "plain": 0.0,
 }  # fmt: skip
+SAMPLED_LAYERS, SAMPLED_BYTES = 8, 1 << 20
 INT4 = ("gptq", "pack-quantized")
 # A channel that is lost is further from its source than this, in its own norm; channels below a tenth of the median may round to nothing.
 LEAST_KEPT, LEAST_NORM = 0.9, 0.1
@@ -130,6 +131,21 @@ def relate(found: Comparison, given: Kind | None = None) -> None:
     """Says what the base is, by what was measured."""
     if found.closeness or found.absent:
         found.relation = relation_of(found.closeness.values(), len(found.absent), len(found.grown), given)
+
+
+def sampled_relation(subject: Subject, base: Checkpoint, given: Kind | None = None) -> Relation | None:
+    """What the base is by the first rows of some matrices of the body; None where it has none of them, as of a head alone."""
+    theirs, found = counterparts(base), Comparison()
+    layers = len(subject.model.layer_types(subject.config))
+    chosen = {round(i * (layers - 1) / max(SAMPLED_LAYERS - 1, 1)) for i in range(SAMPLED_LAYERS)}
+    for name, info in subject.tensors.items():
+        part, there = subject.model.component(name), counterpart(name, theirs)
+        inside = subject.model.layer_index(name) in (*chosen, None) and part not in ("mtp", "vision", "other") and len(info.shape) > 1
+        if inside and there is not None and (there.shape, there.dtype) == (info.shape, info.dtype) and info.dtype in PLAIN_DTYPES:
+            rows = max(1, min(info.shape[0], SAMPLED_BYTES * info.shape[0] // info.num_bytes))
+            _compare_kept(name, part, _first_rows(info, rows), _first_rows(there, rows), found)
+    relate(found, given)
+    return found.relation
 
 
 def counterparts(base: Checkpoint) -> Mapping[str, TensorInfo]:

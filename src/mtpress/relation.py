@@ -165,7 +165,7 @@ def add_base_is(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base-is",
         choices=KINDS,
-        help="with --base: what it is to the checkpoint, whatever the weights say. source: every difference is a fault; ancestor: the "
+        help="what the base is to the checkpoint, whatever the weights say. source: every difference is a fault; ancestor: the "
         "checkpoint was trained on from it; stranger: nothing is taken from it or held against it",
     )
 

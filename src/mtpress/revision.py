@@ -8,6 +8,7 @@ A changed shard is written whole because engines load every tensor of a file tha
 or not. Files keep their names; tensors that are new go into shards of their own, and the index names everything.
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -243,8 +244,11 @@ class Revision:
 
     # ---- the work
 
-    def write(self, out: Path, stage: str, entries: Mapping[str, Any], *, copies: bool = False, silent: bool = False) -> RevisionResult:
-        """Makes `out`, which must not exist. entries: what the stage adds to the record. copies: in place of hard links.
+    def write(
+        self, out: Path, stage: str, entries: Mapping[str, Any], *, copies: bool = False, hashing: bool = False, silent: bool = False
+    ) -> RevisionResult:
+        """Makes `out`, which must not exist. entries: what the stage adds to the record. copies: in place of hard links. hashing: shards
+        that stay and of which the source's record has no hash are read for it.
 
         InputError where `out` exists or lies in the source, a file of the source is a link that leaves it, or one changes while it is
         read; ResourceError where the disk is too small or cannot be written. Nothing that looks finished stays behind, and the source
@@ -281,6 +285,10 @@ class Revision:
             if _fingerprints(shards) != origins:
                 raise InputError("a file that tensors were taken from changed while it was read; start over from one that stays as it is")
             hashes = {**self._recorded_hashes((*plan.linked, *plan.carried)), **writer.sha256}
+            for shard in linked if hashing else ():
+                if shard.path.name not in hashes:
+                    with shard.path.open("rb") as weights:
+                        hashes[shard.path.name] = hashlib.file_digest(weights, "sha256").hexdigest()
             facts = {
                 "source": self._source_entry(),
                 "seconds": {"total": round(time.perf_counter() - started, 3)},

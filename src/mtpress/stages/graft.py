@@ -21,10 +21,10 @@ from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.output_place import refuse_place
 from mtpress.progress import human_bytes
+from mtpress.relation import Kind, Relation, add_base_is
 from mtpress.rules.declaration import Declaration
 from mtpress.rules.subject import MISPLACED_MTP, Subject
 
-SAME_SIZES = ("hidden_size", "vocab_size")
 MOST_UNKNOWN = 1000  # tensors of unknown names in what is still a checkpoint of this family with something left over
 
 
@@ -34,7 +34,8 @@ class GraftResult:
 
     replaced: tensors of the head that stood there with other bytes; added: that were not there under their names; kept: whose
     bytes were the base's already; removed: what else there was of a head. config_files: those with new content. linked,
-    rewritten: shards of the checkpoint; new: shards that it did not have. hard_links: files of the output that are the checkpoint's own;
+    rewritten: shards of the checkpoint; new: shards that it did not have. base_relation: what the base is, by some of its matrices; None
+    where it has a head alone. hard_links: files of the output that are the checkpoint's own;
     links_said: that in words, empty where there are none.
     """
 
@@ -51,6 +52,7 @@ class GraftResult:
     rewritten: tuple[str, ...]
     new: tuple[str, ...]
     warnings: tuple[str, ...]
+    base_relation: Relation | None
     bytes_written: int
     bytes_linked: int
     seconds: float
@@ -61,15 +63,27 @@ class GraftResult:
         return f"mtpress check {self.out} --base {self.base}"
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "next": self.next}
+        relation = self.base_relation.as_json() if self.base_relation is not None else None
+        return {**asdict(self), "base_relation": relation, "next": self.next}
 
 
-def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, copies: bool = False, silent: bool = False) -> GraftResult:
+def graft(
+    checkpoint: str | Path,
+    out: str | Path,
+    base: str | Path,
+    *,
+    base_is: Kind | None = None,
+    copies: bool = False,
+    silent: bool = False,
+) -> GraftResult:
     """Makes `out` from `checkpoint` with the draft head of `base`; both may be Hub ids. copies: in place of hard links.
+
+    base_is: what the base is to the checkpoint, in place of what some of its matrices say.
 
     InputError before anything is written where the head does not fit or the base has none that is whole and in BF16, and where
     there is nothing to do; ResourceError where the disk is too small. Nothing that looks finished stays behind.
     """
+    from mtpress.comparison import sampled_relation
     from mtpress.revision import Revision  # torch from here on
     from mtpress.shard_writer import OutputTensor
 
@@ -80,6 +94,7 @@ def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, copies: 
     head = _head_of(giver, source, subject.model)
     there = [name for name in source.tensors if name.startswith(subject.model.MTP_PREFIX) or MISPLACED_MTP.match(name)]
     strays = _strays(subject)
+    relation = sampled_relation(subject, giver, base_is)
     revised = Revision(source)
     kept = tuple(name for name, info in head.items() if name in source.tensors and _same_bytes(source.tensors[name], info))
     removed = tuple(name for name in there if name not in head)
@@ -95,7 +110,8 @@ def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, copies: 
         revised.write_file(name, content)
     if revised.unchanged and _names_all(source, head):
         raise InputError(f"{source.path}: has this draft head already, bit for bit, and its configs spare it; nothing to graft")
-    origin = {"name": giver.path.resolve().name if Path(base).is_dir() else str(base), "identity": giver.identity}
+    origin: dict[str, Any] = {"name": giver.path.resolve().name if Path(base).is_dir() else str(base), "identity": giver.identity}
+    origin |= {"relation": relation.as_json()} if relation is not None else {}
     entries = {"draft_head": "the base's, bit for bit", "base": origin, "removed": removed}
     done = revised.write(target, "graft", entries, copies=copies, silent=silent)
     return GraftResult(
@@ -111,7 +127,8 @@ def graft(checkpoint: str | Path, out: str | Path, base: str | Path, *, copies: 
         links_said=done.links_said,
         rewritten=tuple(done.rewritten),
         new=tuple(done.added),
-        warnings=tuple(_warnings(subject, giver, strays)),
+        warnings=tuple(_warnings(subject, giver, strays, relation)),
+        base_relation=relation,
         bytes_written=done.bytes_written,
         bytes_linked=done.bytes_linked,
         seconds=done.seconds,
@@ -131,11 +148,11 @@ def _head_of(giver: Checkpoint, source: Checkpoint, model: ModuleType) -> dict[s
             f"{giver.path}: is a {giver.model_type}, the checkpoint a {source.model_type}; --from names the model it was made from"
         )
     mine, theirs = model.sizes(source.config), model.sizes(giver.config)
-    for key in SAME_SIZES:
-        if mine[key] != theirs[key]:
-            raise InputError(
-                f"{giver.path}: its {key} is {theirs[key]}, the checkpoint's {mine[key]}; --from names the model that it was made from"
-            )
+    if mine["hidden_size"] != theirs["hidden_size"]:
+        raise InputError(
+            f"{giver.path}: its hidden_size is {theirs['hidden_size']}, the checkpoint's {mine['hidden_size']}; --from names the model "
+            "that it was made from"
+        )
     model.body_prefix(source.tensors)  # there is a body to draft for
     stored = [name for name in giver.tensors if name.startswith(model.MTP_PREFIX)]
     head = {name: giver.tensors[name] for name in model.MTP_TENSORS if name in giver.tensors}
@@ -234,8 +251,12 @@ def _spares_head(subject: Subject, declared: Declaration, tensors: Mapping[str, 
     return matcher is not None and bool(head) and all(matcher.verdict(linear) == "ignored" for linear in head)
 
 
-def _warnings(subject: Subject, giver: Checkpoint, strays: tuple[str, ...]) -> list[str]:
+def _warnings(subject: Subject, giver: Checkpoint, strays: tuple[str, ...], relation: Relation | None) -> list[str]:
     found = []
+    if relation is not None and relation.kind == "ancestor":
+        found.append("the head was trained with the ancestor's body, so fewer of its drafts may be accepted: mtpress align trains it")
+    if relation is not None and relation.kind == "stranger":
+        found.append("the head is of another model: hardly a draft of it will be accepted")
     shapes = [
         next((info.shape for name, info in c.tensors.items() if name.endswith("embed_tokens.weight")), None)
         for c in (subject.checkpoint, giver)
@@ -257,12 +278,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a finished checkpoint of any format: a directory or a Hub id")
     parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
     parser.add_argument("--from", required=True, dest="base", metavar="BASE", help="the BF16 release whose draft head it gets")
+    add_base_is(parser)
     parser.add_argument("--copy", action="store_true", help="copy the files that do not change, in place of hard links to CKPT's own")
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
-    result = graft(options.checkpoint, options.out, options.base, copies=options.copy, silent=options.json)
+    result = graft(options.checkpoint, options.out, options.base, base_is=options.base_is, copies=options.copy, silent=options.json)
     if not options.json:
         show(result)
     return 0, result.as_json()
@@ -295,6 +317,8 @@ def show(result: GraftResult) -> None:
         console.print(f"warning: {warning}")
     if result.links_said:
         console.print(result.links_said, soft_wrap=True)
+    if result.base_relation is not None:
+        console.print(result.base_relation.line, soft_wrap=True)
     console.print(f"next: {result.next}", soft_wrap=True)
 
 

@@ -156,7 +156,7 @@ def repair(
             plan = revision.plan()
             if not dry_run:
                 entries = recorded(source, relation, opened.findings, weighed, outcomes, opened.left_out)
-                made = revision.write(target, "repair", entries, copies=copies, silent=silent)
+                made = revision.write(target, "repair", entries, copies=copies, hashing=relation is not None, silent=silent)
                 findings = judged(target, ctx)
         outcomes = exact(outcomes, findings)
     return RepairResult(
