@@ -147,8 +147,11 @@ def sampling_of(files: dict[str, bytes]) -> dict[str, Any]:
 def config_files(plan: Plan) -> dict[str, bytes]:
     """config.json, which declares what is quantized, and the file of the format that says the same."""
     config = dict(plan.source.config)
+    model = family(plan.source.model_type)
+    if "lm_head.weight" in plan.source.tensors and model.is_tied(config):
+        config = model.untied_config(config)
     if plan.recipe.vision == "drop":
-        config = family(plan.source.model_type).text_only_config(config)
+        config = model.text_only_config(config)
     declared, file, content = DECLARATIONS[plan.recipe.format](plan)
     contents = {"config.json": {**config, "quantization_config": declared}, file: content}
     return {name: json_bytes(content) for name, content in contents.items()}

@@ -301,7 +301,7 @@ def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
 def _refuse_misshapen(source: Checkpoint, prefix: str) -> None:
     """Compares the headers with what config.json promises."""
     model = family(source.model_type)
-    expected = dict(model.body_shapes(source.config, prefix))
+    expected = dict(model.body_shapes(source.config, prefix, source.tensors))
     if model.num_mtp_layers(source.config):
         expected |= model.mtp_shapes(source.config)
     if any(model.component(name) == "vision" for name in source.tensors):

@@ -264,7 +264,8 @@ def _refuse_missing(body: Body) -> None:
 def _refuse_other_model(body: Body, base: Body) -> None:
     """The same layers in the same sizes; how a checkpoint computes with them is its own config's business."""
     shapes, there = (
-        {name.removeprefix(b.prefix): shape for name, shape in b.model.body_shapes(b.checkpoint.config, b.prefix)} for b in (body, base)
+        {name.removeprefix(b.prefix): shape for name, shape in b.model.body_shapes(b.checkpoint.config, b.prefix, ("lm_head.",))}
+        for b in (body, base)
     )
     if different := next((name for name in {**there, **shapes} if shapes.get(name) != there.get(name)), None):
         here, wanted = (f"{list(s[different])}" if different in s else "nothing" for s in (shapes, there))

@@ -65,7 +65,7 @@ class Stream:
         self.states = self.stack.enter_context(closing(states("hidden")))
         self.embeddings = self.stack.enter_context(closing(states("hidden-embedded"))) if keep_embeddings else None
         self.mover = StreamedBody(body.checkpoint.config, device, states=self.states)
-        shapes = dict(body.model.body_shapes(body.checkpoint.config, body.prefix))
+        shapes = dict(body.model.body_shapes(body.checkpoint.config, body.prefix, body.tensors))
         in_layers = sum(prod(shape) for name, shape in shapes.items() if body.model.layer_index(name) is not None)
         self.lm_head_layers = prod(shapes[f"{body.lm_head_module}.weight"]) * len(body.layer_types) / in_layers  # for progress
 

@@ -6,7 +6,7 @@ Names and fusions: vLLM 0.32, model_executor/models/qwen3_5.py and qwen3_5_mtp.p
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 from mtpress.errors import InputError
@@ -215,16 +215,29 @@ def layer_shapes(config: Mapping[str, Any], layer_type: str) -> dict[str, tuple[
     return shapes
 
 
-def body_shapes(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor the language model must have, with its shape (lm_head only where embeddings are not tied)."""
+def is_tied(config: Mapping[str, Any], stored: Collection[str] = ()) -> bool:
+    """Whether the embeddings serve as lm_head. A stored lm_head counts whatever config.json says: vLLM 0.32 takes it
+    (ModelConfig.maybe_untie_word_embeddings), transformers 5 where it differs from the embeddings."""
+    declared = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
+    return bool(declared) and not any(name.startswith("lm_head.") for name in stored)
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a checkpoint that stores an lm_head, so that engines which go by config.json use it as well."""
+    inner = config.get("text_config")
+    untied = {**config, "tie_word_embeddings": False}
+    return {**untied, "text_config": {**inner, "tie_word_embeddings": False}} if isinstance(inner, Mapping) else untied
+
+
+def body_shapes(config: Mapping[str, Any], prefix: str, stored: Collection[str] = ()) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor the language model must have, with its shape; lm_head where embeddings are not tied, or it is among the names stored."""
     d = sizes(config)
     yield f"{prefix}embed_tokens.weight", (d["vocab_size"], d["hidden_size"])
     for i, layer_type in enumerate(layer_types(config)):
         for name, shape in layer_shapes(config, layer_type).items():
             yield f"{prefix}layers.{i}.{name}", shape
     yield f"{prefix}norm.weight", (d["hidden_size"],)
-    tied = config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings", False))
-    if not tied:
+    if not is_tied(config, stored):
         yield "lm_head.weight", (d["vocab_size"], d["hidden_size"])
 
 

@@ -98,7 +98,7 @@ class Subject:
     def _called_for(self) -> tuple[dict[str, tuple[int, ...]], str | None]:
         prefix = self.prefix or "model.language_model."
         try:
-            shapes = dict(self.model.body_shapes(self.config, prefix)) | self.model.mtp_shapes(self.config)
+            shapes = dict(self.model.body_shapes(self.config, prefix, self.tensors)) | self.model.mtp_shapes(self.config)
             vision = self.model.vision_shapes(self.config) if "vision_config" in self.config else {}
             return shapes | (vision if self.stored_vision else {}), None
         except InputError as error:
