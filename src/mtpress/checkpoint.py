@@ -41,7 +41,10 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its safetensors dtype name, its shape, and where its bytes lie."""
+    """One stored tensor: its safetensors dtype name, its shape, and where its bytes lie.
+
+    stored, scales, block: of one that is read as BF16 and lies in the file otherwise (bf16_source.py). All else is then the BF16 tensor's.
+    """
 
     name: str
     dtype: str
@@ -49,6 +52,9 @@ class TensorInfo:
     file: Path
     offset: int
     num_bytes: int
+    stored: "TensorInfo | None" = None
+    scales: "TensorInfo | None" = None
+    block: tuple[int, int] | None = None
 
     @property
     def num_params(self) -> int:
@@ -221,6 +227,14 @@ def _opened(info: TensorInfo) -> Iterator[int]:
 
 def read_bytes(info: TensorInfo, into: memoryview) -> None:
     """Fills `into` (num_bytes long) with the stored bytes of a tensor, past the page mapping."""
+    if info.stored is not None:
+        from mtpress.bf16_source import pieces
+
+        done = 0
+        for piece in pieces(info):
+            into[done : done + len(piece)] = piece
+            done += len(piece)
+        return
     with _opened(info) as file:
         position = 0
         while position < info.num_bytes:
@@ -234,6 +248,10 @@ def read_rows(info: TensorInfo, rows: "torch.Tensor") -> "torch.Tensor":
     unique, place = torch.unique(rows, return_inverse=True)
     if len(unique) and int(unique[-1]) >= info.shape[0]:
         raise InputError(f"token id {int(unique[-1])} is outside {info.name} with {info.shape[0]} rows; tokenizer and weights do not match")
+    if info.stored is not None:
+        from mtpress.bf16_source import rows as rounded
+
+        return torch.cat([rounded(info, row, 1) for row in unique.tolist()])[place]
     row_bytes = info.num_bytes // info.shape[0]
     found = torch.empty(len(unique), info.shape[1], dtype=torch_dtype(info.dtype))
     view = bytes_of(found)
@@ -388,7 +406,8 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        return sum(info.num_bytes for info in self.tensors.values())
+        """Of all tensors, as they are stored."""
+        return sum((info.stored or info).num_bytes + (info.scales.num_bytes if info.scales else 0) for info in self.tensors.values())
 
     def other_files(self) -> Iterator[Path]:
         """Plain files beside the weights, in order of name, without shards and index."""

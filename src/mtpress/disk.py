@@ -77,6 +77,11 @@ def read_range(file: int, into: memoryview, start: int, end: int, info: "TensorI
 
 def read_pieces(info: "TensorInfo") -> Iterator[memoryview]:
     """The stored bytes of a tensor in pieces, the next of which is read ahead; each is valid until the next is asked for."""
+    if info.stored is not None:
+        from mtpress.bf16_source import pieces
+
+        yield from pieces(info)
+        return
     stop = info.offset + info.num_bytes
     starts = range(info.offset, stop, PIECE_BYTES)
     ends = [min(start + PIECE_BYTES, stop) for start in starts]

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
+from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, read_bytes, torch_dtype
 from mtpress.disk import BLOCK_BYTES, aligned_buffer, opened, read_range, round_up
 
 Loaded = tuple[dict[str, torch.Tensor], dict[str, str], "torch.cuda.Event | None"]
@@ -77,8 +77,11 @@ class Prefetch:
             start = end + info.offset % BLOCK_BYTES  # where in its block it stands on disk, it stands in memory
             end = _end(end, info)
             places[info.name] = (start, info)
-            with opened(info) as file:
-                read_range(file, buffer[start - info.offset % BLOCK_BYTES : end], info.offset, info.offset + info.num_bytes, info)
+            if info.stored is not None:
+                read_bytes(info, buffer[start : start + info.num_bytes])
+            else:
+                with opened(info) as file:
+                    read_range(file, buffer[start - info.offset % BLOCK_BYTES : end], info.offset, info.offset + info.num_bytes, info)
             if info.name in self.sampled:
                 digests[info.name] = sample_digest(buffer[start : start + info.num_bytes])
         ready = None

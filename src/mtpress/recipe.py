@@ -221,6 +221,7 @@ class Recipe(Strict):
         "source",
         description="the template of the output: the source's; mtpress's in place of an official one; replace: mtpress's in place of any",
     )
+    dequantize: bool = Field(False, description="of a source in block-FP8: make BF16 of it first; without, it is refused")
     generation_config: GenerationConfig | None = Field(None, description="sampling that the output's generation_config.json asks for")
 
     @field_validator("overrides", mode="before")
@@ -303,7 +304,7 @@ class Recipe(Strict):
         idle = {
             "signround": self.rounding != "signround", "gptq": self.gptq is None, "chat_template": self.chat_template == "source",
             "generation_config": True, "formats": self.formats is None, "overrides": not self.overrides,
-            "budget": self.budget is None,
+            "budget": self.budget is None, "dequantize": not self.dequantize,
         }  # fmt: skip
         content = self.model_dump(mode="json", exclude={key for key, leave in idle.items() if leave})
         content |= {"overrides": [list(pair) for pair in self.overrides.items()]} if self.overrides else {}

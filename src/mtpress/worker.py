@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtpress.bf16_source import bf16_source
 from mtpress.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.journal import Journal
@@ -38,12 +39,13 @@ class Worker:
         import torch
 
         torch.set_num_threads(threads)
-        checkpoint = Checkpoint.open(source)
+        made = Recipe.model_validate_json(json.dumps(recipe))
+        checkpoint, _ = bf16_source(Checkpoint.open(source), made.dequantize)
         if checkpoint.identity != identity:
             raise InputError(f"{source}: is not the same checkpoint on every worker; put it where all of them see it")
         if not (Path(partial) / ".").is_dir():
             raise InputError(f"{partial}: a worker does not see it; OUT must lie on a disk that all workers share")
-        self.plan: Plan = make_plan(checkpoint, Recipe.model_validate_json(json.dumps(recipe)))
+        self.plan: Plan = make_plan(checkpoint, made)
         self.partial, self.device = Path(partial), torch.device(device)
         self.forward: Any = None
         self.weights: Any = None
