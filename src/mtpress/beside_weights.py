@@ -19,6 +19,7 @@ from mtpress.record import RECORD_NAME
 from mtpress.rules.subject import Subject
 from mtpress.rules.template import templates
 from mtpress.rules.tokenizer import END, GENERATION, SAMPLING, TEXT_END, TOKENIZER_CONFIG, token_ids
+from mtpress.source_faults import lacks_tower
 from mtpress.template_origin import Origin, origin
 from mtpress.templating import template
 
@@ -150,7 +151,7 @@ def config_files(plan: Plan) -> dict[str, bytes]:
     model = family(plan.source.model_type)
     if "lm_head.weight" in plan.source.tensors and model.is_tied(config):
         config = model.untied_config(config)
-    if plan.recipe.vision == "drop":
+    if plan.recipe.vision == "drop" or lacks_tower(plan.source):
         config = model.text_only_config(config)
     declared, file, content = DECLARATIONS[plan.recipe.format](plan)
     contents = {"config.json": {**config, "quantization_config": declared}, file: content}

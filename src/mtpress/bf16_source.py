@@ -1,7 +1,7 @@
 """A checkpoint in F16, F32 or block-FP8, seen as the BF16 checkpoint that the engine makes of it.
 
-In: an open checkpoint. Out: the same with every weight as BF16: its tensors say so, and whoever reads one gets what it rounds to, a piece at a
-time. Leaves out: which of the tensors are quantized then (plan.py).
+In: an open checkpoint. Out: the same with every weight as BF16: its tensors say so, and whoever reads one gets what it rounds to, a
+piece at a time. Leaves out: which of the tensors are quantized then (plan.py).
 
     F16, F32    rounded to BF16. vLLM 0.32 makes a float32 model BF16 (config/model.py, _resolve_auto_dtype) and holds only A_log in F32:
                 that one stays as it is unless BF16 holds it exactly
@@ -36,8 +36,11 @@ class Reading:
     def note(self) -> str | None:
         if not self.rounded:
             return None
-        said = " and ".join(f"{number} tensors of {dtype}" for dtype, number in self.rounded.items())
-        return f"the source is not in BF16: {said} are rounded to it, as vLLM and transformers do when they load it"
+        said = " and ".join(
+            f"{number} tensors of {dtype} are {'dequantized' if dtype == 'F8_E4M3' else 'rounded'}"
+            for dtype, number in self.rounded.items()
+        )
+        return f"the source is not in BF16: {said} to it, as transformers does, and vLLM where it computes in BF16"
 
 
 def bf16_source(checkpoint: Checkpoint, dequantize: bool = False) -> tuple[Checkpoint, Reading]:
@@ -47,8 +50,8 @@ def bf16_source(checkpoint: Checkpoint, dequantize: bool = False) -> tuple[Check
     if block is not None:
         if not dequantize:
             raise InputError(
-                f"{checkpoint.path}: is in FP8 with a scale for each block of {block[0]}×{block[1]} weights; --dequantize (dequantize: true in "
-                "the recipe) makes BF16 of it, or quantize from the BF16 release"
+                f"{checkpoint.path}: is in FP8 with a scale for each block of {block[0]}×{block[1]} weights; --dequantize "
+                "(dequantize: true in the recipe) makes BF16 of it, or quantize from the BF16 release"
             )
         config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         tensors = _dequantized(checkpoint, block)
@@ -151,7 +154,8 @@ def _why(info: TensorInfo, values: "torch.Tensor") -> str:
     if bool(values.isfinite().all()):
         return f"{info.name} holds numbers up to {float(values.abs().max()):.3g}, for which BF16 has none; scale it down before it is saved"
     held = "NaN" if bool(values.isnan().any()) else "infinite values"
-    cause = {"F16": "F16 ends at 65504, so it overflowed when it was saved; save it in BF16"}.get(info.stored.dtype, "the source is damaged")
+    overflowed = "F16 ends at 65504, so it overflowed when it was saved; save it in BF16"
+    cause = overflowed if info.stored.dtype == "F16" else "the source is damaged"
     return f"{info.name} holds {held}; {cause}"
 
 

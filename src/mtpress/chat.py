@@ -24,6 +24,7 @@ from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
 from mtpress.messages import CONTROL_TOKENS, FORMAT_WORDS, MODE_TAGS, normalize_messages, part_kind
 from mtpress.picture_limits import MAX_PATCH, opened, refuse_processor, refuse_resized
+from mtpress.rules.vision import PROCESSOR
 from mtpress.template_trial import rendered
 from mtpress.templating import reason, refusals
 from mtpress.tokenizer_trial import refuse_hostile
@@ -130,7 +131,10 @@ class ChatEncoder:
 
     def _processor(self, kind: Any, file: str, what: str, token: str) -> Any:
         if not (self.directory / file).is_file():
-            raise InputError(f"{self.directory}: no {file}, so {what} cannot be read; copy it from the base")
+            whole = self.directory / PROCESSOR  # transformers 5 writes this one alone, and reads it first
+            if not whole.is_file() or not isinstance(read_json_object(whole).get(f"{what.removesuffix('s')}_processor"), Mapping):
+                raise InputError(f"{self.directory}: no {file}, so {what} cannot be read; copy it from the base")
+            file = PROCESSOR
         try:
             processor = kind.from_pretrained(str(self.directory), local_files_only=True)
         except Exception as error:  # transformers validates with exceptions of many kinds

@@ -188,7 +188,8 @@ def _identity(checkpoint: Checkpoint, record: Mapping[str, Any], files: tuple[st
     """The SHA-256 that quantize would record for these files under the checkpoint's recipe; None where it cannot be told."""
     try:
         recipe = parse_recipe(record["recipe"], RECORD_NAME)
-        rendered = template() if recipe.chat_template == "mtpress" else None
+        ours = record.get("chat_template", recipe.chat_template) == "mtpress"  # the source's own may have been kept
+        rendered = template() if ours else None
         return load_calibration(checkpoint.path, recipe.calibration, files, rendered).identity
     except (InputError, KeyError, TypeError, AttributeError):
         return None

@@ -65,17 +65,20 @@ def fast_delta_rule(layer: nn.Module, rule: Callable[..., Any] | None = None) ->
     """
     ours = rule or chunk_gated_delta_rule
     mixer: Any = layer.linear_attn
+    # transformers 5.14 keeps the rule in the module, 5.19 calls a global name
+    place, name = (
+        (mixer, "chunk_gated_delta_rule")
+        if hasattr(mixer, "chunk_gated_delta_rule")
+        else (modeling_qwen3_5, "torch_chunk_gated_delta_rule")
+    )
+    theirs, num_v_heads = getattr(place, name), mixer.num_v_heads
     mixer.num_v_heads = mixer.num_k_heads  # keys are repeated for value heads only where these differ; our rule needs no copies
-    if hasattr(mixer, "chunk_gated_delta_rule"):  # transformers 5.14 keeps the rule in the module, 5.19 calls a global name
-        mixer.chunk_gated_delta_rule = ours
-        yield
-        return
-    theirs = modeling_qwen3_5.torch_chunk_gated_delta_rule
-    modeling_qwen3_5.torch_chunk_gated_delta_rule = ours
+    setattr(place, name, ours)
     try:
         yield
     finally:
-        modeling_qwen3_5.torch_chunk_gated_delta_rule = theirs
+        setattr(place, name, theirs)
+        mixer.num_v_heads = num_v_heads
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import psutil
 
 from mtpress import terminal
 from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_choice, template_of
+from mtpress.bf16_source import bf16_source
 from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
 from mtpress.device import choose_device
@@ -34,6 +35,8 @@ from mtpress.plan import LAYOUTS, Plan, make_plan
 from mtpress.progress import Progress, human_bytes
 from mtpress.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
+from mtpress.source_faults import notes as lacking
+from mtpress.source_faults import refuse_faults
 from mtpress.source_guard import SourceGuard
 from mtpress.terminal import say
 
@@ -50,6 +53,7 @@ MEASURED = ("calibration", "seconds", "peak_memory_bytes")  # entries of the rec
 @dataclass(frozen=True)
 class QuantizeResult:
     """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone.
+    rounded: whether the source was in another dtype.
     chat_template: mtpress, source or none. notes: what was said before it began. generation_config: the sampling in it.
     budget: what the recipe's can reach and, of a run, what was chosen (format_choice.py); the plan of a dry run is
     then that of the smallest output."""
@@ -69,6 +73,7 @@ class QuantizeResult:
     misfits: tuple[str, ...] = ()
     chat_template: str = "source"
     notes: Sequence[str] = ()
+    rounded: bool = False
     generation_config: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
     promised: dict[str, Any] | None = None
@@ -114,16 +119,20 @@ def quantize(
             f"recipe {chosen.name}: rounding {chosen.rounding} goes through all samples in one process; "
             "leave --workers and --ray out, or take rounding hessian"
         )
-    checkpoint = Checkpoint.open(source)
+    checkpoint, reading = bf16_source(Checkpoint.open(source), chosen.dequantize)
     refuse_foreign_files(checkpoint.path)
     open_choice = choices(checkpoint, chosen) if chosen.budget is not None else None
     plan = open_choice.least if open_choice else make_plan(checkpoint, chosen)
+    refuse_faults(checkpoint, chosen)
     templated = template_choice(chosen, checkpoint)
     settled = chosen.model_copy(update={"chat_template": "mtpress" if templated.ours else "source"})
     carried = chosen_files(settled, checkpoint, carried_files(checkpoint))
     beside = {**carried, **config_files(plan)}
     chat = {"chat_template": template_of(settled, beside), "generation_config": sampling_of(beside)}
-    said = {"notes": [note for note in (templated.note,) if note]}
+    said: dict[str, Any] = {
+        "notes": [note for note in (reading.note, *lacking(checkpoint, chosen), templated.note) if note],
+        "rounded": bool(reading.rounded),
+    }
     if not silent:
         for note in said["notes"]:
             say(f"quantize  {note}", to=sys.stderr)
@@ -195,7 +204,8 @@ def quantize(
                 "files": guard.fingerprints(),
                 "quantized_sample_sha256": quantized_sample_sha256(writer.sources),
             },
-            "draft_head": "verbatim from the source" if any(j.component == "mtp" for j in plan.jobs) else "none in the source",
+            "draft_head": draft_head(plan),
+            "rounded_to_bf16": dict(reading.rounded),
             **chat,
             "source_template": templated.record(),
             **said,
@@ -268,6 +278,14 @@ def refuse_measuring(
     least, lengths = open_choice.least, [len(sample.input_ids) for sample in calibrated.samples]
     promised, loaded_bytes = foresee(least, begun, device, lengths, Spread(least.source.path), (), beside_bytes, open_choice)
     preflight.refuse(least, promised, lengths, partial, loaded_bytes, device)
+
+
+def draft_head(plan: Plan) -> str:
+    """What became of the draft head, in words."""
+    kept = [info for job in plan.jobs if job.component == "mtp" for info in job.sources]
+    if not kept:
+        return "none in the source"
+    return "rounded to BF16 from the source" if any(info.stored for info in kept) else "verbatim from the source"
 
 
 def without_samples(recipe: Recipe) -> dict[str, Any] | None:
@@ -391,6 +409,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in place of the recipe's: source; mtpress, unless the source's is its author's own; replace: mtpress's in any case",
     )  # fmt: skip
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the forward and the packing run")
+    parser.add_argument("--dequantize", action="store_true", help="make BF16 of a source in block-FP8 (weight_scale_inv) first")
     parser.add_argument("--resume", action="store_true", help="go on where the same command was stopped")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="spread the samples (weight-only: the shards) over N processes")
     parser.add_argument(
@@ -409,8 +428,8 @@ def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
                 f"--weight-only {options.weight_only}: an input_scale must be positive; 1/2688 times the largest activation is usual"
             )
         recipe = parse_recipe({**recipe.canonical(), "constant_input_scale": options.weight_only}, f"--weight-only, recipe {recipe.name}")
-    if options.chat_template is not None:
-        recipe = recipe.model_copy(update={"chat_template": options.chat_template})
+    said = {"chat_template": options.chat_template, "dequantize": options.dequantize or None}
+    recipe = recipe.model_copy(update={key: value for key, value in said.items() if value is not None})
     if not 1 <= options.workers <= 1024:
         raise InputError(f"--workers {options.workers}: from 1 to 1024")
     result = quantize(
@@ -435,12 +454,17 @@ def show(result: QuantizeResult) -> None:
         formats = sorted(result.bytes_by_format[part].items(), key=lambda item: -item[1])
         shares = [f"{human_bytes(held)} {FORMAT_TITLES[name]}" for name, held in formats]
         table.add_row(COMPONENT_TITLES.get(part, part), human_bytes(size), ", ".join(shares))
+    if "mtp" not in result.bytes_by_component:
+        table.add_row(COMPONENT_TITLES["mtp"], "none", "without draft head: mtpress graft")
     table.add_row(
         "all",
         f"{human_bytes(result.output_bytes)} ({result.output_bytes / result.source_bytes:.2f}× of {human_bytes(result.source_bytes)})",
     )
     console.print(table)
-    console.print(f"{result.num_quantized} matrices quantized, {result.num_kept} tensors kept bit for bit, {result.num_dropped} dropped")
+    how = "as BF16" if result.rounded else "bit for bit"
+    console.print(f"{result.num_quantized} matrices quantized, {result.num_kept} tensors kept {how}, {result.num_dropped} dropped")
+    for note in result.notes:
+        console.print(note)
     console.print(f"files: {', '.join(f'{name} ({human_bytes(size)})' for name, size in result.shards.items())}")
     sampling = ", ".join(f"{key} {value}" for key, value in result.generation_config.items() if key != "do_sample")
     console.print(f"chat template: {TEMPLATE_TITLES[result.chat_template]}; sampling: {sampling or 'what the engine does by itself'}")
@@ -453,7 +477,7 @@ def show(result: QuantizeResult) -> None:
         console.print(f"kept in BF16 and named in both config files: {len(result.ignore)} modules (--json lists them)")
     if result.misfits:
         console.print(f"kept in BF16 because N or K of their fused group does not fit: {', '.join(result.misfits)}")
-    elif result.seconds and result.peak_memory_bytes:
+    if result.seconds and result.peak_memory_bytes:
         spent = ", ".join(f"{kind} {value:.1f} s" for kind, value in result.seconds.items())
         console.print(f"{spent}; peak memory {human_bytes(result.peak_memory_bytes)}")
 
