@@ -147,10 +147,8 @@ def sampling_of(files: dict[str, bytes]) -> dict[str, Any]:
 
 def config_files(plan: Plan) -> dict[str, bytes]:
     """config.json, which declares what is quantized, and the file of the format that says the same."""
-    config = dict(plan.source.config)
     model = family(plan.source.model_type)
-    if "lm_head.weight" in plan.source.tensors and model.is_tied(config):
-        config = model.untied_config(config)
+    config = model.untied_config(plan.source.config, plan.source.tensors)  # said, for engines that go by config.json alone
     if plan.recipe.vision == "drop" or lacks_tower(plan.source):
         config = model.text_only_config(config)
     declared, file, content = DECLARATIONS[plan.recipe.format](plan)

@@ -19,7 +19,8 @@ from mtpress.templating import template
 def differences(subject: Subject, base: Checkpoint) -> list[Difference]:
     """In the order of config, processors, tokenizer, generation, template."""
     source = Subject(base)
-    found = list(config.differences(subject.config, base.config))
+    here, there = (subject.model.untied_config(one.config, one.tensors) for one in (subject, base))
+    found = list(config.differences(here, there))
     if subject.is_vl:
         found += processors.differences(subject.json, source.json)
     found += tokenizer.differences(subject.json, subject.text, source.json, source.text)

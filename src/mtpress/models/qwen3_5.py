@@ -222,8 +222,10 @@ def is_tied(config: Mapping[str, Any], stored: Collection[str] = ()) -> bool:
     return bool(declared) and not any(name.startswith("lm_head.") for name in stored)
 
 
-def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a checkpoint that stores an lm_head, so that engines which go by config.json use it as well."""
+def untied_config(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """The config itself or, where it ties embeddings to an lm_head that is stored, one that does not: what the engine makes of it."""
+    if not is_tied(config) or is_tied(config, stored):
+        return dict(config)
     inner = config.get("text_config")
     untied = {**config, "tie_word_embeddings": False}
     return {**untied, "text_config": {**inner, "tie_word_embeddings": False}} if isinstance(inner, Mapping) else untied
