@@ -68,6 +68,11 @@ def write_index(e: Edit, change: Callable[[dict[str, Any]], object]) -> None:
 # ---- files
 
 
+@breaks("code-beside")
+def code_of_its_own(e: Edit) -> None:
+    (e.path / "modeling.py").write_text("raise SystemExit")
+
+
 @breaks("json-unreadable")
 def torn_generation_config(e: Edit) -> None:
     (e.path / "generation_config.json").write_text('{"eos_token_id": ')
@@ -653,6 +658,11 @@ def tower_in_a_text_model(e: Edit) -> None:
 @breaks("processor-missing")
 def no_video_processor(e: Edit) -> None:
     (e.path / "video_preprocessor_config.json").unlink()
+
+
+@breaks("processor-unsound")
+def pictures_divided_by_nothing(e: Edit) -> None:
+    e.change("preprocessor_config.json", image_std=[0.5, 0, 0.5])
 
 
 @breaks()

@@ -111,6 +111,7 @@ def test_a_picture_that_the_processor_refuses(encoder: ChatEncoder) -> None:
         ("config.json", '"patch_size": 16', '"patch_size": 8', "patch_size '16', config.json's vision_config patch_size '8'"),
         ("preprocessor_config.json", '"merge_size": 2', '"merge_size": 0', "merge_size '0'"),
         ("preprocessor_config.json", "{", "[", "does not load"),
+        ("preprocessor_config.json", '"image_std": [\n    0.5', '"image_std": [\n    0', "image_std is"),
     ],
 )
 def test_processor_and_tower_of_two_models(file: str, old: str, new: str, word: str, tmp_path: Path) -> None:

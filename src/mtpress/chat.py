@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from mtpress.checkpoint import read_json_object
 from mtpress.errors import InputError
+from mtpress.meanings.processors import problems
 from mtpress.messages import CONTROL_TOKENS, FORMAT_WORDS, MODE_TAGS, normalize_messages, part_kind
 from mtpress.picture_limits import MAX_PATCH, opened, refuse_processor, refuse_resized
 from mtpress.rules.vision import PROCESSOR
@@ -141,6 +142,8 @@ class ChatEncoder:
             raise InputError(f"{self.directory}: {file} does not load ({reason(error)}); copy it from the base") from None
         self._refuse_other_tower(processor, file, token)
         refuse_processor(processor, str(self.directory / file))
+        if (problem := next(problems(vars(processor)), None)) is not None:
+            raise InputError(f"{self.directory}: {file}: {problem}, so every picture would be NaN; copy it from the base")
         return processor
 
     def _refuse_other_tower(self, processor: Any, file: str, token: str) -> None:

@@ -26,7 +26,7 @@ BESIDE = {
     "json-unreadable", "index-total-size", "shard-unindexed", "torch-dtype", "processor-missing", "tokenizer-missing",
     "tokenizer-config-missing", "tokenizer-backend", "template-missing", "generation-config-missing", "token-id-outside",
     "token-id-differs", "special-tokens", "generation-ids", "generation-greedy", "template-loses", "template-behaviour", "template-choices",
-    "template-twice",
+    "template-twice", "processor-unsound", "code-beside",
 }  # fmt: skip
 NO_CPU_KERNEL = {"weight_only_needs_no_input_scale", "weight_only_with_input_scales"}  # W4A16 wants Marlin
 LOADED = [case for case in CASES if case[0] not in NO_CPU_KERNEL and not (case[1] and case[1] <= BESIDE)]

@@ -23,6 +23,7 @@ NEEDS_BASE = {
     "an_input_size_of_no_whole_blocks", "no_block_scales", "no_global_scale",
     "a_global_scale_of_zero", "no_draft_head", "half_a_draft_head", "tower_lost",
     "tower_in_a_text_model", "no_video_processor", "no_tokenizer", "no_tokenizer_config", "an_end_token_outside",
+    "pictures_divided_by_nothing",
     "a_tokenizer_larger_than_the_embedding", "think_tags_that_are_no_tokens", "compressed-tensors-no_global_scale",
     "compressed-tensors-no_block_scales",
     "compressed-tensors-a_global_scale_of_infinity",

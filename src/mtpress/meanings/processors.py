@@ -7,6 +7,7 @@ transformers 5 reads processor_config.json first where it holds image_processor 
 preprocessor_config.json and video_preprocessor_config.json: each file that is there must mean what the source means.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,32 @@ def _said(read: Read, kind: str) -> dict[str, dict[str, Any]]:
     if not found and kind == VIDEO and (content := read(IMAGE_PROCESSOR)) is not None:
         found[IMAGE_PROCESSOR] = {key: value for key, value in _means(content).items() if key != "class"}
     return found
+
+
+def problems(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What of a processor's settings makes no picture of numbers, whatever the model: each in words."""
+    for key, lowest in (("image_mean", -math.inf), ("image_std", 0.0), ("rescale_factor", 0.0)):
+        said = settings.get(key)
+        numbers = said if isinstance(said, list | tuple) else [said]
+        if said is not None and not all(lowest < number for number in map(_number, numbers)):
+            yield f"{key} is {shown(said)}, must be {'finite' if lowest else 'positive and finite'}"
+    for key in ("patch_size", "temporal_patch_size", "merge_size"):
+        if (said := settings.get(key)) is not None and not (type(said) is int and said > 0):
+            yield f"{key} is {shown(said)}, must be a size"
+
+
+def _number(value: Any) -> float:
+    """NaN, which is larger than nothing, for what is no finite number."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else math.nan
+
+
+def unsound(read: Read) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong in it) of the processors of a checkpoint."""
+    for kind in KINDS:
+        for file, settings in _said(read, kind).items():
+            for problem in problems(settings):
+                yield file, problem
 
 
 def differences(read: Read, base: Read) -> Iterator[Difference]:

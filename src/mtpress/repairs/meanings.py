@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from mtpress.meanings.config import restored
 from mtpress.models.qwen3_5 import REQUIRED_SIZES, VISION_SIZES
 from mtpress.repairs.files import copy_files
-from mtpress.repairs.repair import RESTORE, STAYS, Context, Fix, Left, Repair, Turn, told_unless_source
+from mtpress.repairs.repair import RESTORE, STAYS, Context, Fix, Left, Repair, Turn, needs_base, told_unless_source
 from mtpress.rules.rule import Finding, count
 from mtpress.rules.subject import Subject
 from mtpress.rules.tensors import tensor_missing, tensor_unexpected, weight_shape
@@ -48,6 +48,13 @@ def processor_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     yield from copy_files(ctx, there)
 
 
+def processor_unsound(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    if ctx.base is None:
+        yield needs_base(finding.where[0])
+    else:
+        yield from processor_differs(ctx, finding)
+
+
 def tokenizer_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     """All the base's tokenizer files: one of another model does not fit beside them."""
     assert ctx.base is not None
@@ -67,6 +74,7 @@ def generation_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 SIZES = (*REQUIRED_SIZES, *VISION_SIZES, "num_hidden_layers", "layer_types", "full_attention_interval", "attn_output_gate")
 REPAIRS = (
+    Repair("processor-unsound", "the base's files (`--base`)", processor_unsound),
     Repair("config-differs", "left as they are, but sizes that what is stored refutes; `--base-is source`: the keys are set to the base's, "
            "those that it lacks are taken out", config_differs, Turn.CONFIG),
     Repair("config-unknown", "left: nothing is known to read them"),

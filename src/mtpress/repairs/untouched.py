@@ -7,7 +7,7 @@ CAUSES = "the engine shows an effect; its cause, where `check` names one, has a 
 AUTHOR = "a finite number is its author's: whether it is damage, only a source can say"
 MEASURED = "a scale of activations is measured, no file has it: quantize again"
 REPAIRS = (
-    Repair("code-beside", "left: it is never run here; take it out if nothing needs it"),
+    Repair("code-beside", "it is never run here; take it out if nothing needs it"),
     Repair("scale-too-small", MEASURED),
     Repair("scale-too-large", MEASURED),
     Repair("scale-large", MEASURED),

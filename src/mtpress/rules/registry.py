@@ -17,6 +17,7 @@ from mtpress.rules import (
     ignore_lists,
     kv_cache,
     meanings,
+    processors,
     quantization,
     scale_bounds,
     scales,
@@ -39,6 +40,7 @@ STATIC_RULES = (
     *kv_cache.RULES,
     *draft_head.RULES,
     *vision.RULES,
+    *processors.RULES,
     *tokenizer.RULES,
     *template.RULES,
 )
