@@ -1,14 +1,17 @@
 """A process for what strangers wrote: a template, a tokenizer. Its limits of time and memory hold whatever runs there, in C too.
 
-In: the name of a module of ours with `answer(request)`, requests as JSON. Out: its answers, or `TooLongError`, `TooLargeError`.
+In: the name of a module of ours with `answer(request)`, and `prepare()` for what is imported late; requests as JSON. Out: its answers, or
+`TooLongError`, `TooLargeError`.
 Leaves out: what is asked. One process answers many requests, so that it costs a start once a run; one that is ended is started again.
 """
 
+import atexit
 import importlib
 import json
 import os
 import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -36,17 +39,22 @@ class Confined:
     def __init__(self, module: str, max_bytes: int) -> None:
         self.module, self.max_bytes = module, max_bytes
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
         self._lock = threading.Lock()
+        atexit.register(self._end)
 
     def ask(self, request: Any, seconds: float) -> Any:
-        """The answer to a request. ValueError: `answer` raised something; it has the reason."""
+        """The answer to a request. seconds: of processor time; on a machine that others use it may take twice as many.
+
+        ValueError: `answer` raised something; it has the reason.
+        """
         with self._lock:
             return self._ask(request, seconds)
 
     def _ask(self, request: Any, seconds: float) -> Any:
         process = self._started()
         assert process.stdin is not None
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + 2 * seconds
         try:
             process.stdin.write(json.dumps([seconds, request]).encode() + b"\n")
             process.stdin.flush()
@@ -56,17 +64,19 @@ class Confined:
         except BaseException:
             self._end()
             raise
-        if not line:  # the limit of its processor time comes as a signal
+        if not line:
+            ended = process.wait()
             self._end()
-            raise TooLongError if time.monotonic() >= deadline else TooLargeError
+            raise TooLongError if ended == -signal.SIGXCPU else TooLargeError
         answer = json.loads(line)
         if "raised" in answer:
             raise ValueError(answer["raised"])
         return answer["answer"]
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             self._end()
+            self._owner = os.getpid()
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", CHILD, self.module, str(self.max_bytes)],
                 stdin=subprocess.PIPE,
@@ -75,8 +85,8 @@ class Confined:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             )
             try:
-                ready = self._line(self._process, time.monotonic() + START_SECONDS)
-                assert ready == b"{}", f"{self.module} cannot be imported"
+                if not self._line(self._process, time.monotonic() + START_SECONDS):
+                    raise TooLargeError  # the machine, or a limit of the shell, has no room for it
             except BaseException:
                 self._end()
                 raise
@@ -101,20 +111,20 @@ class Confined:
     def _end(self) -> None:
         if self._process is None:
             return
-        self._process.kill()
-        self._process.wait()
+        if self._owner == os.getpid():  # a fork's copy is not its own
+            self._process.kill()
+            self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
         self._process = None
 
-    def __del__(self) -> None:
-        self._end()
-
 
 def serve(module: str, max_bytes: int) -> None:
     """The far side: answers one line after another, under limits, until the other side is gone."""
-    answer = importlib.import_module(module).answer
+    answering = importlib.import_module(module)
+    if hasattr(answering, "prepare"):
+        answering.prepare()
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what anything prints is no answer
     out.write(b"{}\n")
@@ -122,9 +132,9 @@ def serve(module: str, max_bytes: int) -> None:
     for line in sys.stdin.buffer:
         seconds, request = json.loads(line)
         used = time.process_time()
-        _limit(resource.RLIMIT_CPU, int(used + seconds) + 2)  # the other side may be gone, and nobody else ends it
+        _limit(resource.RLIMIT_CPU, int(used + seconds) + 1)  # the other side may be gone, and nobody else ends it
         try:
-            said = json.dumps({"answer": answer(request)}).encode()
+            said = json.dumps({"answer": answering.answer(request)}).encode()
         except MemoryError:
             os._exit(1)
         except BaseException as error:  # a Rust library's panic is no Exception

@@ -157,6 +157,11 @@ def judged(text: str, pictures: bool) -> tuple[Sequence[Failure], Sequence[Failu
     return lost, [] if lost else behaviour(text, [case for case in CASES if pictures or not shows_pictures(case)])
 
 
+def prepare() -> None:
+    """Imports Jinja, which is not the template's time."""
+    templating.unguarded(template(), HELLO, None, {})
+
+
 def answer(request: Mapping[str, Any]) -> Any:
     """What the process of its own is asked: {"try": [text, pictures]} or {"render": [text, messages, tools, kwargs]}."""
     if "try" in request:

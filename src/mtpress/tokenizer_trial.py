@@ -60,6 +60,11 @@ def _try(path: Path, changed_ns: int) -> None:
         raise InputError(f"{path}: its tokenizer does not load ({str(error)[:160]}); check tokenizer.json") from None
 
 
+def prepare() -> None:
+    """Imports the library, which is not the tokenizer's time."""
+    import tokenizers  # noqa: F401
+
+
 def answer(path: str) -> int:
     """What the process of its own is asked: tokens of the probe."""
     from tokenizers import Tokenizer

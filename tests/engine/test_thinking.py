@@ -81,6 +81,7 @@ def test_a_template_that_would_stop_the_server_stops_nothing_here(
     with pytest.raises(InputError, match=said) as raised:
         read_template(written(tmp_path, source))
     assert "chat_template.jinja" in str(raised.value)
+    monkeypatch.undo()
     assert read_template(written(tmp_path, last("<think>\n"))).default == "on"
 
 
