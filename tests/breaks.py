@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from checkpoints import IDS, PREFIX, Edit
 from mtpress.checkpoint import INDEX_NAME
+from mtpress.formats import nvfp4
 from mtpress.models.qwen3_5 import MTP_TENSORS
 from mtpress.rules.tokenizer import CONFIG_IDS, SPECIALS
 from mtpress.templating import template
@@ -200,6 +201,14 @@ def quantized_embeddings(e: Edit) -> None:
 
 
 @breaks("weight-dtype")
+def embeddings_in_nvfp4(e: Edit) -> None:
+    module = f"{PREFIX}embed_tokens"
+    scale_2 = nvfp4.global_scale(nvfp4.amax(e.tensors[f"{module}.weight"]))
+    codes, scales = nvfp4.quantize(e.tensors[f"{module}.weight"], scale_2)
+    e.tensors |= {f"{module}.weight": codes, f"{module}.weight_scale": scales, f"{module}.weight_scale_2": scale_2}
+
+
+@breaks("weight-dtype")
 def conv1d_in_int8(e: Edit) -> None:
     name = f"{L0}linear_attn.conv1d.weight"
     e.tensors[name] = e.tensors[name].to(torch.int8)
@@ -334,6 +343,13 @@ def draft_head_ignored_in_one_file_only(e: Edit) -> None:
 @breaks("configs-contradict")
 def fp8_kv_in_one_file_only(e: Edit) -> None:
     e.quantization["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
+@breaks("kv-cache-in-one-file")
+def fp8_kv_in_the_other_file_only(e: Edit) -> None:
+    """As modelopt's own exports have it."""
+    assert e.hf is not None
+    e.hf["quantization"]["kv_cache_quant_algo"] = "FP8"
 
 
 @breaks()

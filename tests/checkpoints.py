@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -256,6 +257,53 @@ def _write_modelopt_mixed(bf16: Path, nvfp4: Path, out: Path) -> Path:
     return out
 
 
+FP8_BLOCK = 32  # the small widths are no multiples of 128
+FP8_MAX = 448.0
+
+
+def in_fp8(e: "Edit", *modules: str, block: int | None = None) -> None:
+    """FP8 in place of some BF16 weights: with a scale a row as compressed-tensors has it or, with `block`, one a block as Qwen has it."""
+    for module in modules:
+        weight = e.tensors[f"{module}.weight"].float()
+        n, k = weight.shape
+        size = (block, block) if block is not None else (1, k)
+        tiles = F.pad(weight, (0, -k % size[1], 0, -n % size[0])).unflatten(0, (-1, size[0])).unflatten(-1, (-1, size[1]))
+        scales = (tiles.abs().amax((1, 3)) / FP8_MAX).to(torch.bfloat16).float().clamp(min=2.0**-30)
+        codes = weight / scales.repeat_interleave(size[0], 0)[:n].repeat_interleave(size[1], 1)[:, :k]
+        e.tensors[f"{module}.weight"] = codes.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        e.tensors[f"{module}.{'weight_scale' if block is None else 'weight_scale_inv'}"] = scales.to(torch.bfloat16)
+
+
+def _write_block_fp8(bf16: Path, nvfp4: Path, out: Path) -> Path:
+    """As Qwen releases FP8, but for the draft layer, which is in BF16 here."""
+    e = Edit(Path(shutil.copytree(bf16, out)))
+    kept = [name.removesuffix(".weight") for name, t in e.tensors.items() if name.endswith(".weight") and t.ndim > 1]
+    in_fp8(e, *quantizable(e.tensors), block=FP8_BLOCK)
+    e.config["quantization_config"] = {
+        "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": [module for module in kept if module not in quantizable(e.tensors)],
+    }  # fmt: skip
+    e.save()
+    return out
+
+
+def _write_mixed_compressed_tensors(bf16: Path, nvfp4: Path, out: Path) -> Path:
+    """NVFP4 MLP, attention and GDN in FP8 with a scale a row, as the most used third-party builds of the 27B are; full names."""
+    e = Edit(_write_nvfp4_of_compressed_tensors(bf16, nvfp4, out))
+    source = load_file(bf16 / "model.safetensors")
+    mlp = [module for module in quantizable(source) if ".mlp." in module]
+    rest = [module for module in quantizable(source) if ".mlp." not in module]
+    for module in rest:
+        for suffix in ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"):
+            del e.tensors[f"{module}.{suffix}"]
+        e.tensors[f"{module}.weight"] = source[f"{module}.weight"]
+    in_fp8(e, *rest)
+    groups = [compressed_tensors.nvfp4_group(mlp), compressed_tensors.fp8_group(rest, "channel")]
+    e.config["quantization_config"] = compressed_tensors.grouped_config(groups, e.quantization["ignore"])
+    e.save()
+    return out
+
+
 SMALL_FORMATS: dict[str, Callable[[Path, Path, Path], Path]] = {
     "compressed-tensors": _write_nvfp4_of_compressed_tensors,
     "compressed-tensors-w4a16": partial(_write_nvfp4_of_compressed_tensors, weight_only=True),
@@ -263,4 +311,6 @@ SMALL_FORMATS: dict[str, Callable[[Path, Path, Path], Path]] = {
     "auto-round": _write_auto_round,
     "gptq": _write_gptq,
     "modelopt-mixed": _write_modelopt_mixed,
+    "fp8": _write_block_fp8,
+    "compressed-tensors-mixed": _write_mixed_compressed_tensors,
 }

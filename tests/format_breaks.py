@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from breaks import drop, unquantize
-from checkpoints import INT4_GROUP, PREFIX, Edit, in_int4, pack_int4
+from checkpoints import FP8_BLOCK, INT4_GROUP, PREFIX, Edit, in_fp8, in_int4, pack_int4
 from mtpress.formats import int4, mixed_precision
 
 L0, L3 = f"{PREFIX}layers.0.", f"{PREFIX}layers.3."
@@ -52,7 +52,7 @@ def beside(e: Edit) -> None:
 
 
 CT, A16, CT4, AR, GPTQ = "compressed-tensors", "compressed-tensors-w4a16", "compressed-tensors-int4", "auto-round", "gptq"
-MIXED = "modelopt-mixed"
+MIXED, FP8, CTM = "modelopt-mixed", "fp8", "compressed-tensors-mixed"
 
 
 # ---- compressed-tensors NVFP4
@@ -200,8 +200,8 @@ def declared_as_modelopt(e: Edit) -> None:
 
 
 @breaks(CT, "quantization-not-stored", "format-not-covered")
-def fp8_declared(e: Edit) -> None:
-    group(e)["weights"] = {"num_bits": 8, "type": "float", "strategy": "channel"}
+def int8_declared(e: Edit) -> None:
+    group(e)["weights"] = {"num_bits": 8, "type": "int", "strategy": "channel"}
     for name in [n for n in e.tensors if n.endswith(".weight_packed")]:
         module = name.removesuffix(".weight_packed")
         n, half = e.tensors[name].shape
@@ -722,7 +722,7 @@ def a_scale_of_fp8_in_bf16(e: Edit) -> None:
     e.tensors[f"{OUT_PROJ}.weight_scale"] = e.tensors[f"{OUT_PROJ}.weight_scale"].to(torch.bfloat16)
 
 
-@breaks(MIXED, "weight-shape")
+@breaks(MIXED, "format-differs")
 def a_scale_a_row(e: Edit) -> None:
     e.tensors[f"{OUT_PROJ}.weight_scale"] = e.tensors[f"{OUT_PROJ}.weight_scale"].expand(64).contiguous()
 
@@ -735,3 +735,199 @@ def a_global_scale_of_fp8(e: Edit) -> None:
 @breaks(MIXED, "input-scales-unused")
 def a_linear_without_activations_that_has_an_input_scale(e: Edit) -> None:
     enter(e, DOWN, "nvfp4_w4a16")
+
+
+# ---- FP8 by quant_method fp8, in blocks
+
+
+def spared(e: Edit) -> list[str]:
+    found: list[str] = e.quantization["modules_to_not_convert"]
+    return found
+
+
+@breaks(FP8, "mtp-fp8")
+def the_draft_layer_in_fp8_as_qwen_releases_it(e: Edit) -> None:
+    in_fp8(e, *MTP_LAYER, block=FP8_BLOCK)
+    e.quantization["modules_to_not_convert"] = [name for name in spared(e) if name not in MTP_LAYER]
+
+
+@breaks(FP8, "mtp-quantized")
+def a_draft_layer_in_fp8_that_is_spared(e: Edit) -> None:
+    in_fp8(e, *MTP_LAYER, block=FP8_BLOCK)
+
+
+@breaks(FP8, "mtp-not-ignored")
+def a_bf16_draft_layer_that_is_not_spared(e: Edit) -> None:
+    e.quantization["modules_to_not_convert"] = [name for name in spared(e) if name not in MTP_LAYER]
+
+
+@breaks(FP8, "ignore-too-little", "ignore-matches-nothing")
+def spared_by_expressions(e: Edit) -> None:
+    """quant_method fp8 compares names whole."""
+    ours = [name for name in spared(e) if not name.endswith(("in_proj_a", "in_proj_b"))]
+    e.quantization["modules_to_not_convert"] = [*ours, "re:.*in_proj_[ab]$"]
+
+
+@breaks(FP8, "ignore-splits-fused")
+def half_of_a_fused_pair_is_spared(e: Edit) -> None:
+    e.quantization["modules_to_not_convert"] = [name for name in spared(e) if name != A]
+
+
+@breaks(FP8, "ignore-too-much")
+def an_fp8_linear_that_is_spared(e: Edit) -> None:
+    spared(e).append(OUT_PROJ)
+
+
+@breaks(FP8, "ignore-too-much")
+def an_lm_head_in_fp8(e: Edit) -> None:
+    """Fp8Config has no method for it, whatever the list says."""
+    in_fp8(e, "lm_head", block=FP8_BLOCK)
+    spared(e).remove("lm_head")
+
+
+@breaks(FP8)
+def an_older_key_for_the_list(e: Edit) -> None:
+    e.quantization["ignored_layers"] = e.quantization.pop("modules_to_not_convert")
+
+
+@breaks(FP8, "ignore-malformed")
+def no_activation_scheme(e: Edit) -> None:
+    del e.quantization["activation_scheme"]
+
+
+@breaks(FP8, "format-differs")
+def a_scale_a_tensor_declared(e: Edit) -> None:
+    del e.quantization["weight_block_size"]
+
+
+@breaks(FP8, "format-differs")
+def one_linear_with_a_scale_a_row(e: Edit) -> None:
+    codes = e.tensors[f"{OUT_PROJ}.weight"].float()
+    scales = e.tensors.pop(f"{OUT_PROJ}.weight_scale_inv").float()
+    spread = scales.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    e.tensors[f"{OUT_PROJ}.weight"] = (codes * spread).bfloat16()
+    in_fp8(e, OUT_PROJ)
+
+
+@breaks(FP8, "scale-missing")
+def no_scales_of_a_block(e: Edit) -> None:
+    del e.tensors[f"{OUT_PROJ}.weight_scale_inv"]
+
+
+@breaks(FP8, "scale-orphan")
+def an_input_scale_that_nothing_reads(e: Edit) -> None:
+    e.tensors[f"{OUT_PROJ}.input_scale"] = torch.tensor(0.1)
+
+
+@breaks(FP8, "weight-shape")
+def scales_of_another_shape(e: Edit) -> None:
+    name = f"{OUT_PROJ}.weight_scale_inv"
+    e.tensors[name] = torch.cat([e.tensors[name], e.tensors[name]])
+
+
+@breaks(FP8, "weight-dtype")
+def embeddings_in_fp8(e: Edit) -> None:
+    in_fp8(e, f"{PREFIX}embed_tokens", block=FP8_BLOCK)
+
+
+@breaks(FP8, "blocks-across-shards", "in-proj-ab-quantized")
+def in_proj_ab_in_fp8(e: Edit) -> None:
+    for module in [f"{PREFIX}layers.{i}.linear_attn.in_proj_{x}" for i in range(3) for x in "ab"]:
+        in_fp8(e, module, block=FP8_BLOCK)
+        spared(e).remove(module)
+
+
+@breaks(FP8, "quantization-undeclared")
+def fp8_that_nothing_declares(e: Edit) -> None:
+    del e.config["quantization_config"]
+
+
+# ---- compressed-tensors in mixed precision
+
+
+def targets(e: Edit, number: int) -> list[str]:
+    """The targets of a group: 0 is NVFP4, 1 is FP8."""
+    found: list[str] = e.quantization["config_groups"][f"group_{number}"]["targets"]
+    return found
+
+
+def with_lm_head(e: Edit, target: str) -> None:
+    in_fp8(e, "lm_head")
+    without(e, lambda name: name == "lm_head")
+    targets(e, 1).append(target)
+
+
+@breaks(CTM, "ignore-too-much")
+def an_fp8_lm_head_by_its_bare_name(e: Edit) -> None:
+    with_lm_head(e, "lm_head")
+
+
+@breaks(CTM)
+def an_fp8_lm_head_by_an_expression(e: Edit) -> None:
+    with_lm_head(e, "re:.*lm_head$")
+
+
+@breaks(CTM)
+def targets_by_expressions(e: Edit) -> None:
+    targets(e, 0)[:] = [r"re:.*layers\.\d+\.mlp\.(gate|up|down)_proj$"]
+    targets(e, 1)[:] = [r"re:.*(self_attn|linear_attn)\.(q_proj|k_proj|v_proj|o_proj|in_proj_qkv|in_proj_z|out_proj)$"]
+
+
+@breaks(CTM, "mtp-not-ignored")
+def a_draft_head_that_expressions_match(e: Edit) -> None:
+    targets(e, 0)[:] = ["re:.*mlp.*_proj$"]
+    without(e, lambda name: name.startswith("mtp."))
+
+
+@breaks(CTM)
+def a_draft_head_that_no_target_names(e: Edit) -> None:
+    without(e, lambda name: name.startswith("mtp."))
+
+
+@breaks(CTM, "ignore-too-much")
+def an_fp8_linear_that_no_target_names(e: Edit) -> None:
+    targets(e, 1).remove(OUT_PROJ)
+
+
+@breaks(CTM, "format-differs")
+def an_fp8_linear_among_the_targets_of_nvfp4(e: Edit) -> None:
+    targets(e, 1).remove(OUT_PROJ)
+    targets(e, 0).append(OUT_PROJ)
+
+
+@breaks(CTM, "ignore-splits-fused")
+def half_of_a_fused_linear_is_ignored(e: Edit) -> None:
+    e.quantization["ignore"].append(QKV)
+
+
+@breaks(CTM, "format-differs")
+def a_scale_a_tensor_is_declared(e: Edit) -> None:
+    e.quantization["config_groups"]["group_1"]["weights"]["strategy"] = "tensor"
+
+
+@breaks(CTM, "scale-missing")
+def no_scales_of_the_rows(e: Edit) -> None:
+    del e.tensors[f"{OUT_PROJ}.weight_scale"]
+
+
+@breaks(CTM, "weight-shape")
+def scales_of_the_rows_without_their_second_dimension(e: Edit) -> None:
+    e.tensors[f"{OUT_PROJ}.weight_scale"] = e.tensors[f"{OUT_PROJ}.weight_scale"].reshape(-1)
+
+
+@breaks(CTM, "scale-orphan")
+def a_static_scale_beside_dynamic_activations(e: Edit) -> None:
+    e.tensors[f"{OUT_PROJ}.input_scale"] = torch.tensor([0.1])
+
+
+@breaks(CTM, "mtp-fp8")
+def a_draft_layer_in_fp8(e: Edit) -> None:
+    in_fp8(e, *MTP_LAYER)
+    without(e, lambda name: name in MTP_LAYER)
+    targets(e, 1).extend(MTP_LAYER)
+
+
+@breaks(CTM, "mtp-quantized")
+def a_draft_layer_in_fp8_that_no_target_names(e: Edit) -> None:
+    in_fp8(e, *MTP_LAYER)
+    without(e, lambda name: name in MTP_LAYER)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import PREFIX, SMALL_FORMATS, Edit, quantizable, write_small
+from checkpoints import FP8_BLOCK, PREFIX, SMALL_FORMATS, Edit, quantizable, write_small
 from mtpress.checkpoint import Checkpoint
 from mtpress.comparison import compare, relative_error, same_bytes
 from mtpress.formats import fp8, int4, nvfp4
@@ -41,11 +41,13 @@ def dequantized(kind: str, made: dict[str, torch.Tensor], module: str) -> torch.
     if kind.startswith("compressed-tensors-int4"):
         codes, scales = made[f"{module}.weight_packed"], made[f"{module}.weight_scale"]
         return int4.dequantize(codes.t(), int4.zeros(*scales.shape), scales.t())
+    if (inverse := made.get(f"{module}.weight_scale_inv")) is not None:
+        return fp8.dequantize(made[f"{module}.weight"], inverse, (FP8_BLOCK, FP8_BLOCK))
+    if kind in ("modelopt-mixed", "compressed-tensors-mixed") and ".mlp." not in module:
+        return fp8.dequantize(made[f"{module}.weight"], made[f"{module}.weight_scale"])
     if kind.startswith("compressed-tensors"):
         shared = 1 / made[f"{module}.weight_global_scale"].reshape(())
         return nvfp4.dequantize(made[f"{module}.weight_packed"], made[f"{module}.weight_scale"], shared)
-    if kind == "modelopt-mixed" and ".mlp." not in module:
-        return fp8.dequantize(made[f"{module}.weight"], made[f"{module}.weight_scale"])
     if kind == "modelopt-mixed":
         return nvfp4.dequantize(*(made[f"{module}.{suffix}"] for suffix in ("weight", "weight_scale", "weight_scale_2")))
     return int4.dequantize(*(made[f"{module}.{suffix}"] for suffix in ("qweight", "qzeros", "scales")))
@@ -61,9 +63,10 @@ def test_errors_of_other_formats(kind: str, small_bf16: Path, small_formats: dic
         weight = source[f"{module}.weight"].double()
         expected = (dequantized(kind, made, module).double() - weight).norm() / weight.norm()
         assert error == pytest.approx(float(expected), rel=1e-5)
-    assert found.fp8 == ({name for name in found.error if ".mlp." not in name} if kind == "modelopt-mixed" else set())
+    in_fp8 = {name for name in found.error if kind == "fp8" or ".mlp." not in name}
+    assert found.fp8 == (in_fp8 if kind in ("fp8", "modelopt-mixed", "compressed-tensors-mixed") else set())
     errors = [error for name, error in found.error.items() if name not in found.fp8]
-    assert 0.08 < min(errors) <= max(errors) < 0.12
+    assert all(0.08 < error < 0.12 for error in errors)
     assert all(0.024 < found.error[name] < 0.029 for name in found.fp8)
     assert found.num_equal == len(source) - len(found.error)
     assert list(apply(RULES, found)) == []

@@ -25,7 +25,7 @@ LEGACY = {
     "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16},
 }
 NVFP4_WEIGHTS = {"num_bits": 4, "group_size": 16, "strategy": "tensor_group", "symmetric": True, "type": "float"}
-TENSORS = {
+TENSORS: dict[str, Any] = {
     "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
     "config_groups": {"group_0": {"targets": ["Linear", "re:.*lm_head$"], "weights": NVFP4_WEIGHTS, "input_activations": None}},
 }  # fmt: skip
@@ -37,6 +37,8 @@ ROUND = {
     "sym": True,
     "data_type": "int",
 }
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8_WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 PATTERNS = ["re:.*mtp.*", "model.visual*", "*in_proj_a", "lm_head", "model.language_model.layers.0*", "", "mtp.layers"]
 # What a checkpoint may say before: nothing, too much, too little, other names.
@@ -60,6 +62,17 @@ BEFORE: dict[str, dict[str, Any]] = {
         "extra_config": {".*mlp.*": {"bits": 16}, "q_proj": {"bits": 16}, "odd": 3},
     },
     "AutoRound, older": {**ROUND, "to_quant_block_names": "model.layers"},
+    "compressed-tensors, mixed": {
+        **TENSORS,
+        "format": "mixed-precision",
+        "config_groups": {
+            "group_0": {**TENSORS["config_groups"]["group_0"], "targets": ["re:.*mlp.*"], "format": "nvfp4-pack-quantized"},
+            "group_1": {"targets": ["Linear", "re:.*lm_head$"], "weights": FP8_WEIGHTS, "format": "float-quantized"},
+        },
+    },
+    "FP8": {**FP8, "modules_to_not_convert": ["lm_head", "re:.*mtp.*", "model.visual"]},
+    "FP8, two lists": {**FP8, "ignored_layers": ["mtp.fc"], "modules_to_not_convert": ["model.visual"]},
+    "FP8, no list": FP8,
     "GPTQ": GPTQ,
     "GPTQ, parts": {**GPTQ, "lm_head": True, "modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj", "mlp"]]},
     "GPTQ, dynamic": {
@@ -119,6 +132,8 @@ def test_the_engine_keeps_exactly_what_is_kept(before: str, kind: str, architect
     wrong = {}
     for linear in qwen3_5_engine.linears(config, architecture, prefix):
         what = {modules[module] for module in linear.modules}
+        if declared.format == "fp8" and linear.modules == ("lm_head",):
+            what = {"kept"}  # which vLLM never takes as FP8
         if matcher.verdict(linear) != ("ignored" if what == {"kept"} else "quantized"):
             wrong[linear.prefix] = matcher.verdict(linear)
     if declared.format == "gptq" and before == "GPTQ, dynamic" and kind == "the head's layer too":
@@ -133,7 +148,8 @@ def _entries(declared: Declaration) -> list[str]:
     extra = content.get("extra_config", {})
     blocks = content.get("block_name_to_quantize", content.get("to_quant_block_names", []))
     blocks = blocks.split(",") if isinstance(blocks, str) else blocks
-    return [*declared.ignore, *(name for name, entry in extra.items() if entry.get("bits") == 16), *blocks]
+    spared = [name for key in ("modules_to_not_convert", "ignored_layers") for name in content.get(key, [])]
+    return [*declared.ignore, *spared, *(name for name, entry in extra.items() if entry.get("bits") == 16), *blocks]
 
 
 @pytest.mark.parametrize("before", list(BEFORE))
@@ -143,7 +159,7 @@ def test_every_other_key_stays(before: str) -> None:
     new = spare(Declaration("config.json", BEFORE[before]), kept, quantized, 12, prefix)
     ours = {
         "ignore", "exclude_modules", "extra_config", "block_name_to_quantize", "to_quant_block_names", "modules_in_block_to_quantize",
-        "dynamic", "lm_head",
+        "dynamic", "lm_head", "modules_to_not_convert", "ignored_layers",
     }  # fmt: skip
 
     def rest(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ named, for an engine refuses a linear of which a part is spared. What decides, b
     modelopt              ignore (config.json) or quantization.exclude_modules (hf_quant_config.json); of mixed precision also
                           quantized_layers and the targets of the groups, which name what is quantized
     compressed-tensors    ignore
+    FP8                   modules_to_not_convert; ignored_layers comes first where it has an entry, so it is written where it is there
     AutoRound             extra_config (16 bits), block_name_to_quantize
     GPTQ                  modules_in_block_to_quantize, where it is there; without it vLLM goes by what is stored. Its `dynamic`
                           keys come first, so none that spares a quantized linear may stay. lm_head
@@ -24,6 +25,7 @@ from mtpress.checkpoint import Checkpoint, read_json_object
 from mtpress.errors import InputError
 from mtpress.json_files import json_bytes
 from mtpress.matching.expressions import matches
+from mtpress.matching.fp8 import LISTS
 from mtpress.models import family
 from mtpress.models.qwen3_5 import FUSED_OF, layer_index
 from mtpress.models.qwen3_5_engine import RENAMES
@@ -48,14 +50,17 @@ def spare(declared: Declaration, kept: Sequence[str], quantized: Sequence[str], 
         _spare_layers(content, inner, kept)
     elif declared.format == "compressed-tensors":
         content["ignore"] = [*kept, *([ENGINE_LM_HEAD] if "lm_head" in kept and _targets_lm_head(content) else [])]
+    elif declared.format == "fp8":
+        for key in [key for key in LISTS if key in content] or [LISTS[1]]:
+            content[key] = list(kept)
     elif declared.format == "auto-round":
         _spare_auto_round(content, kept, quantized, num_layers, prefix)
     elif declared.format == "gptq":
         _spare_gptq(content, kept, quantized)
     else:
         raise InputError(
-            f"{declared.file}: declares {declared.title}; mtpress can say what stays in BF16 to modelopt, compressed-tensors, AutoRound "
-            "and GPTQ alone"
+            f"{declared.file}: declares {declared.title}; mtpress can say what stays in BF16 to modelopt, compressed-tensors, FP8, "
+            "AutoRound and GPTQ alone"
         )
     return content
 

@@ -16,12 +16,12 @@ from mtpress.rules.stored import (
     QZEROS,
     SCALE,
     SCALE_2,
-    SCALE_INV,
     SCALES,
     WEIGHT,
     WEIGHT_PACKED,
     ZERO_POINT,
     Form,
+    fp8_scheme,
 )
 
 if TYPE_CHECKING:
@@ -167,27 +167,22 @@ def _int4(
 
 
 def _fp8(parts: Parts) -> StoredMatrix | None:
-    """One scale for all, one a row, or one for a block of 128 × 128, as Qwen releases it (weight_scale_inv, which is multiplied too)."""
-    suffix = SCALE_INV if SCALE_INV in parts else SCALE
-    if not (WEIGHT in parts and suffix in parts) or len(parts[WEIGHT].shape) != 2 or parts[WEIGHT].dtype != "F8_E4M3":
+    """One scale for all, one a row, or one a block, as Qwen releases it (weight_scale_inv, which is multiplied too)."""
+    scheme = fp8_scheme(parts)
+    if scheme is None or parts[WEIGHT].dtype != "F8_E4M3" or parts[scheme.scale_name].dtype not in ("F32", "BF16", "F16"):
         return None
-    infos = parts[WEIGHT], parts[suffix]
+    infos = parts[WEIGHT], parts[scheme.scale_name]
     n, k = infos[0].shape
-    blocks = -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)
-    by_block = infos[1].shape in (blocks, (blocks[0], 1, blocks[1], 1))
-    if infos[1].dtype not in ("F32", "BF16", "F16") or not (by_block or infos[1].num_params == 1 or infos[1].shape in ((n,), (n, 1))):
-        return None
 
     def load() -> "tuple[Rows, torch.Tensor | None]":
         from mtpress.formats import fp8
 
         codes, scale = read_tensor(infos[0]), read_tensor(infos[1]).float()
+        height = {"tensor": n, "channel": 1, "block": scheme.block[0]}[scheme.scale_of]
 
         def read(start: int, stop: int) -> "torch.Tensor":
-            if scale.numel() == 1:
-                return fp8.dequantize(codes[start:stop], scale)
-            part = scale[start // FP8_BLOCK : -(-stop // FP8_BLOCK)] if by_block else scale[start:stop]
-            return fp8.dequantize(codes[start:stop], part)
+            part = scale if scale.numel() == 1 else scale[start // height : -(-stop // height)]
+            return fp8.dequantize(codes[start:stop], part, scheme.block)
 
         return read, None
 

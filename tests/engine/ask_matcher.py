@@ -20,8 +20,10 @@ from safetensors.numpy import save_file
 from vllm.model_executor.layers.quantization import auto_gptq
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.model_executor.layers.quantization.inc import INCConfig
 from vllm.model_executor.layers.quantization.modelopt import LINEAR_ALGOS, ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import configure_quant_config
 from vllm.model_executor.models import qwen3_5
@@ -31,14 +33,18 @@ CONFIGS = {
     "nvfp4": ModelOptNvFp4Config,
     "modelopt-mixed": ModelOptMixedPrecisionConfig,
     "compressed-tensors": CompressedTensorsConfig,
+    "fp8": Fp8Config,
     "auto-round": INCConfig,
     "gptq": AutoGPTQConfig,
 }
 SPLIT = ("some but not all shards", "different quantization schemes for the shards", "requires consistent quant config", "Mixed quant_algo")
-# kind, bits, group_size, symmetric, activations: as mtpress.matching.Scheme has it
+# kind, bits, group_size, symmetric, activations: as mtpress.matching.Scheme has it; of FP8 scale_of, static, block and scale_name too
+BLOCK, SCALE, SCALE_INV = [128, 128], "weight_scale", "weight_scale_inv"
 MIXED = {
-    "FP8": ["fp8", 8, -1, True, True], "NVFP4": ["nvfp4", 4, 16, True, True], "W4A16_NVFP4": ["nvfp4", 4, 16, True, False],
-    "MXFP8": ["other", 8, -1, True, False],
+    "FP8": ["fp8", 8, -1, True, True, "tensor", True, BLOCK, SCALE],
+    "FP8_PER_CHANNEL_PER_TOKEN": ["fp8", 8, -1, True, True, "channel", False, BLOCK, SCALE],
+    "FP8_PB_WO": ["fp8", 8, -1, True, True, "block", False, BLOCK, SCALE],
+    "NVFP4": ["nvfp4", 4, 16, True, True], "W4A16_NVFP4": ["nvfp4", 4, 16, True, False], "MXFP8": ["other", 8, -1, True, False],
 }  # fmt: skip
 NUMPY = {"BF16": numpy.float16, "F16": numpy.float16, "F32": numpy.float32, "U8": numpy.uint8, "I32": numpy.int32, "I64": numpy.int64}
 
@@ -66,10 +72,38 @@ def compressed_tensors(config, layer, prefix):
         return ["ignored", None]
     weights = found["weights"]
     nvfp4 = config._is_nvfp4_format(weights)
+    inputs = found["input_activations"]
+    acting = found["format"] in ("naive-quantized", "int-quantized", "float-quantized", "nvfp4-pack-quantized")
+    if acting and not nvfp4 and weights.num_bits == 8 and (config._is_fp8_w8a8(weights, inputs) or config._is_fp8_w8a16(weights, None)):
+        static = inputs is not None and not inputs.dynamic
+        return [
+            "quantized",
+            [
+                "fp8",
+                8,
+                -1,
+                True,
+                inputs is not None,
+                getattr(weights.strategy, "value", weights.strategy),
+                static,
+                weights.block_structure or BLOCK,
+                SCALE,
+            ],
+        ]
     whole = not nvfp4 and config._is_wNa16_group_channel(weights, found["input_activations"]) and found["format"] == "pack-quantized"
     size = -1 if weights.group_size is None else weights.group_size
     kind = "nvfp4" if nvfp4 else "int" if whole and weights.type == "int" else "other"
     return ["quantized", [kind, weights.num_bits, size, weights.symmetric, found["input_activations"] is not None]]
+
+
+def fp8(config, layer, prefix):
+    if not isinstance(layer, linear.LinearBase):
+        return ["ignored", None]  # lm_head: Fp8Config has no method for it
+    if is_layer_skipped(prefix, config.ignored_layers, config.packed_modules_mapping, match_mode=config.ignored_layers_match_mode):
+        return ["ignored", None]
+    block = config.weight_block_size
+    kind = ["block", False, block, SCALE_INV] if block else ["tensor", config.activation_scheme == "static", BLOCK, SCALE]
+    return ["quantized", ["fp8", 8, -1, True, True, *kind]]
 
 
 def auto_round(config, layer, prefix):
@@ -95,6 +129,7 @@ ASK = {
     "nvfp4": modelopt,
     "modelopt-mixed": modelopt_mixed,
     "compressed-tensors": compressed_tensors,
+    "fp8": fp8,
     "auto-round": auto_round,
     "gptq": gptq,
 }

@@ -25,17 +25,25 @@ BY_HAND = [
     [".*in_proj_qkv.*"], [".*in_proj_qkv$"], [".*in_proj_qkvz"], [".*qkv"], [".*qkv_proj"], [".*mtp.*"], ["^mtp"], [".*lm_head"],
 ]  # fmt: skip
 
-MIXED_ALGOS = ["FP8", "NVFP4", "W4A16_NVFP4", "MXFP8"]
+MIXED_ALGOS = ["FP8", "NVFP4", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"]
 NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group", "symmetric": True}
 INT4 = {"num_bits": 4, "type": "int", "group_size": 128, "strategy": "group", "symmetric": True}
+FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+TOKEN = FP8 | {"strategy": "token", "dynamic": True}
 GROUPS: list[dict[str, Any]] = [
     {"weights": NVFP4, "input_activations": NVFP4 | {"dynamic": "local"}, "format": "nvfp4-pack-quantized"},
     {"weights": NVFP4, "input_activations": None},
     {"weights": INT4, "input_activations": None, "format": "pack-quantized"},
     {"weights": INT4 | {"symmetric": False, "group_size": 32}},
     {"weights": {"num_bits": 8, "type": "int", "group_size": -1}, "format": "pack-quantized"},
-    {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}, "format": "float-quantized"},
+    {"weights": FP8 | {"strategy": "channel"}, "format": "float-quantized"},
+    {"weights": FP8 | {"strategy": "channel"}, "input_activations": TOKEN, "format": "float-quantized"},
+    {"weights": FP8, "input_activations": FP8 | {"strategy": "tensor"}, "format": "float-quantized"},
+    {"weights": FP8 | {"strategy": "tensor"}, "input_activations": TOKEN, "format": "naive-quantized"},
+    {"weights": FP8 | {"strategy": "block", "block_structure": [128, 128]}, "input_activations": TOKEN, "format": "float-quantized"},
+    {"weights": FP8 | {"strategy": "channel"}, "input_activations": TOKEN},
 ]
+FP8_LISTS = ("ignored_layers", "modules_to_not_convert")
 TARGETS = ["Linear", "Linear", "Linear", "ParallelLMHead", "QKVParallelLinear", "re:.*mlp.*", "re:.*Row.*", "lm_head", "re:.*self_attn.*"]
 
 
@@ -96,6 +104,24 @@ def compressed_tensors(entries: list[str], draw: random.Random, names: list[str]
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups, "ignore": sound(entries)}
 
 
+def fp8(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
+    """Whole names in most entries: nothing else counts."""
+    some = draw.sample(names, draw.randint(1, len(names))) + entries
+    content: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic", draw.choice(FP8_LISTS): some}
+    kind = draw.random()
+    if kind < 0.5:
+        content["weight_block_size"] = [128, 128]
+    elif kind < 0.7:
+        content["activation_scheme"] = "static"
+    if draw.random() < 0.1:
+        content[FP8_LISTS[0]] = []
+    if draw.random() < 0.05:
+        content["weight_block_size"] = draw.choice([[128], [128, 128, 128]])
+    if draw.random() < 0.05:
+        content["activation_scheme"] = draw.choice(["token", "static"])
+    return content
+
+
 def auto_round(entries: list[str], draw: random.Random, names: list[str]) -> dict[str, Any]:
     said = [
         {"bits": 16, "data_type": "fp"},
@@ -136,6 +162,7 @@ MAKERS = {
     "nvfp4": modelopt,
     "modelopt-mixed": modelopt_mixed,
     "compressed-tensors": compressed_tensors,
+    "fp8": fp8,
     "auto-round": auto_round,
     "gptq": gptq,
 }

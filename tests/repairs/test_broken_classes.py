@@ -33,7 +33,8 @@ NEEDS_BASE = {
     "auto-round-codes_that_lack_a_word", "auto-round-scales_in_int8",
     "auto-round-no_scales",
     "modelopt-mixed-no_weight_scale_of_fp8",
-    "modelopt-mixed-a_weight_scale_of_fp8_that_is_nan", "modelopt-mixed-a_scale_a_row",
+    "modelopt-mixed-a_weight_scale_of_fp8_that_is_nan", "fp8-no_scales_of_a_block", "fp8-scales_of_another_shape",
+    "compressed-tensors-mixed-no_scales_of_the_rows",
 }  # fmt: skip
 # What is left with one, as it may be its author's: the breaker's own weights, codes, scales and settings.
 LEFT_WITH_BASE = {
@@ -43,6 +44,7 @@ LEFT_WITH_BASE = {
     "modelopt-mixed-a_bf16_linear_among_the_entries",
 }  # fmt: skip
 DEQUANTIZED = "what the codes of the head stand for; tests/repairs/test_draft_head.py has the bits"
+CODES = "what the codes stand for; tests/repairs/test_codes_in_bf16.py has the numbers"
 # Tensors that are neither the sound checkpoint's nor the base's afterwards, and why that is right.
 OTHERWISE = {
     **dict.fromkeys((
@@ -72,11 +74,20 @@ OTHERWISE = {
     "auto-round-mtp_fc_packed_and_declared": DEQUANTIZED,
     "gptq-a_packed_mtp_fc": DEQUANTIZED,
     "gptq-a_packed_draft_layer": DEQUANTIZED,
+    "embeddings_in_nvfp4": CODES,
+    "fp8-a_draft_layer_in_fp8_that_is_spared": CODES,
+    "fp8-an_lm_head_in_fp8": CODES,
+    "fp8-embeddings_in_fp8": CODES,
+    "fp8-in_proj_ab_in_fp8": CODES,
+    "fp8-one_linear_with_a_scale_a_row": CODES,
+    "compressed-tensors-mixed-an_fp8_lm_head_by_its_bare_name": "the breaker's own codes",
+    "compressed-tensors-mixed-a_draft_layer_in_fp8_that_no_target_names": CODES,
+    "compressed-tensors-mixed-scales_of_the_rows_without_their_second_dimension": "the same numbers in another shape",
     "modelopt-mixed-a_bf16_linear_among_the_entries": "the breaker's own weights, all ones",
     "modelopt-mixed-own_input_scale_for_a_shard_of_fp8": "the scale that the engine takes",
     "modelopt-mixed-a_scale_of_fp8_in_bf16": "the scale that is stored, cast",
     "compressed-tensors-own_global_scale_for_in_proj_z": "the weights that are stored, under one global scale",
-    "compressed-tensors-fp8_declared": "the breaker's own weights",
+    "compressed-tensors-int8_declared": "the breaker's own weights",
     "compressed-tensors-int4-scales_for_groups_of_32_declared_64": "the breaker's own weights",
     "compressed-tensors-own_input_scale_for_q": "the scale that the engine takes",
     "gptq-version_two_with_zero_points_of_version_one": "the zero points of version two",

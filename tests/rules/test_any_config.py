@@ -63,7 +63,9 @@ def num_findings(path: Path, name: str, content: Any, wheres: Iterable[tuple[Any
     return found
 
 
-@pytest.mark.parametrize("kind", ["compressed-tensors", "compressed-tensors-int4", "auto-round", "gptq", "modelopt-mixed"])
+@pytest.mark.parametrize(
+    "kind", ["compressed-tensors", "compressed-tensors-int4", "auto-round", "gptq", "modelopt-mixed", "fp8", "compressed-tensors-mixed"]
+)
 def test_no_quantization_config_is_too_odd(kind: str, small_formats: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(small_formats[kind], tmp_path / "odd"))
     content = json.loads((path / "config.json").read_text())

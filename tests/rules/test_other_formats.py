@@ -13,6 +13,7 @@ from checkpoints import PREFIX, Edit, pack_int4
 from mtpress.rules.rule import Finding
 from mtpress.stages.check import CheckResult, check
 
+INT8 = {"num_bits": 8, "type": "int"}
 MLP = [f"{PREFIX}layers.{i}.mlp.{name}" for i in range(4) for name in ("gate_proj", "up_proj", "down_proj")]
 
 
@@ -88,8 +89,7 @@ def test_tied_embeddings_need_no_lm_head(bf16: Edit) -> None:
     ("quantization", "title"),
     [
         ({"quant_method": "awq", "bits": 4, "group_size": 32}, "AWQ"),
-        ({"quant_method": "fp8"}, "FP8"),
-        ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, "modelopt FP8"),
+        ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "modelopt FP8"),
         (
             {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {MLP[0]: {"quant_algo": "MXFP8"}}},
             "modelopt mixed precision",
@@ -99,8 +99,10 @@ def test_tied_embeddings_need_no_lm_head(bf16: Edit) -> None:
         (
             {
                 "quant_method": "compressed-tensors",
-                "format": "float-quantized",
-                "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
+                "format": "int-quantized",
+                "config_groups": {
+                    "g": {"targets": ["Linear"], "weights": INT8 | {"strategy": "channel"}, "input_activations": INT8 | {"dynamic": True}}
+                },
             },
             "compressed-tensors",
         ),
@@ -142,7 +144,8 @@ def test_compressed_tensors_declared_as_modelopt(small_formats: dict[str, Path],
 TITLES = {
     "compressed-tensors": "compressed-tensors NVFP4 (W4A4)", "compressed-tensors-w4a16": "compressed-tensors NVFP4 (W4A16)",
     "compressed-tensors-int4": "compressed-tensors INT4 g32", "auto-round": "AutoRound INT4 g32", "gptq": "GPTQ INT4 g32",
-    "modelopt-mixed": "modelopt mixed precision (FP8, NVFP4 W4A4)",
+    "modelopt-mixed": "modelopt mixed precision (FP8, NVFP4 W4A4)", "fp8": "FP8 in blocks of 32×32",
+    "compressed-tensors-mixed": "compressed-tensors NVFP4 (W4A4) and FP8 by row",
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ class Body:
         """Whether the engine quantizes what this module reads: what the config says, else whether a scale for it is stored."""
         scheme = self.subject.schemes.get(module)
         suffix = INPUT_SCALES.get(self.subject.form(module))
-        if scheme is not None and scheme.kind == "nvfp4":
+        if scheme is not None and scheme.kind in ("nvfp4", "fp8"):
             return scheme.activations
         return suffix is None or suffix in self.subject.modules[module]
 

@@ -7,14 +7,15 @@ multiplies with, and what it does to its input. Leaves out: which module is stor
                   NVFP4 under input_scale (formats/nvfp4.py). vLLM 0.32, utils/nvfp4_emulation_utils.py
     NVFP4 W4A16   the same weight, inputs as they are
     INT4 W4A16    weight: (code − zero point) · scale, scale and product in the dtype of the activations, as vLLM keeps them
-    FP8           inputs and weights in E4M3, their product times both scales. Input scale static, or per token where none is stored
+    FP8           inputs and weights in E4M3, their product times both scales, of weights one a tensor or a row. Input scale static, or
+                  per token where none is stored. Where the config leaves activations in 16 bits, weights are dequantized
     FP8 in blocks weights with a scale for 128×128 of them, inputs for 128 of a token, dynamic; products and sums in float32
 
 Fused linears (q, k and v; gate and up; …) have one scale for all in vLLM: the largest stored weight_scale_2 and input_scale, or
 of compressed-tensors' reciprocals the largest too (modelopt.py, compressed_tensors_w4a4_nvfp4.py). So do they here.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtpress.checkpoint import TensorInfo
-from mtpress.formats import int4, nvfp4
+from mtpress.formats import fp8, int4, nvfp4
 from mtpress.formats.fp8 import to_e4m3
 from mtpress.rules.stored import (
     GLOBAL_SCALE,
@@ -169,6 +170,8 @@ def _compressed_int4(parts: Parts, group: Sequence[Parts], activations: bool, dt
 
 def _fp8(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
     weight, scale = parts[WEIGHT], parts[SCALE].float()
+    if not activations:  # each shard of a fused linear keeps its own scale
+        return EmulatedLinear(fp8.to_bf16(weight, scale)[0].to(dtype))
     if scale.numel() == 1 and len(group) > 1:  # vLLM rounds fused matrices again, under the largest of their scales
         shared = _largest(group, SCALE)
         if any(bool(member[SCALE].float().max() != shared) for member in group):
@@ -178,14 +181,17 @@ def _fp8(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.d
     static = _largest(group, INPUT_SCALE) if INPUT_SCALE in parts else None
 
     def rounding(x: Tensor) -> tuple[Tensor, Tensor]:
-        step = static if static is not None else (x.float().abs().amax(-1, keepdim=True) / nvfp4.E4M3_MAX).clamp(min=1e-12)
+        step = static if static is not None else (x.float().abs().amax(-1, keepdim=True) / nvfp4.E4M3_MAX).clamp(min=FP8_LEAST_SCALE)
         return to_e4m3(x, step).to(dtype), step  # E4M3 has no more bits than dtype
 
     return EmulatedLinear(weight.to(dtype), rounding, output_scale)
 
 
 def _block_fp8(parts: Parts, group: Sequence[Parts], activations: bool, dtype: torch.dtype) -> EmulatedLinear:
-    return BlockFP8Linear(parts[WEIGHT], parts[SCALE_INV].float())
+    weight, stored = parts[WEIGHT], parts.get(SCALE_INV, parts.get(SCALE))
+    assert stored is not None
+    scales = stored.float().reshape(-(-len(weight) // FP8_BLOCK), -1)
+    return BlockFP8Linear(weight, scales) if activations else EmulatedLinear(fp8.to_bf16(weight, scales)[0].to(dtype))
 
 
 def _no_nvfp4(codes: str, shared: str) -> Callable[[Mapping[str, TensorInfo], tuple[int, int]], str | None]:
@@ -230,8 +236,10 @@ def _no_block_fp8(infos: Mapping[str, TensorInfo], shape: tuple[int, int]) -> st
     n, k = shape
     if problem := _no_e4m3(infos[WEIGHT], shape):
         return problem
-    if k % FP8_BLOCK or infos[SCALE_INV].shape != (-(-n // FP8_BLOCK), k // FP8_BLOCK):
-        return f"its weight_scale_inv {list(infos[SCALE_INV].shape)} is not of blocks of {FP8_BLOCK}×{FP8_BLOCK} of a matrix {[n, k]}"
+    name = SCALE_INV if SCALE_INV in infos else SCALE
+    rows, columns = -(-n // FP8_BLOCK), k // FP8_BLOCK
+    if k % FP8_BLOCK or infos[name].shape not in ((rows, columns), (rows, 1, columns, 1)):
+        return f"its {name} {list(infos[name].shape)} is not of blocks of {FP8_BLOCK}×{FP8_BLOCK} of a matrix {[n, k]}"
     return None
 
 
@@ -242,12 +250,23 @@ EMULATIONS: dict[Form, Emulation] = {
     "pack-quantized": Emulation((WEIGHT_PACKED, SCALE), _compressed_int4, _no_compressed_int4),
     "fp8": Emulation((WEIGHT, SCALE), _fp8, _no_fp8),
 }
-BLOCK_FP8 = Emulation((WEIGHT, SCALE_INV), _block_fp8, _no_block_fp8)
+BLOCK_FP8 = Emulation((WEIGHT,), _block_fp8, _no_block_fp8)
 
 
-def emulation_of(form: Form, stored: Collection[str]) -> Emulation | None:
-    """What emulates a module of this form that has these tensors; None for 16-bit numbers and what is not emulated."""
-    return BLOCK_FP8 if form == "fp8" and SCALE_INV in stored else EMULATIONS.get(form)
+def emulation_of(form: Form, stored: Mapping[str, TensorInfo] | Parts) -> Emulation | None:
+    """What emulates a module of this form that has these tensors; None for 16-bit numbers and what is not emulated.
+
+    Blocks have weight_scale_inv or, in compressed-tensors' and modelopt's layouts, a weight_scale of two sizes that are not 1.
+    """
+    if form != "fp8":
+        return EMULATIONS.get(form)
+    scale = stored.get(SCALE)
+    in_blocks = SCALE_INV in stored or (scale is not None and WEIGHT in stored and len(scale.shape) > 1 and not _by_row(stored))
+    return BLOCK_FP8 if in_blocks else EMULATIONS[form]
+
+
+def _by_row(stored: Mapping[str, TensorInfo] | Parts) -> bool:
+    return tuple(stored[SCALE].shape) in ((1, 1), (stored[WEIGHT].shape[0], 1))
 
 
 INPUT_SCALES: dict[Form, str] = {"nvfp4": INPUT_SCALE, "nvfp4-pack-quantized": INPUT_GLOBAL_SCALE}

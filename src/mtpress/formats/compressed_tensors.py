@@ -28,6 +28,13 @@ OF_MODELOPT = {nvfp4.WEIGHT: WEIGHT, nvfp4.SCALE: SCALE, nvfp4.SCALE_2: GLOBAL_S
 RECIPROCAL = (nvfp4.SCALE_2, nvfp4.INPUT_SCALE)
 
 FORMAT = "nvfp4-pack-quantized"
+MIXED = "mixed-precision"
+NVFP4: dict[str, Any] = {
+    "actorder": None, "block_structure": None, "dynamic": False, "group_size": nvfp4.GROUP_SIZE, "num_bits": 4, "observer": None,
+    "observer_kwargs": {}, "scale_dtype": "torch.float8_e4m3fn", "strategy": "tensor_group", "symmetric": True, "type": "float",
+    "zp_dtype": None,
+}  # fmt: skip
+FP8: dict[str, Any] = {**NVFP4, "group_size": None, "num_bits": 8, "scale_dtype": None, "strategy": "tensor"}
 VERSION = "0.19.0"  # whose config this is
 # "Linear" is held against class names. vLLM's lm_head is a ParallelLMHead, so a quantized one must be named.
 LM_HEAD_TARGET = r"re:.*lm_head$"
@@ -52,25 +59,47 @@ def quantization_config(
     ignore: full names of modules in 16 bits; a name is compared, not searched. weight_only: activations stay in 16 bits.
     lm_head: it is quantized too.
     """
-    number: dict[str, Any] = {
-        "actorder": None, "block_structure": None, "dynamic": False, "group_size": nvfp4.GROUP_SIZE, "num_bits": 4, "observer": None,
-        "observer_kwargs": {}, "scale_dtype": "torch.float8_e4m3fn", "strategy": "tensor_group", "symmetric": True, "type": "float",
-        "zp_dtype": None,
+    targets = ["Linear", *([LM_HEAD_TARGET] if lm_head else [])]
+    return grouped_config([nvfp4_group(targets, weight_only=weight_only)], ignore, dict(FP8) if kv_cache_fp8 else None)
+
+
+def nvfp4_group(targets: Sequence[str], *, weight_only: bool = False) -> dict[str, Any]:
+    """The config group of NVFP4 linears."""
+    inputs = None if weight_only else {**NVFP4, "dynamic": "local", "observer": "static_minmax"}
+    return _group(FORMAT, targets, dict(NVFP4), inputs)
+
+
+def fp8_group(targets: Sequence[str], strategy: str, *, static: bool = False, block: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The config group of FP8 linears. strategy: tensor, channel or block; static: the scale of their activations is stored, else
+    vLLM makes one a token or, of blocks, one for each block of a token."""
+    weights: dict[str, Any] = {**FP8, "strategy": strategy, "block_structure": list(block) if block is not None else None}
+    inputs = dict(FP8) if static else {**FP8, "dynamic": True, "strategy": "token"}
+    if block is not None:
+        inputs |= {"strategy": "group", "group_size": block[1]}
+    return _group("float-quantized", targets, weights, inputs)
+
+
+def int_group(targets: Sequence[str], bits: int, group_size: int, *, symmetric: bool = True) -> dict[str, Any]:
+    """The config group of integer linears whose activations stay in 16 bits."""
+    weights = {
+        "num_bits": bits, "type": "int", "group_size": group_size, "strategy": "group", "symmetric": symmetric, "dynamic": False,
     }  # fmt: skip
-    kv_cache = {**number, "group_size": None, "num_bits": 8, "scale_dtype": None, "strategy": "tensor"}
-    group = {
-        "format": FORMAT,
-        "input_activations": None if weight_only else {**number, "dynamic": "local", "observer": "static_minmax"},
-        "output_activations": None,
-        "targets": ["Linear", *([LM_HEAD_TARGET] if lm_head else [])],
-        "weights": number,
-    }
+    return {"targets": list(targets), "weights": weights, "input_activations": None, "format": "pack-quantized"}
+
+
+def _group(layout: str, targets: Sequence[str], weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"format": layout, "input_activations": inputs, "output_activations": None, "targets": list(targets), "weights": weights}
+
+
+def grouped_config(groups: Sequence[Mapping[str, Any]], ignore: Sequence[str], kv_cache_scheme: Any = None) -> dict[str, Any]:
+    """quantization_config of several groups: mixed-precision where they are of several layouts."""
+    layouts = list(dict.fromkeys(group["format"] for group in groups))
     return {
-        "config_groups": {"group_0": group},
-        "format": FORMAT,
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "format": layouts[0] if len(layouts) == 1 else MIXED,
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": kv_cache if kv_cache_fp8 else None,
+        "kv_cache_scheme": kv_cache_scheme,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "sparsity_config": {},

@@ -9,6 +9,8 @@ Arithmetic, bit for bit modelopt 0.47 (torch/export/quant_utils.py, to_quantized
     code  = E4M3(BF16(w / scale)): the quotient of a BF16 matrix and a scalar is BF16 in PyTorch, so it is rounded twice
 """
 
+from collections.abc import Iterator
+
 import torch
 
 E4M3_MAX = 448.0
@@ -62,20 +64,23 @@ def to_bf16(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = B
     """dequantize() rounded to BF16, and whether no number was rounded: E4M3 has 4 significant bits and BF16 has 8, so a scale of
     4 (1, 0.5, 0.375, …) always fits, and float32 has taken every product of a BF16 scale exactly. Some rows at a time.
     """
-    made = torch.empty(codes.shape, dtype=torch.bfloat16)
+    made = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    exact = True
+    for rows, part, scales in pieces(codes, scale, block):
+        product = dequantize(part, scales, block)
+        made[rows] = product
+        exact = exact and bool((made[rows].float() == product).all())
+    return made, exact
+
+
+def pieces(codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = BLOCK) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Some rows at a time, none of a block alone: which rows, their codes, and the scales of these."""
     by_row = scale.numel() > 1 and scale.shape[0] == len(codes)
     step = block[0] * max(1, ROWS_BYTES // (4 * block[0] * codes.shape[1]))
-    exact = True
     for start in range(0, len(codes), step):
-        part = codes[start : start + step]
-        if by_row:
-            scales = scale[start : start + len(part)]
-        else:
-            scales = scale if scale.numel() == 1 else scale[start // block[0] : -(-(start + len(part)) // block[0])]
-        product = dequantize(part, scales, block)
-        made[start : start + step] = product
-        exact = exact and bool((made[start : start + step].float() == product).all())
-    return made, exact
+        rows = slice(start, min(start + step, len(codes)))
+        own = rows if by_row else slice(start // block[0], -(-rows.stop // block[0]))
+        yield rows, codes[rows], scale if scale.numel() == 1 else scale[own]
 
 
 def to_e4m3(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -13,18 +13,21 @@ from typing import Any
 
 GROUP_SIZE = 16
 MIXED = "MIXED_PRECISION"
-ALGOS = {"nvfp4": "NVFP4", "nvfp4_w4a16": "W4A16_NVFP4", "fp8": "FP8"}
+ALGOS = {
+    "nvfp4": "NVFP4", "nvfp4_w4a16": "W4A16_NVFP4", "fp8": "FP8", "fp8_by_row": "FP8_PER_CHANNEL_PER_TOKEN", "fp8_in_blocks": "FP8_PB_WO",
+}  # fmt: skip
+NVFP4 = ("nvfp4", "nvfp4_w4a16")
 
 
 def layer(name: str) -> dict[str, Any]:
     """The entry of `quantized_layers` for a module of a format."""
-    return {"quant_algo": ALGOS[name]} | ({"group_size": GROUP_SIZE} if name != "fp8" else {})
+    return {"quant_algo": ALGOS[name]} | ({"group_size": GROUP_SIZE} if name in NVFP4 else {})
 
 
 def group(name: str) -> dict[str, Any]:
     """The config group of a format, without its targets."""
     number: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    if name != "fp8":
+    if name in NVFP4:
         number = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP_SIZE}
     return ({} if name == "nvfp4_w4a16" else {"input_activations": dict(number)}) | {"weights": number}
 

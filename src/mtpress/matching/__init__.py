@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from mtpress.matching.auto_round import LayerConfig
 from mtpress.matching.compressed_tensors import ConfigGroups
+from mtpress.matching.fp8 import ModulesToNotConvert
 from mtpress.matching.gptq import ModuleList
 from mtpress.matching.matcher import Matcher, Scheme, Verdict
-from mtpress.matching.modelopt import FP8, NVFP4, W4A16, IgnoreList, QuantizedLayers
+from mtpress.matching.modelopt import FP8_ALGOS, NVFP4, W4A16, IgnoreList, QuantizedLayers
 
 if TYPE_CHECKING:
     from mtpress.rules.declaration import Declaration
@@ -28,12 +29,14 @@ def matcher_of(declared: "Declaration", architecture: str, dtypes: Mapping[str, 
         return IgnoreList(declared.ignore, architecture, W4A16 if declared.weight_only else NVFP4)
     if declared.format == "modelopt-mixed":
         return QuantizedLayers(declared.inner.get("quantized_layers"), declared.ignore, architecture)
-    if declared.format == "modelopt-fp8" and declared.algo == "FP8":
-        return IgnoreList(declared.ignore, architecture, FP8)
+    if declared.format == "modelopt-fp8" and declared.algo in FP8_ALGOS:
+        return IgnoreList(declared.ignore, architecture, FP8_ALGOS[declared.algo])
     if declared.format == "compressed-tensors":
         return ConfigGroups(declared.content, architecture)
     if declared.format == "auto-round":
         return LayerConfig(declared.content, architecture)
+    if declared.format == "fp8":
+        return ModulesToNotConvert(declared.content, architecture)
     if declared.format == "gptq":
         return ModuleList(declared.content, architecture, dtypes)
     return None

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mtpress.matching import expressions
-from mtpress.matching.matcher import Scheme, Verdict
+from mtpress.matching.matcher import FP8_BLOCK, Scheme, Verdict
 from mtpress.matching.names import every_name, rename, shards_of
 from mtpress.models.qwen3_5_engine import RENAMES, EngineLinear, layer_class, packed
 
@@ -42,7 +42,8 @@ def scheme_of(group: Mapping[str, Any], layout: Any) -> Scheme:
     weights = weights if isinstance(weights, Mapping) else {}
     size, bits = weights.get("group_size"), weights.get("num_bits", 8)
     size, bits = (value if type(value) is int else None for value in (size, bits))
-    strategy = weights.get("strategy") or ("tensor" if size is None else "group" if size > 0 else "channel")
+    implied = "block" if weights.get("block_structure") else "tensor" if size is None else "group" if size > 0 else "channel"
+    strategy = weights.get("strategy") or implied
     symmetric, kind = weights.get("symmetric", True) is True, weights.get("type", "int")
     said = Scheme("other", bits or 0, size or -1, symmetric, bool(inputs))
     if kind == "float" and (bits, size, strategy, symmetric) == (4, 16, "tensor_group", True):
@@ -50,7 +51,27 @@ def scheme_of(group: Mapping[str, Any], layout: Any) -> Scheme:
     whole = (group.get("format") if group.get("format") is not None else layout) == PACK_QUANTIZED and strategy in ("group", "channel")
     if kind == "int" and whole and not inputs and bits and not weights.get("dynamic"):
         return Scheme("int", bits, said.group_size, symmetric)
+    if kind == "float" and bits == 8 and symmetric and not weights.get("dynamic"):
+        return _fp8_scheme(group, layout, weights, strategy) or said
     return said
+
+
+def _fp8_scheme(group: Mapping[str, Any], layout: Any, weights: Mapping[str, Any], strategy: Any) -> Scheme | None:
+    """FP8 as vLLM has a scheme for it: E4M3 under a scale a tensor, row or block; None for what it refuses."""
+    inputs, block = group.get("input_activations"), weights.get("block_structure")
+    if (group.get("format") if group.get("format") is not None else layout) not in WITH_ACTIVATIONS:
+        return None
+    size = (block[0], block[1]) if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block) else None
+    if strategy not in ("tensor", "channel", "block") or (strategy == "block") != (size is not None):
+        return None
+    static = False
+    if inputs:
+        if not isinstance(inputs, Mapping) or inputs.get("type", "int") != "float" or inputs.get("num_bits", 8) != 8:
+            return None
+        static = not inputs.get("dynamic")
+        if static and (inputs.get("strategy", "tensor") != "tensor" or inputs.get("symmetric", True) is not True or strategy == "block"):
+            return None
+    return Scheme("fp8", 8, -1, True, bool(inputs), strategy, static, size or FP8_BLOCK)
 
 
 class ConfigGroups:

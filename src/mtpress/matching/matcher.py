@@ -10,6 +10,10 @@ from typing import Literal, Protocol
 
 from mtpress.models.qwen3_5_engine import EngineLinear
 
+ScaleOf = Literal["tensor", "channel", "block"]
+FP8_BLOCK = (128, 128)
+SCALE, SCALE_INV = "weight_scale", "weight_scale_inv"  # of FP8; quant_method fp8 has the second for blocks, and means the same by it
+
 # "split" is the engine's refusal of a fused linear of which the config names some shards and not the others.
 Verdict = Literal["ignored", "quantized", "split"]
 
@@ -18,8 +22,9 @@ Verdict = Literal["ignored", "quantized", "split"]
 class Scheme:
     """How a config says a linear is stored.
 
-    bits: of one weight. group_size: along K, -1 for one group a row. activations: whether they are quantized too.
-    "fp8" is modelopt's: one static scale a tensor. "other" is whatever mtpress does not check: other FP8, MXFP4 and the like.
+    bits: of one weight. group_size: along K, -1 for one group a row. activations: whether they are quantized too. "other" is
+    whatever mtpress does not check: MXFP4, INT8 and the like. Of FP8: what has a scale of its own (the tensor, each row, each
+    block), the name of that scale, and whether the scale of activations is stored (static) or made by the engine.
     """
 
     kind: Literal["nvfp4", "fp8", "int", "other"]
@@ -27,6 +32,10 @@ class Scheme:
     group_size: int
     symmetric: bool = True
     activations: bool = False
+    scale_of: ScaleOf = "tensor"
+    static: bool = False
+    block: tuple[int, int] = FP8_BLOCK
+    scale_name: str = SCALE
 
 
 class Matcher(Protocol):

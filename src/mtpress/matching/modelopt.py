@@ -24,10 +24,15 @@ from mtpress.models.qwen3_5_engine import RENAMES, EngineLinear, packed
 
 WILDCARDS = frozenset("*?[")
 GROUP_SIZE = 16
-FP8 = Scheme("fp8", 8, -1, activations=True)
+FP8 = Scheme("fp8", 8, -1, activations=True, static=True)
+FP8_ALGOS = {
+    "FP8": FP8,
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme("fp8", 8, -1, activations=True, scale_of="channel"),
+    "FP8_PB_WO": Scheme("fp8", 8, -1, activations=True, scale_of="block"),
+}
 NVFP4, W4A16 = (Scheme("nvfp4", 4, GROUP_SIZE, activations=activations) for activations in (True, False))
-ALGOS = {"NVFP4": NVFP4, "W4A16_NVFP4": W4A16, "FP8": FP8}
-OTHER_ALGOS = ("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8")  # which vLLM knows and mtpress does not check
+ALGOS = {"NVFP4": NVFP4, "W4A16_NVFP4": W4A16, **FP8_ALGOS}
+OTHER_ALGOS = ("MXFP8",)  # which vLLM knows and mtpress does not check
 
 
 def split_star(entry: str) -> tuple[str, ...]:

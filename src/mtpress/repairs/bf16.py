@@ -4,7 +4,7 @@ In: a `Context` and modules that cannot stay quantized. Out: BF16 matrices in th
 them with. Leaves out: why they cannot stay.
 
 Codes whose scales are sound are their author's work, so they are never replaced by a base's: dequantized in float32 and rounded to BF16
-they keep their values to 2⁻⁹. That is how a published AutoRound build of Qwen3.6-27B brought mtp.fc back.
+they keep their values to 2⁻⁸. That is how a published AutoRound build of Qwen3.6-27B brought mtp.fc back.
 """
 
 import math
@@ -98,6 +98,12 @@ class Dequantized:
         for start, stop in self.matrix.pieces():
             made[start:stop] = rows(start, stop)
         return made
+
+
+def is_bf16(matrix: StoredMatrix) -> bool:
+    """Whether BF16 holds every number of a stored matrix; reads it."""
+    rows, _ = matrix.load()
+    return all(bool((piece.bfloat16().float() == piece).all()) for piece in (rows(*bounds) for bounds in matrix.pieces()))
 
 
 def group_of(subject: Subject, module: str) -> tuple[str, ...]:

@@ -15,11 +15,13 @@ from mtpress.kept_modules import spare
 from mtpress.matching.modelopt import GROUP_SIZE
 from mtpress.repairs.base_files import LARGEST_SHARE
 from mtpress.repairs.bf16 import in_bf16
+from mtpress.repairs.compressed_groups import grouped_content
+from mtpress.repairs.fp8_declaration import fp8_content, unloadable_lm_head
 from mtpress.repairs.mixed_precision import declare_mixed, stored_formats
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn
 from mtpress.rules import ignore_lists, stored
 from mtpress.rules.declaration import NVFP4_ALGOS, Declaration
-from mtpress.rules.quantization import BACKENDS, PACKING_FORMATS
+from mtpress.rules.quantization import BACKENDS, PACKING_FORMATS, format_differs
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES, QWEIGHT, WEIGHT_PACKED, ZERO_POINT, Form
 from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
@@ -40,20 +42,28 @@ def declare(ctx: Context) -> Iterator[Fix | Left]:
         yield from _undeclare(ctx)
         return
     if (formats := stored_formats(subject)) is not None:
-        fp8_kv = subject.declared is not None and _kv_cache(subject, subject.declared) == "fp8"
-        yield declare_mixed(ctx, subject.model.kept_modules(subject.tensors, _prefix(subject)), formats, fp8_kv)
+        kv = _kv_cache(subject, subject.declared) if subject.declared is not None else "auto"
+        yield declare_mixed(ctx, subject.model.kept_modules(subject.tensors, _prefix(subject)), formats, kv, _hf_kv_cache(subject, kv))
         return
-    if len(forms) > 1 or not forms <= DECLARED_AS.keys():
-        titles = ", ".join(sorted(stored.TITLES[form] for form in forms))
-        yield Left(f"modules are stored as {titles}, which no one config can declare", QUANTIZE_AGAIN)
-        return
-    form = forms.pop()
+    if "fp8" in forms or len(forms) > 1:
+        yield from unloadable_lm_head(ctx)
+        subject = ctx.subject
     kept = subject.model.kept_modules(subject.tensors, _prefix(subject))
-    try:
-        content = _content(ctx, form, kept)
-    except InputError as error:
-        yield Left(str(error), "restore config.json: mtpress repair CKPT OUT --base SRC")
-        return
+    if len(forms) == 1 and forms <= DECLARED_AS.keys():
+        form = next(iter(forms))
+        try:
+            content = _content(ctx, form, kept)
+        except InputError as error:
+            yield Left(str(error), "restore config.json: mtpress repair CKPT OUT --base SRC")
+            return
+    else:
+        form = "fp8"
+        found = fp8_content(subject, kept) or grouped_content(ctx, kept, lambda content: _holds_each(ctx, content))
+        if found is None:
+            titles = ", ".join(sorted(stored.TITLES[form] for form in forms))
+            yield Left(f"modules are stored as {titles}, which no one config can declare", QUANTIZE_AGAIN)
+            return
+        content = found
     config = copy.deepcopy(ctx.overlay.config)
     config["quantization_config"] = content
     if isinstance(config.get("text_config"), dict):
@@ -70,7 +80,17 @@ def declare(ctx: Context) -> Iterator[Fix | Left]:
         ctx.overlay.write_json(QUANTIZATION_CONFIG, content)
         written.append(QUANTIZATION_CONFIG)
     names = count(len(kept), "module")
-    yield Fix(f"{' and '.join(written)} written anew from what is stored: {stored.TITLES[form]}, {names} named as BF16{dropped}")
+    what = Declaration("config.json", content).title if form == "fp8" else stored.TITLES[form]
+    yield Fix(f"{' and '.join(written)} written anew from what is stored: {what}, {names} named as BF16{dropped}")
+
+
+def is_declarable(ctx: Context) -> bool:
+    """Whether a declaration stands for all that is stored, as it is."""
+    subject = ctx.subject
+    forms = {subject.form(module) for module in subject.quantized}
+    if (len(forms) == 1 and forms <= DECLARED_AS.keys()) or stored_formats(subject) is not None:
+        return True
+    return fp8_content(subject, []) is not None or grouped_content(ctx, [], lambda content: False) is not None
 
 
 def _prefix(subject: Subject) -> str:
@@ -120,6 +140,12 @@ def _holds(ctx: Context, content: dict[str, Any]) -> bool:
     """Whether no rule on lists or layouts finds fault with a declaration; else too little of it can be used."""
     subject = ctx.overlay.subject_with(ctx.overlay.config | {"quantization_config": content})
     return subject.covered and not any(True for rule in ignore_lists.RULES for _ in rule.find(subject))
+
+
+def _holds_each(ctx: Context, content: dict[str, Any]) -> bool:
+    """_holds(), and whether every module is stored as its group says."""
+    subject = ctx.overlay.subject_with(ctx.overlay.config | {"quantization_config": content})
+    return _holds(ctx, content) and not any(True for _ in format_differs(subject))
 
 
 def _mended(subject: Subject, content: dict[str, Any]) -> dict[str, Any]:
@@ -241,23 +267,31 @@ def _hf_content(subject: Subject, declared: Declaration, kept: list[str]) -> dic
     """hf_quant_config.json of what config.json declares."""
     from mtpress.formats import nvfp4
 
-    content = nvfp4.hf_quant_config(kept, declared.kv_cache == "fp8")
+    kv = _hf_kv_cache(subject, declared.kv_cache)
+    content = nvfp4.hf_quant_config(kept, kv == "fp8")
     old = subject.hf_declared
     producer = old.content.get("producer") if old is not None else None
     if isinstance(producer, Mapping) and producer.get("name") == "modelopt":
         content["producer"] = dict(producer)
     content["quantization"]["quant_algo"] = declared.algo
-    if declared.kv_cache == "nvfp4":
+    if kv == "nvfp4":
         content["quantization"]["kv_cache_quant_algo"] = "NVFP4"
     return content
 
 
+def _hf_kv_cache(subject: Subject, kv: str) -> str:
+    """The KV cache of hf_quant_config.json: that of config.json or, where that says nothing, what the file itself says: engines that
+    read it alone go by it."""
+    beside = subject.hf_declared.kv_cache if subject.hf_declared is not None else "auto"
+    return beside if kv == "auto" and beside in ("fp8", "nvfp4") else kv
+
+
 def _from_scratch(ctx: Context, form: Form, kept: list[str]) -> dict[str, Any]:
     """The declaration of a format other than modelopt's where what is declared cannot be used; sizes are those of what is stored."""
+    from mtpress.formats import compressed_tensors
+
     subject = ctx.subject
     if form == "nvfp4-pack-quantized":
-        from mtpress.formats import compressed_tensors
-
         weight_only = not any(name.endswith(f".{INPUT_GLOBAL_SCALE}") for name in subject.tensors)
         return compressed_tensors.quantization_config(kept, weight_only=weight_only, lm_head="lm_head" in subject.quantized)
     bits = {found for module in subject.quantized if (found := stored_bits(subject, module)) is not None}
@@ -267,11 +301,7 @@ def _from_scratch(ctx: Context, form: Form, kept: list[str]) -> dict[str, Any]:
     layout: dict[str, Any] = {"bits": bits.pop(), "group_size": sizes.pop(), "sym": True}
     if form == "pack-quantized":
         symmetric = not any(name.endswith(f".{ZERO_POINT}") for name in subject.tensors)
-        weights = {
-            "num_bits": layout["bits"], "type": "int", "group_size": layout["group_size"], "strategy": "group", "symmetric": symmetric,
-            "dynamic": False,
-        }  # fmt: skip
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": form}
+        group = compressed_tensors.int_group(["Linear"], layout["bits"], layout["group_size"], symmetric=symmetric)
         return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": kept}
     if not subject.zero_words or any({word >> place & 0xF for place in range(0, 32, 4)} - {7, 8} for word in subject.zero_words.values()):
         raise InputError("nothing that can be used declares the INT4 weights, and their zero points are not the symmetric ones of 4 bits")
@@ -331,6 +361,7 @@ REPAIRS = (
     )),
     Repair("kv-cache-scheme", "FP8 where scales for it are stored; else it is taken out, which is what vLLM makes of it", written_anew,
            Turn.DECLARATION),
+    Repair("kv-cache-in-one-file", "nothing is wrong: each engine reads its own file, and the declaration stays where it is"),
     Repair("group-size", "what the scales show is declared; a module of other groups than the rest is dequantized to BF16",
            group_size, Turn.CONFIG),
     Repair("packing-format", "set to auto_round:auto_gptq where the zero points are symmetric, and they are written as it wants them",

@@ -118,6 +118,7 @@ REPAIRS = (
     Repair("mtp-quantized", "put from the base (`--base`), bit for bit; without one, and where the codes are not its head rounded, "
            "dequantized to BF16", mtp_quantized),
     Repair("mtp-rounded", "as `mtp-quantized`", mtp_quantized),
+    Repair("mtp-fp8", "nothing is wrong: vLLM drafts with it"),
     Repair("mtp-not-declared", "mtp_num_hidden_layers is set to 1", declared, Turn.CONFIG),
     Repair("mtp-layer-count", "mtp_num_hidden_layers is set to 1", declared, Turn.CONFIG),
     Repair("mtp-none", "the base's head is put in (`--base`), where it has one", mtp_none),

@@ -4,20 +4,19 @@ from collections.abc import Iterator
 
 from mtpress.models.qwen3_5 import MTP_PREFIX
 from mtpress.repairs.bf16 import in_bf16
-from mtpress.repairs.declaration import DECLARED_AS, declare
+from mtpress.repairs.declaration import declare, is_declarable
 from mtpress.repairs.draft_head import unpacked
-from mtpress.repairs.mixed_precision import stored_formats
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
 from mtpress.rules import stored
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding
 
 
 def format_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """Where all modules are in one form, or in modelopt's NVFP4 and FP8, that is declared; where some are in another, they are in BF16
+    """Where a declaration can stand for all that is stored, it is written; where some modules are in another form, they are in BF16
     again."""
     subject = ctx.subject
     forms = {subject.form(module) for module in subject.quantized}
-    if (len(forms) == 1 and forms <= DECLARED_AS.keys()) or stored_formats(subject) is not None:
+    if is_declarable(ctx):
         yield from declare(ctx)
         return
     head = [module for module in finding.where if module.startswith(MTP_PREFIX)]
@@ -32,6 +31,6 @@ def format_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 REPAIRS = (
-    Repair("format-differs", "where all modules are in one form, or in modelopt's NVFP4 and FP8, that is declared; else those of another "
-           "form are dequantized to BF16, or put from the base (`--base`)", format_differs, Turn.TENSORS),
+    Repair("format-differs", "where one declaration can stand for all that is stored, it is written; else modules of another form are "
+           "dequantized to BF16, or put from the base (`--base`)", format_differs, Turn.TENSORS),
 )  # fmt: skip

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
 from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE
 from mtpress.repairs.base_files import base_tensor
-from mtpress.repairs.bf16 import in_bf16
+from mtpress.repairs.bf16 import in_bf16, is_bf16, whole_matrix
 from mtpress.repairs.declaration import declare, stored_bits
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
 from mtpress.rules.subject import Subject
-from mtpress.rules.tensors import DTYPES
+from mtpress.rules.tensors import DTYPES, fp8_scale_shapes
 
 if TYPE_CHECKING:
     import torch
 
+BF16_BITS = 8  # of its significand
 PIECE_VALUES = 4 << 20
 IN_A_LAYER = re.compile(r"^(.*?)layers\.\d+\.(?:linear_attn|self_attn|mlp|input_layernorm|post_attention_layernorm)\.")
 
@@ -109,14 +110,24 @@ def tensor_unexpected(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def weight_dtype(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """Scales are cast where every value is a number of the right dtype too; weights come from the base."""
+    """Scales are cast where every value is a number of the right dtype too; codes where no engine reads codes (embeddings) are
+    dequantized; other weights come from the base."""
     subject = ctx.subject
+    decided = {module for linear in subject.linears for module in linear.modules}
+    codes = [m for m in map(subject.model.module_of, finding.where) if m in subject.quantized and m not in decided]
+    matrices = {module: matrix for module in codes if (matrix := whole_matrix(ctx, module)) is not None}
+    exact = ctx.may_read and all(map(is_bf16, matrices.values()))
+    made = in_bf16(ctx, matrices, damaged=False)
+    yield from made.told(ctx, ", to the last bit" if exact else f", rounded to {BF16_BITS} bits")
     cast, others = list[str](), list[str]()
     for name in finding.where:
+        if subject.model.module_of(name) in made.dequantized:
+            continue
         info, suffix = subject.tensors[name], name.rpartition(".")[2]
         known = DTYPES.get(subject.form(subject.model.module_of(name)), {}).get(suffix)
         wanted = known[0] if known else "F32" if suffix in KV_SCALES else None
-        if wanted and _is_float(wanted) == _is_float(info.dtype) and (not ctx.may_read or is_exact(info, wanted)):
+        castable = wanted not in (None, info.dtype) and not ctx.overlay.is_computed(name)
+        if castable and wanted and _is_float(wanted) == _is_float(info.dtype) and (not ctx.may_read or is_exact(info, wanted)):
             put_cast(ctx, info, wanted)
             cast.append(name)
         else:
@@ -207,7 +218,10 @@ def weight_shape(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         ctx.overlay.put_bytes(name, "I64", (2,), struct.pack("<2q", *shape))
     if alone:
         yield Fix(f"{count(len(alone), WEIGHT_SHAPE)} set to what the codes have")
-    if rest := tuple(name for name in finding.where if name not in alone):
+    turned = [name for name in finding.where if _reshaped(ctx, name)]
+    if turned:
+        yield Fix(f"{count(len(turned), 'scale')} of FP8 in the shape that the declared layout has them in, every number as it was")
+    if rest := tuple(name for name in finding.where if name not in (*alone, *turned)):
         yield from from_base(ctx, rest, f"{rest[0]} in its shape")
 
 
@@ -219,8 +233,29 @@ def _stored_vocabulary(subject: Subject) -> int | None:
     return shapes[0][0] if alike and shapes[0][0] != subject.vocab_size else None
 
 
+def _reshaped(ctx: Context, name: str) -> bool:
+    """Whether a scale of FP8 holds the numbers of the declared layout in another shape, [N] for [N, 1]; it has the right one then."""
+    module, _, suffix = name.rpartition(".")
+    shape = ctx.subject.called_for.get(f"{module}.{WEIGHT}", ())
+    if ctx.subject.form(module) != "fp8" or len(shape) != 2 or ctx.overlay.is_computed(name):
+        return False
+    wanted = fp8_scale_shapes(ctx.subject, module, *shape).get(suffix)
+    info = ctx.overlay.places[name].info
+    if wanted is None or math.prod(wanted[0]) != info.num_params:
+        return False
+    ctx.overlay.compute(name, info.dtype, wanted[0], lambda: read_tensor(info).reshape(wanted[0]))
+    return True
+
+
 def n_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     yield Left("in BF16 it would take more room and be slower on a GPU, where it is only padded", "keep it in BF16 when quantizing again")
+
+
+def blocks_across_shards(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    made = in_bf16(ctx, finding.where, damaged=False)
+    yield from made.told(ctx)
+    if made.missing:
+        yield needs_base(f"{made.missing[0]} in BF16")
 
 
 def k_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -231,11 +266,13 @@ REPAIRS = (
     Repair("body-prefix", "the tensors are renamed", body_prefix, Turn.CONFIG),
     Repair("tensor-missing", "put from the base in BF16 (`--base`), with the shards that the engine fuses it with", tensor_missing),
     Repair("tensor-unexpected", "dropped; layers that are whole are left, as then config.json is wrong", tensor_unexpected, Turn.DROPS),
-    Repair("weight-dtype", "scales are cast where no value changes; weights are put from the base (`--base`)", weight_dtype),
+    Repair("weight-dtype", "scales are cast where no value changes; quantized embeddings are dequantized to BF16; others are put from the "
+           "base (`--base`)", weight_dtype),
     Repair("weight-precision", "cast where every value is a BF16 number; else left, with what rounding changes",
            weight_precision),
-    Repair("weight-shape", "put from the base in BF16 (`--base`); vocab_size is set to the rows of embeddings and lm_head, where alike",
-           weight_shape),
+    Repair("weight-shape", "FP8 scales get the declared layout's shape; vocab_size is set to the rows of embeddings and lm_head, where "
+           "alike; others: in BF16 from the base (`--base`)", weight_shape),
+    Repair("blocks-across-shards", "the shards are dequantized to BF16, the value that their codes stand for", blocks_across_shards),
     Repair("n-not-divisible", "left: on a GPU it works", n_not_divisible),
     Repair("k-not-divisible", "put from the base in BF16 (`--base`)", k_not_divisible),
 )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mtpress.matching.compressed_tensors import scheme_of
 from mtpress.matching.matcher import Scheme
+from mtpress.matching.modelopt import FP8_ALGOS
 from mtpress.rules.stored import Form
 
 Format = Literal["nvfp4", "modelopt-fp8", "modelopt-mixed", "compressed-tensors", "auto-round", "gptq", "awq", "fp8", "unknown"]
@@ -19,8 +20,12 @@ Format = Literal["nvfp4", "modelopt-fp8", "modelopt-mixed", "compressed-tensors"
 NVFP4_ALGOS = ("NVFP4", "W4A16_NVFP4")
 MODELOPT_ALGOS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", *NVFP4_ALGOS, "MXFP8", "MIXED_PRECISION")
 # What modelopt's mixed precision can say of a module, and mtpress knows.
-LAYER_FORMS: dict[str, Form] = {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4", "FP8": "fp8"}
-LAYER_TITLES = {"NVFP4": "NVFP4 W4A4", "W4A16_NVFP4": "NVFP4 W4A16", "FP8": "FP8"}
+LAYER_FORMS: dict[str, Form] = {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4", **dict.fromkeys(FP8_ALGOS, "fp8")}
+LAYER_TITLES = {
+    "NVFP4": "NVFP4 W4A4", "W4A16_NVFP4": "NVFP4 W4A16", "FP8": "FP8", "FP8_PER_CHANNEL_PER_TOKEN": "FP8 by row",
+    "FP8_PB_WO": "FP8 in blocks",
+}  # fmt: skip
+COMPRESSED_FORMS: dict[str, Form] = {"nvfp4": "nvfp4-pack-quantized", "int": "pack-quantized", "fp8": "fp8"}  # by the kind of a scheme
 METHODS: dict[str, Format] = {
     "compressed-tensors": "compressed-tensors", "auto-round": "auto-round", "inc": "auto-round", "gptq": "gptq", "awq": "awq", "fp8": "fp8",
 }  # fmt: skip
@@ -112,12 +117,12 @@ class Declaration:
         if self.format == "nvfp4":
             return ("nvfp4",)
         if self.format == "modelopt-fp8":
-            return ("fp8",) if self.algo == "FP8" else ()
+            return ("fp8",) if self.algo in FP8_ALGOS else ()
         if self.format == "modelopt-mixed":
             known = all(algo in LAYER_FORMS for algo in self.layer_algos)
             return tuple(dict.fromkeys(LAYER_FORMS[algo] for algo in self.layer_algos)) if known else ()
         if self.format == "compressed-tensors":
-            forms: dict[str, Form] = {"nvfp4": "nvfp4-pack-quantized", "int": "pack-quantized"}
+            forms = COMPRESSED_FORMS
             if not self.groups:  # nothing is quantized then, whatever is stored
                 said = str(self.content.get("format"))
                 return tuple(form for form in forms.values() if form == said)
@@ -126,6 +131,8 @@ class Declaration:
         if self.format == "auto-round":
             integer = self.content.get("data_type", "int") == "int"
             return ("gptq",) if integer and not any("awq" in str(self.content.get(key)) for key in ("packing_format", "backend")) else ()
+        if self.format == "fp8":
+            return ("fp8",)
         return ("gptq",) if self.format == "gptq" else ()
 
     @cached_property
@@ -133,6 +140,8 @@ class Declaration:
         """Whether activations stay in 16 bits: everything but modelopt's and compressed-tensors' NVFP4 with input_activations."""
         if self.format == "compressed-tensors":
             return not any(scheme.activations for scheme in self.schemes)
+        if self.format == "fp8":
+            return False
         if self.format in ("modelopt-fp8", "modelopt-mixed"):
             return bool(self.layer_algos) and set(self.layer_algos) == {"W4A16_NVFP4"}
         silent = bool(self.groups) and all(group.get("input_activations") is None for group in self.groups)
@@ -179,16 +188,25 @@ class Declaration:
         if self.format == "nvfp4":
             return nvfp4
         if self.format == "modelopt-fp8":
-            return ""
+            return {"FP8_PER_CHANNEL_PER_TOKEN": " by row", "FP8_PB_WO": " in blocks of 128×128"}.get(self.algo, "")
+        if self.format == "fp8":
+            block = self.content.get("weight_block_size")
+            return f" in blocks of {'×'.join(map(str, block))}" if isinstance(block, list) and len(block) == 2 else ""
         if self.format == "modelopt-mixed":
             return f" ({', '.join(LAYER_TITLES[algo] for algo in self.layer_algos)})"
         if self.format == "compressed-tensors":
-            kinds = [
-                nvfp4 if scheme.kind == "nvfp4" else _int_title(scheme.bits, scheme.group_size, scheme.symmetric) for scheme in self.schemes
-            ]
-            return " and".join(dict.fromkeys(kinds))
+            return " and".join(dict.fromkeys(map(_scheme_title, self.schemes)))
         sym = self.content.get("sym", True)
         return _int_title(self.content.get("bits"), self.content.get("group_size"), sym is not False)
+
+
+def _scheme_title(scheme: Scheme) -> str:
+    if scheme.kind == "nvfp4":
+        return f" NVFP4 ({'W4A4' if scheme.activations else 'W4A16'})"
+    if scheme.kind == "fp8":
+        place = {"tensor": "", "channel": " by row", "block": f" in blocks of {scheme.block[0]}×{scheme.block[1]}"}[scheme.scale_of]
+        return f" FP8{place}{'' if scheme.activations else ' (W8A16)'}"
+    return _int_title(scheme.bits, scheme.group_size, scheme.symmetric)
 
 
 def _int_title(bits: Any, group_size: Any, symmetric: bool) -> str:

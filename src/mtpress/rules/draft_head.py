@@ -45,20 +45,32 @@ def _forms(subject: Subject, names: tuple[str, ...]) -> str:
 
 
 def _loads(subject: Subject, module: str) -> bool:
-    """Whether the engine loads a quantized module of the draft as such: the layer, where the config takes it as quantized."""
-    return module != FC and module in subject.schemes
+    """Whether the engine loads a quantized module of the draft as such: where the config takes it as quantized, mtp.fc in FP8 alone."""
+    return module in subject.schemes and (module != FC or (subject.form(module) == "fp8" and not _fc_is_spared(subject)))
+
+
+def _head(subject: Subject, *, loads: bool) -> tuple[str, ...]:
+    """The quantized modules of the head that the engine loads as such, or those that it does not."""
+    head = (module for module in subject.quantized if module.startswith(subject.model.MTP_PREFIX))
+    return tuple(module for module in head if (subject.covered and _loads(subject, module)) == loads)
 
 
 def mtp_quantized(subject: Subject) -> Iterator[Problem]:
-    names = tuple(m for m in subject.quantized if m.startswith(subject.model.MTP_PREFIX) and not (subject.covered and _loads(subject, m)))
+    names = _head(subject, loads=False)
     if names:
         yield Problem(f"{count(len(names), 'module')} of the draft head stored as {_forms(subject, names)}, not BF16", names)
 
 
 def mtp_rounded(subject: Subject) -> Iterator[Problem]:
-    names = tuple(m for m in subject.quantized if m.startswith(subject.model.MTP_PREFIX) and subject.covered and _loads(subject, m))
+    names = tuple(module for module in _head(subject, loads=True) if subject.form(module) != "fp8")
     if names:
         yield Problem(f"{count(len(names), 'module')} of the draft layer stored as {_forms(subject, names)}, not BF16", names)
+
+
+def mtp_fp8(subject: Subject) -> Iterator[Problem]:
+    names = tuple(module for module in _head(subject, loads=True) if subject.form(module) == "fp8")
+    if names:
+        yield Problem(f"{count(len(names), 'module')} of the draft head stored as FP8, as the config says", names)
 
 
 def _draft_quantized(subject: Subject) -> Iterator[EngineLinear]:
@@ -139,8 +151,8 @@ RULES = (
         "mtp-quantized",
         "error",
         "mtp.fc is quantized, or the draft layer is and the config takes it as BF16. The draft does not load. A packed mtp.fc vLLM 0.32 "
-        "loads where a config other than modelopt's takes it as quantized; older builds pass over it and accept nothing.",
-        GRAFT + "; without the base, mtpress repair CKPT OUT dequantizes INT4",
+        "loads where a config other than modelopt's takes it as quantized; older builds pass over it and accept nothing (FP8 excepted).",
+        GRAFT + "; without the base, mtpress repair CKPT OUT dequantizes it",
         mtp_quantized,
     ),
     Rule(
@@ -150,6 +162,13 @@ RULES = (
         "tokens are accepted than in BF16.",
         GRAFT,
         mtp_rounded,
+    ),
+    Rule(
+        "mtp-fp8",
+        "note",
+        "The draft head is stored in FP8, as Qwen's own FP8 releases store it, and the config says so: vLLM drafts with it.",
+        "nothing needs to be done; in BF16 it is as " + GRAFT + " takes it from the BF16 release",
+        mtp_fp8,
     ),
     Rule(
         "mtp-not-ignored",

@@ -102,7 +102,16 @@ def ignore_too_much(subject: Subject) -> Iterator[Problem]:
     )
     if names:
         forms = ", ".join(sorted({stored.TITLES[subject.form(module)] for module in names}))
-        yield Problem(f"{count(len(names), 'module')} in {forms} that the engine takes as BF16", names)
+        yield Problem(f"{count(len(names), 'module')} in {forms} that the engine takes as BF16{_bare_lm_head(subject, names)}", names)
+
+
+def _bare_lm_head(subject: Subject, names: tuple[str, ...]) -> str:
+    """What is wrong with a target that people write, and that transformers matches."""
+    declared = subject.declared
+    if "lm_head" not in names or declared is None or declared.format != "compressed-tensors":
+        return ""
+    targets = [target for group in declared.groups if isinstance(said := group.get("targets"), list) for target in said]
+    return "; the target 'lm_head' is not vLLM's name of it, 're:.*lm_head$' matches" if "lm_head" in targets else ""
 
 
 def ignore_matches_nothing(subject: Subject) -> Iterator[Problem]:

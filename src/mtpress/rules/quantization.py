@@ -20,6 +20,7 @@ METHODS = (
 PACKING_FORMATS = ("auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:fp8", "auto_round:llm_compressor")
 BACKENDS = ("auto", "gptq", "gptq:marlin", "awq", "awq:marlin", "marlin")
 GPTQ_BITS, GPTQ_GROUP_SIZES = (4, 8), (-1, 32, 64, 128)
+SCALED_BY = {"tensor": "tensor", "channel": "row", "block": "block"}
 KINDS: dict[Form, str] = {"nvfp4": "nvfp4", "fp8": "fp8", "nvfp4-pack-quantized": "nvfp4", "pack-quantized": "int"}
 
 
@@ -122,11 +123,16 @@ def format_differs(subject: Subject) -> Iterator[Problem]:
 
     def other(module: str) -> bool:
         form, scheme = subject.form(module), subject.schemes.get(module)
+        if subject.model.component(f"{module}.weight") == "embeddings":
+            return False  # weight-dtype says it: no declaration makes them loadable
         return form not in declared.layouts or (scheme is not None and form in KINDS and scheme.kind != KINDS[form])
 
     for form, modules in groupby(sorted(filter(other, subject.quantized), key=subject.form), key=subject.form):
         names = tuple(modules)
         yield Problem(f"{count(len(names), 'module')} stored as {stored.TITLES[form]}, declared is {declared.title}", names)
+    if odd := tuple(filter(subject.other_fp8, subject.quantized)):
+        stored_as = " and ".join(sorted({SCALED_BY[subject.fp8_schemes[module].scale_of] for module in odd}))
+        yield Problem(f"{count(len(odd), 'module')} stored as FP8 with a scale for each {stored_as}, declared is {declared.title}", odd)
 
 
 def format_not_covered(subject: Subject) -> Iterator[Problem]:
@@ -138,7 +144,8 @@ def format_not_covered(subject: Subject) -> Iterator[Problem]:
 
 def _differences(subject: Subject, one: Declaration, other: Declaration) -> Iterator[tuple[str, Any, Any]]:
     yield "quant_algo", one.algo, other.algo
-    yield "the KV cache", one.kv_cache, other.kv_cache
+    if not _says_more(one, other):
+        yield "the KV cache", one.kv_cache, other.kv_cache
     sizes = [sorted(map(str, d.group_sizes or {NVFP4_GROUP_SIZE})) for d in (one, other)]
     yield "group_size", ", ".join(sizes[0]), ", ".join(sizes[1])
 
@@ -158,6 +165,18 @@ def configs_contradict(subject: Subject) -> Iterator[Problem]:
         lists = "lists of layers" if other.format == "modelopt-mixed" else "ignore lists"
         message = f"the {lists} of config.json and {HF_QUANT_CONFIG} disagree on {count(len(modules), 'module')}"
         yield Problem(message, modules)
+
+
+def _says_more(one: Declaration, other: Declaration) -> bool:
+    """Whether hf_quant_config.json declares a quantized KV cache, and config.json says nothing of it."""
+    return one.kv_cache == "auto" and other.kv_cache in ("fp8", "nvfp4")
+
+
+def kv_cache_in_one_file(subject: Subject) -> Iterator[Problem]:
+    one, other = subject.declared, subject.hf_declared
+    if one is None or other is None or one.file == HF_QUANT_CONFIG or one.format != other.format or not _says_more(one, other):
+        return
+    yield Problem(f"the KV cache: {HF_QUANT_CONFIG} says {other.kv_cache}, config.json says nothing", (HF_QUANT_CONFIG,))
 
 
 def _taken_differently(subject: Subject, other: Declaration) -> tuple[str, ...]:
@@ -255,8 +274,8 @@ RULES = (
     Rule(
         "format-not-covered",
         "note",
-        "The checkpoint is in a format whose scales and ignore rules mtpress does not know (AWQ, MXFP4, FP8 other than modelopt's with one "
-        "scale a tensor); files, draft head and tokenizer are checked.",
+        "The checkpoint is in a format whose scales and ignore rules mtpress does not know (AWQ, MXFP4, INT8); files, draft head and "
+        "tokenizer are checked.",
         "try it in the engine, with the check for missing weights on",
         format_not_covered,
     ),
@@ -266,6 +285,14 @@ RULES = (
         "config.json and hf_quant_config.json say different things. vLLM goes by config.json, other engines by the other file.",
         REPAIR,
         configs_contradict,
+    ),
+    Rule(
+        "kv-cache-in-one-file",
+        "note",
+        "hf_quant_config.json alone declares a quantized KV cache, as modelopt's own exports do. vLLM 0.32 reads the declaration of "
+        "config.json and keeps the cache in 16 bits; engines that read the other file (SGLang) quantize it.",
+        "nothing needs to be done; in vLLM, --kv-cache-dtype fp8 does what the file says",
+        kv_cache_in_one_file,
     ),
     Rule(
         "configs-differ",

@@ -19,6 +19,7 @@ from mtpress.rules.stored import (
     SCALARS,
     SCALE,
     SCALE_2,
+    SCALE_INV,
     SCALE_SUFFIXES,
     SCALES,
     SUFFIXES,
@@ -46,7 +47,9 @@ def needed(subject: Subject, module: str) -> tuple[str, ...]:
         weight_only = not scheme.activations if scheme is not None else subject.declared is None or subject.declared.weight_only
         return (SCALE, SCALARS[form][0], *(() if weight_only else SCALARS[form][1:]))
     if form == "fp8":
-        return FP8_SCALARS
+        if scheme is not None and scheme.kind == "fp8" and not subject.other_fp8(module):
+            return (scheme.scale_name, *((INPUT_SCALE,) if scheme.static else ()))
+        return (SCALE_INV if SCALE_INV in subject.modules[module] else SCALE,)
     if form == "pack-quantized":
         return (SCALE, WEIGHT_SHAPE, *((ZERO_POINT,) if scheme is not None and not scheme.symmetric else ()))
     return (SCALES, QZEROS) if form == "gptq" else ()
@@ -57,6 +60,8 @@ def scale_missing(subject: Subject) -> Iterator[Problem]:
         return
     missing: dict[tuple[Form, str], list[str]] = {}
     for module in subject.quantized:
+        if subject.model.component(f"{module}.weight") == "embeddings":
+            continue  # weight-dtype says it: no engine reads them
         for suffix in needed(subject, module):
             if suffix not in subject.modules[module]:
                 missing.setdefault((subject.form(module), suffix), []).append(f"{module}.{suffix}")
@@ -77,12 +82,16 @@ def scale_orphan(subject: Subject) -> Iterator[Problem]:
 
 
 def _unused(subject: Subject, module: str) -> tuple[str, ...]:
-    """What compressed-tensors' layout may have and this scheme does not: vLLM has no parameter for it."""
+    """What compressed-tensors' layout or FP8 may have and this scheme does not: vLLM has no parameter for it."""
     scheme = subject.schemes.get(module)
     if scheme is None:
         return ()
     if subject.form(module) == "nvfp4-pack-quantized" and not scheme.activations:
         return (INPUT_GLOBAL_SCALE,)
+    if subject.form(module) == "fp8":
+        if scheme.kind != "fp8" or subject.other_fp8(module):
+            return ()  # format-differs says it
+        return tuple(suffix for suffix in (SCALE, SCALE_INV, INPUT_SCALE) if suffix not in needed(subject, module))
     return (ZERO_POINT,) if subject.form(module) == "pack-quantized" and scheme.symmetric else ()
 
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mtpress.checkpoint import TensorInfo
+from mtpress.matching.matcher import FP8_BLOCK, Scheme
+from mtpress.matching.matcher import SCALE as SCALE
+from mtpress.matching.matcher import SCALE_INV as SCALE_INV
 
 Form = Literal["plain", "nvfp4", "fp8", "nvfp4-pack-quantized", "pack-quantized", "gptq", "none", "unknown"]
 TITLES: dict[Form, str] = {
@@ -17,8 +20,7 @@ TITLES: dict[Form, str] = {
 }  # fmt: skip
 PLAIN_DTYPES = ("BF16", "F16", "F32", "F64")
 
-WEIGHT, SCALE, SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"
-SCALE_INV = "weight_scale_inv"  # of FP8 in blocks, as Qwen releases it: what its codes are multiplied with
+WEIGHT, SCALE_2, INPUT_SCALE = "weight", "weight_scale_2", "input_scale"
 GLOBAL_SCALE, INPUT_GLOBAL_SCALE = "weight_global_scale", "input_global_scale"  # compressed-tensors': reciprocals
 ZERO_POINT, WEIGHT_SHAPE = "weight_zero_point", "weight_shape"
 NVFP4_GROUP_SIZE = 16
@@ -39,7 +41,8 @@ CODES = (WEIGHT, WEIGHT_PACKED, QWEIGHT)
 SCALE_SUFFIXES = frozenset(suffix for names in SUFFIXES.values() for suffix in names) - {*CODES}
 # The float32 scalars of NVFP4: of the weights, then of the activations.
 SCALARS: dict[Form, tuple[str, str]] = {"nvfp4": (SCALE_2, INPUT_SCALE), "nvfp4-pack-quantized": (GLOBAL_SCALE, INPUT_GLOBAL_SCALE)}
-FP8_SCALARS = (SCALE, INPUT_SCALE)  # the same of modelopt's FP8
+FP8_BLOCKS = tuple((size, size) for size in (128, 64, 32, 16))
+FP8_SCALARS = (SCALE, INPUT_SCALE)  # the same of FP8 with a scale a tensor
 SCALAR_SCALES = (SCALE, SCALE_2, GLOBAL_SCALE)  # those that a matrix is multiplied with, where they are scalars
 
 
@@ -57,3 +60,25 @@ def form_of(tensors: Mapping[str, TensorInfo]) -> Form:
     if dtype == "U8":
         return "nvfp4"
     return "fp8" if dtype.startswith("F8_") else "unknown"
+
+
+def fp8_scheme(tensors: Mapping[str, TensorInfo], block: tuple[int, int] = FP8_BLOCK) -> Scheme | None:
+    """How an FP8 module is stored, by its shapes; None where its codes or its scale are missing, or fit no such scheme.
+
+    block: what is tried first, then the usual squares. modelopt stores one scale a row as [N] and blocks as [N/128, 1, K/128, 1],
+    others as [N, 1] and [N/128, K/128].
+    """
+    codes, scale = tensors.get(WEIGHT), tensors.get(SCALE_INV) or tensors.get(SCALE)
+    if codes is None or scale is None or len(codes.shape) != 2:
+        return None
+    (n, k), static = codes.shape, INPUT_SCALE in tensors
+    name = scale.name.rpartition(".")[2]
+    if scale.shape in ((), (1,)):
+        return Scheme("fp8", 8, -1, True, True, "tensor", static, scale_name=name)
+    if scale.shape in ((n,), (n, 1)):
+        return Scheme("fp8", 8, -1, True, True, "channel", static, scale_name=name)
+    for height, width in (block, *FP8_BLOCKS):
+        rows, columns = -(-n // height), -(-k // width)
+        if scale.shape in ((rows, columns), (rows, 1, columns, 1)):
+            return Scheme("fp8", 8, -1, True, True, "block", static, (height, width), name)
+    return None

@@ -16,10 +16,11 @@ from typing import Any
 from mtpress.checkpoint import Checkpoint, Shard, TensorInfo, read_bytes, read_json_object, read_shard, read_text
 from mtpress.errors import InputError
 from mtpress.matching import Matcher, Scheme, Verdict, matcher_of
+from mtpress.matching.matcher import FP8_BLOCK
 from mtpress.models import family, qwen3_5_engine
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE, EngineLinear
 from mtpress.rules.declaration import Declaration
-from mtpress.rules.stored import FP8_SCALARS, KV_SCALES, SCALARS, Form, form_of
+from mtpress.rules.stored import FP8_SCALARS, KV_SCALES, SCALARS, Form, form_of, fp8_scheme
 
 CONFIG, HF_QUANT_CONFIG, QUANTIZATION_CONFIG = "config.json", "hf_quant_config.json", "quantization_config.json"
 SCALAR_SUFFIXES = (*(suffix for scales in SCALARS.values() for suffix in scales), *FP8_SCALARS, *KV_SCALES)
@@ -251,6 +252,27 @@ class Subject:
                 if (scheme := self.held.scheme(linear)) is not None:
                     found |= {module: scheme for module in linear.modules if module not in found}
         return found
+
+    # ---- FP8
+
+    @cached_property
+    def fp8_schemes(self) -> Mapping[str, Scheme]:
+        """Module in FP8 → how it is stored, by its shapes; without those whose scale is missing or fits none."""
+        found: dict[str, Scheme] = {}
+        for module in self.quantized:
+            if self.form(module) == "fp8":
+                said = self.schemes.get(module)
+                block = said.block if said is not None else FP8_BLOCK
+                if (scheme := fp8_scheme(self.modules[module], block)) is not None:
+                    found[module] = scheme
+        return found
+
+    def other_fp8(self, module: str) -> bool:
+        """Whether a module is stored in FP8 of another kind than the FP8 that the config says it is."""
+        said, stored = self.schemes.get(module), self.fp8_schemes.get(module)
+        if said is None or stored is None or said.kind != "fp8":
+            return False
+        return (said.scale_of, said.scale_name) != (stored.scale_of, stored.scale_name)
 
     # ---- INT4
 

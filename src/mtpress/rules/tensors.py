@@ -8,7 +8,6 @@ from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE
 from mtpress.rules import stored
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.stored import (
-    FP8_SCALARS,
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
     INPUT_SCALE,
@@ -20,6 +19,7 @@ from mtpress.rules.stored import (
     SCALARS,
     SCALE,
     SCALE_2,
+    SCALE_INV,
     SCALE_SUFFIXES,
     SCALES,
     SUFFIXES,
@@ -41,9 +41,10 @@ DTYPES: dict[Form, dict[str, tuple[str, ...]]] = {
     "nvfp4": {suffix: (dtype,) for suffix, dtype in SCALE_DTYPES.items()},
     "nvfp4-pack-quantized": {SCALE: ("F8_E4M3",), GLOBAL_SCALE: ("F32",), INPUT_GLOBAL_SCALE: ("F32",)},
     "pack-quantized": {WEIGHT_PACKED: INTEGERS, SCALE: HALVES, ZERO_POINT: INTEGERS, WEIGHT_SHAPE: ("I64", "I32")},
-    "fp8": {WEIGHT: ("F8_E4M3",), SCALE: ("F32",), INPUT_SCALE: ("F32",)},  # modelopt's; of others nothing is known
+    "fp8": {WEIGHT: ("F8_E4M3",), SCALE: ("F32",), SCALE_INV: ("F32",), INPUT_SCALE: ("F32",)},
     "gptq": {QWEIGHT: INTEGERS, QZEROS: INTEGERS, SCALES: HALVES, "g_idx": INTEGERS},
 }
+FP8_SCALES = (SCALE, SCALE_INV, INPUT_SCALE)  # which compressed-tensors and quant_method fp8 hold as BF16 too; vLLM casts them, exactly
 ROWS_MULTIPLE = 32  # of the CPU kernel; Marlin pads
 WORD_BITS = 32
 
@@ -95,16 +96,24 @@ def weight_dtype(subject: Subject) -> Iterator[Problem]:
         module, _, suffix = name.rpartition(".")
         form = subject.form(module)
         form = form if form != "fp8" or subject.covered else "none"
+        known = DTYPES.get(form, {}).get(suffix, (info.dtype,))
+        if form == "fp8" and suffix in FP8_SCALES and _holds_halves(subject):
+            known = HALVES
         if name in subject.called_for and module not in decided and info.dtype not in PLAIN_DTYPES:
             wrong[f"{info.dtype}, must be BF16: no engine reads it quantized"].append(name)
         elif module in decided and form == "unknown" and suffix == WEIGHT:
             wrong[f"{info.dtype}, which is neither BF16 nor any known format"].append(name)
-        elif info.dtype not in DTYPES.get(form, {}).get(suffix, (info.dtype,)):
+        elif info.dtype not in known:
             wrong[f"{info.dtype}, {stored.TITLES[form]} holds its {suffix} as {DTYPES[form][suffix][0]}"].append(name)
         elif suffix in KV_SCALES and info.dtype != "F32":
             wrong[f"{info.dtype}, scales of the KV cache are F32"].append(name)
     for why, names in wrong.items():
         yield Problem(f"{count(len(names), 'tensor')} of dtype {why}", tuple(names))
+
+
+def _holds_halves(subject: Subject) -> bool:
+    """Whether FP8 scales may stand in BF16: everywhere but in modelopt's layout."""
+    return subject.declared is None or not subject.declared.method.startswith("modelopt")
 
 
 def weight_precision(subject: Subject) -> Iterator[Problem]:
@@ -119,7 +128,7 @@ def _stored_shapes(subject: Subject, module: str, n: int, k: int) -> dict[str, t
     """Suffix → the shapes that a part of a quantized [N, K] may have; the first is what to write."""
     form = subject.form(module)
     if form == "fp8":
-        return {WEIGHT: ((n, k),)} | (dict.fromkeys(FP8_SCALARS, ((), (1,))) if subject.covered else {})
+        return {WEIGHT: ((n, k),)} | (fp8_scale_shapes(subject, module, n, k) if subject.covered else {})
     if form in SCALARS:
         codes = WEIGHT if form == "nvfp4" else WEIGHT_PACKED
         return {codes: ((n, k // 2),), SCALE: ((n, k // NVFP4_GROUP_SIZE),)} | dict.fromkeys(SCALARS[form], ((), (1,)))
@@ -137,6 +146,21 @@ def _stored_shapes(subject: Subject, module: str, n: int, k: int) -> dict[str, t
     if form == "gptq":
         return {QWEIGHT: ((words(k), n),), QZEROS: ((groups, words(n)),), SCALES: ((groups, n),), "g_idx": ((k,),)}
     return {}
+
+
+def fp8_scale_shapes(subject: Subject, module: str, n: int, k: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The same of the scales of FP8, as the layout that is declared holds them."""
+    scheme = subject.schemes.get(module)
+    if scheme is None or scheme.kind != "fp8" or subject.other_fp8(module):
+        return {INPUT_SCALE: ((), (1,))}
+    modelopt = not _holds_halves(subject)
+    rows, columns = -(-n // scheme.block[0]), -(-k // scheme.block[1])
+    shapes: dict[str, tuple[tuple[int, ...], ...]] = {
+        "tensor": ((), (1,)),
+        "channel": ((n,),) if modelopt else ((n, 1),),
+        "block": ((rows, 1, columns, 1),) if modelopt else ((rows, columns),),
+    }
+    return {scheme.scale_name: shapes[scheme.scale_of], INPUT_SCALE: ((), (1,))}
 
 
 def weight_shape(subject: Subject) -> Iterator[Problem]:
@@ -163,8 +187,25 @@ def k_not_divisible(subject: Subject) -> Iterator[Problem]:
         shape = subject.called_for.get(f"{module}.{WEIGHT}", ())
         form, scheme = subject.form(module), subject.schemes.get(module)
         size = NVFP4_GROUP_SIZE if form in SCALARS else scheme.group_size if scheme is not None and scheme.kind == "int" else 0
+        if scheme is not None and scheme.kind == form == "fp8" and scheme.scale_of == "block":
+            size = scheme.block[1]
         if size > 0 and len(shape) == 2 and shape[1] % size:
             yield Problem(f"{module} has K = {shape[1]}, which {size} does not divide; vLLM refuses it", (module,))
+
+
+def blocks_across_shards(subject: Subject) -> Iterator[Problem]:
+    for linear in subject.linears:
+        scheme = subject.schemes.get(linear.modules[0]) if len(linear.modules) > 1 else None
+        if scheme is None or scheme.kind != "fp8" or scheme.scale_of != "block":
+            continue
+        for module in linear.modules[:-1]:
+            shape = subject.called_for.get(f"{module}.{WEIGHT}", ())
+            if subject.form(module) == "fp8" and len(shape) == 2 and shape[0] % scheme.block[0]:
+                yield Problem(
+                    f"{module} has {shape[0]} rows, which {scheme.block[0]} does not divide, and {linear.prefix} goes on behind them",
+                    linear.modules,
+                )
+                break
 
 
 def n_not_divisible(subject: Subject) -> Iterator[Problem]:
@@ -232,9 +273,10 @@ RULES = (
     Rule(
         "weight-dtype",
         "error",
-        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32, FP8 scales F32, INT4 codes "
-        "I32. vLLM casts what it finds, and says nothing: integers become weights, scales lose their precision.",
-        "restore it: mtpress repair CKPT OUT --base SRC, or quantize again",
+        "A tensor is not in its dtype: embeddings, conv1d and norms are BF16, NVFP4 scales F8_E4M3 and F32, FP8 scales F32 (outside "
+        "modelopt's layout BF16 too), INT4 codes I32. vLLM casts what it finds, and says nothing: integers become weights, codes of "
+        "embeddings become numbers without their scale.",
+        "mtpress repair CKPT OUT dequantizes embeddings; else restore it: mtpress repair CKPT OUT --base SRC, or quantize again",
         weight_dtype,
     ),
     Rule(
@@ -254,9 +296,17 @@ RULES = (
     Rule(
         "k-not-divisible",
         "error",
-        "A quantized linear whose input size is no multiple of the format's block: 16 of NVFP4, group_size of INT4.",
+        "A quantized linear whose input size is no multiple of the format's block: 16 of NVFP4, group_size of INT4, 128 of FP8 in blocks.",
         "keep it in BF16: leave it out of `quantize` in the recipe",
         k_not_divisible,
+    ),
+    Rule(
+        "blocks-across-shards",
+        "error",
+        "FP8 in blocks: a shard of a fused linear, not the last, has rows that are no multiple of the block (in_proj_a and in_proj_b are "
+        "so), so that a block would lie across two shards: ValueError.",
+        "mtpress repair CKPT OUT dequantizes them; else keep them in BF16",
+        blocks_across_shards,
     ),
     Rule(
         "n-not-divisible",

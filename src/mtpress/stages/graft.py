@@ -1,6 +1,7 @@
-"""graft: the draft head of a BF16 base, bit for bit, into a finished checkpoint of any format.
+"""graft: the draft head of a base, bit for bit, into a finished checkpoint of any format.
 
-In: a finished checkpoint (plain, modelopt, compressed-tensors, AutoRound or GPTQ), a new directory, the base that it was made from.
+In: a finished checkpoint (plain, modelopt, compressed-tensors, FP8, AutoRound or GPTQ), a new directory, the base that it was made from.
+A head in FP8 goes over as it is where the checkpoint's config can hold it; else it is dequantized to BF16, and that is said.
 Out: the directory and a `GraftResult`. Whatever else the checkpoint has of a head leaves: quantized, of another model, or under a
 wrong prefix. Leaves out: how shards are linked and rewritten (revision.py), how a config says what stays in BF16 (kept_modules.py).
 """
@@ -14,10 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mtpress import terminal
+from mtpress import fp8_head, terminal
 from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_object
 from mtpress.disk import read_pieces
 from mtpress.errors import InputError
+from mtpress.matching.matcher import Scheme
 from mtpress.models import family
 from mtpress.output_place import refuse_place
 from mtpress.progress import human_bytes
@@ -33,9 +35,10 @@ class GraftResult:
     """What graft did. Sizes in bytes, times in seconds.
 
     replaced: tensors of the head that stood there with other bytes; added: that were not there under their names; kept: whose
-    bytes were the base's already; removed: what else there was of a head. config_files: those with new content. linked,
-    rewritten: shards of the checkpoint; new: shards that it did not have. base_relation: what the base is, by some of its matrices; None
-    where it has a head alone. hard_links: files of the output that are the checkpoint's own;
+    bytes were the base's already; removed: what else there was of a head; dequantized: modules that the base has in FP8, and
+    this checkpoint in BF16. config_files: those with new content. linked, rewritten: shards of the checkpoint; new: shards that it did not
+    have. base_relation: what the base is, by some of its matrices; None where it has a head alone. hard_links: files of the output that are
+    the checkpoint's own;
     links_said: that in words, empty where there are none.
     """
 
@@ -45,6 +48,7 @@ class GraftResult:
     added: tuple[str, ...]
     kept: tuple[str, ...]
     removed: tuple[str, ...]
+    dequantized: tuple[str, ...]
     config_files: tuple[str, ...]
     linked: tuple[str, ...]
     hard_links: tuple[str, ...]
@@ -84,6 +88,7 @@ def graft(
     there is nothing to do; ResourceError where the disk is too small. Nothing that looks finished stays behind.
     """
     from mtpress.comparison import sampled_relation
+    from mtpress.repairs.bf16 import Dequantized
     from mtpress.revision import Revision  # torch from here on
     from mtpress.shard_writer import OutputTensor
 
@@ -95,24 +100,37 @@ def graft(
     there = [name for name in source.tensors if name.startswith(subject.model.MTP_PREFIX) or MISPLACED_MTP.match(name)]
     strays = _strays(subject)
     relation = sampled_relation(subject, giver, base_is)
+    leaves = {*there, *strays}
+    stays = {name: info for name, info in source.tensors.items() if name not in leaves}
+    matrices = fp8_head.fp8_matrices(giver, subject.model.MTP_PREFIX)
+    whole = head | fp8_head.scales_of(giver, tuple(matrices))
+    if matrices and fp8_head.can_hold(subject, whole, tuple(matrices), stays | whole):
+        head, matrices, in_fp8 = whole, {}, tuple(matrices)
+    else:
+        head, in_fp8 = fp8_head.in_bf16(head, tuple(matrices)), ()
     revised = Revision(source)
-    kept = tuple(name for name, info in head.items() if name in source.tensors and _same_bytes(source.tensors[name], info))
+    kept = tuple(
+        name
+        for name, info in head.items()
+        if name in source.tensors and _module(name) not in matrices and _same_bytes(source.tensors[name], info)
+    )
     removed = tuple(name for name in there if name not in head)
     for name in (*removed, *strays):
         revised.drop(name)
     for name, info in head.items():
-        if name not in kept:
+        if (matrix := matrices.get(_module(name))) is not None:
+            revised.compute(OutputTensor(name, info.dtype, info.shape), Dequantized(matrix))
+        elif name not in kept:
             revised.put(OutputTensor(name, info.dtype, info.shape), info)
-    leaves = {*there, *strays}
-    stays = {name: info for name, info in source.tensors.items() if name not in leaves}
-    files = _config_files(subject, giver, stays | head)
+    files = _config_files(subject, giver, stays | head, in_fp8)
     for name, content in files.items():
         revised.write_file(name, content)
     if revised.unchanged and _names_all(source, head):
         raise InputError(f"{source.path}: has this draft head already, bit for bit, and its configs spare it; nothing to graft")
     origin: dict[str, Any] = {"name": giver.path.resolve().name if Path(base).is_dir() else str(base), "identity": giver.identity}
     origin |= {"relation": relation.as_json()} if relation is not None else {}
-    entries = {"draft_head": "the base's, bit for bit", "base": origin, "removed": removed}
+    how = "the base's, dequantized from FP8 to BF16" if matrices else "the base's, bit for bit"
+    entries = {"draft_head": how, "dequantized": tuple(matrices), "base": origin, "removed": removed}
     done = revised.write(target, "graft", entries, copies=copies, silent=silent)
     return GraftResult(
         out=str(target),
@@ -121,13 +139,14 @@ def graft(
         added=tuple(name for name in head if name not in source.tensors),
         kept=kept,
         removed=removed,
+        dequantized=tuple(matrices),
         config_files=tuple(files),
         linked=done.linked,
         hard_links=done.hard_links,
         links_said=done.links_said,
         rewritten=tuple(done.rewritten),
         new=tuple(done.added),
-        warnings=tuple(_warnings(subject, giver, strays, relation)),
+        warnings=tuple(_warnings(subject, giver, strays, relation, tuple(matrices))),
         base_relation=relation,
         bytes_written=done.bytes_written,
         bytes_linked=done.bytes_linked,
@@ -156,7 +175,9 @@ def _head_of(giver: Checkpoint, source: Checkpoint, model: ModuleType) -> dict[s
     model.body_prefix(source.tensors)  # there is a body to draft for
     stored = [name for name in giver.tensors if name.startswith(model.MTP_PREFIX)]
     head = {name: giver.tensors[name] for name in model.MTP_TENSORS if name in giver.tensors}
-    others = [name for name in stored if name not in head]
+    in_fp8 = tuple(fp8_head.fp8_matrices(giver, model.MTP_PREFIX))
+    scales = fp8_head.scales_of(giver, in_fp8)
+    others = [name for name in stored if name not in head and name not in scales]
     packed = [n for n in others if n.rpartition(".")[2] in ("qweight", "weight_packed")] + [n for n, i in head.items() if i.dtype == "U8"]
     if packed:
         raise InputError(f"{giver.path}: its own draft head is quantized ({packed[0]}); --from names the BF16 release")
@@ -174,14 +195,18 @@ def _head_of(giver: Checkpoint, source: Checkpoint, model: ModuleType) -> dict[s
             "it knows heads of one layer"
         )
     for name, shape in model.mtp_shapes(source.config).items():
-        if head[name].dtype != "BF16":
-            raise InputError(f"{giver.path}: {name} is {head[name].dtype}, not BF16; --from names the BF16 release")
+        if head[name].dtype != "BF16" and _module(name) not in in_fp8:
+            raise InputError(f"{giver.path}: {name} is {head[name].dtype}, not BF16 or whole FP8; --from names the BF16 release")
         if head[name].shape != shape:
             raise InputError(
                 f"{giver.path}: {name} is {list(head[name].shape)}, the checkpoint's body calls for {list(shape)}; "
                 "the head is of another model"
             )
     return head
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
@@ -224,8 +249,9 @@ def _names_all(source: Checkpoint, head: Mapping[str, TensorInfo]) -> bool:
 # ---- the config files
 
 
-def _config_files(subject: Subject, giver: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, bytes]:
-    """Config files to be written anew, so that one draft layer is declared and every declaration spares it; those that do stay."""
+def _config_files(subject: Subject, giver: Checkpoint, tensors: Mapping[str, TensorInfo], in_fp8: tuple[str, ...]) -> dict[str, bytes]:
+    """Config files to be written anew, so that one draft layer is declared and every declaration spares it, but for what is in_fp8; those
+    that do stay."""
     from mtpress.kept_modules import config_contents
 
     model, config = subject.model, copy.deepcopy(subject.config)
@@ -237,22 +263,30 @@ def _config_files(subject: Subject, giver: Checkpoint, tensors: Mapping[str, Ten
     if config.get("mtp_num_hidden_layers") is not None:
         config["mtp_num_hidden_layers"] = 1  # vLLM looks there first
     kept = model.kept_modules(tensors, subject.prefix)
-    quantized = [module for module in subject.quantized if module not in kept and any(name.startswith(f"{module}.") for name in tensors)]
-    contents = config_contents(subject, kept, quantized, config, leave=lambda declared: _spares_head(subject, declared, tensors))
+    stored = [module for module in subject.quantized if module not in kept and any(name.startswith(f"{module}.") for name in tensors)]
+    quantized = list(dict.fromkeys([*stored, *in_fp8]))
+    schemes = fp8_head.schemes_of(tensors, in_fp8)
+    contents = config_contents(subject, kept, quantized, config, leave=lambda declared: _takes_head(subject, declared, tensors, schemes))
     return {name: content for name, content in contents.items() if json.loads(content) != read_json_object(subject.path / name)}
 
 
-def _spares_head(subject: Subject, declared: Declaration, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether the engine takes all of the head as BF16 by this declaration."""
+def _takes_head(subject: Subject, declared: Declaration, tensors: Mapping[str, TensorInfo], schemes: Mapping[str, Scheme]) -> bool:
+    """Whether the engine takes the head by this declaration as it is stored: in BF16, but for the modules that have a scheme."""
     from mtpress.matching import matcher_of
 
     matcher = matcher_of(declared, subject.architecture, {name: info.dtype for name, info in tensors.items()})
-    head = [linear for linear in subject.linears if linear.part == "draft" and linear.prefix.startswith(subject.model.MTP_PREFIX)]
-    return matcher is not None and bool(head) and all(matcher.verdict(linear) == "ignored" for linear in head)
+    return matcher is not None and fp8_head.takes(subject, matcher, schemes)
 
 
-def _warnings(subject: Subject, giver: Checkpoint, strays: tuple[str, ...], relation: Relation | None) -> list[str]:
+def _warnings(
+    subject: Subject, giver: Checkpoint, strays: tuple[str, ...], relation: Relation | None, dequantized: tuple[str, ...]
+) -> list[str]:
     found = []
+    if dequantized:
+        found.append(
+            f"{len(dequantized)} matrices of the base's head are in FP8, which this config cannot hold: they are dequantized to BF16, the "
+            "value that the codes stand for; the BF16 release has what they were rounded from"
+        )
     if relation is not None and relation.kind == "ancestor":
         found.append("the head was trained with the ancestor's body, so fewer of its drafts may be accepted: mtpress align trains it")
     if relation is not None and relation.kind == "stranger":
@@ -301,6 +335,7 @@ def show(result: GraftResult) -> None:
         "added": _listed(result.added),
         "the base's already": _listed(result.kept),
         "removed": _listed(result.removed),
+        "dequantized from FP8": _listed(result.dequantized),
         "configs changed": ", ".join(result.config_files),
         "shards linked" if result.hard_links else "shards copied": (
             f"{len(result.linked)}, {human_bytes(result.bytes_linked)}" if result.linked else ""
