@@ -1,9 +1,9 @@
 """Runs under the engine's python: what vLLM's CPU kernel for INT4 makes of stored tensors.
 
-    int4_kernel_on_cpu.py IN.safetensors OUT.safetensors
+    int4_kernel_on_cpu.py IN.safetensors OUT.safetensors [--without-kernel]
 
 In: qweight, scales of one matrix [N, K] in GPTQ layout. Out: the matrix as the kernel applies it, by multiplying the identity:
-"bfloat16" and "float16", [N, K] each, in the dtype that they are named after.
+"bfloat16" and "float16", [N, K] each, in the dtype that they are named after. --without-kernel: as on a CPU that vLLM has none for.
 """
 
 import sys
@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
+
+from mtpress.engine import int4_cpu
+
+current_platform.import_kernels()
+if "--without-kernel" in sys.argv:
+    int4_cpu.KERNEL = "no_kernel"
+int4_cpu.register()  # as vLLM does with plugins, more than once
+int4_cpu.register()
 
 
 def parameter(tensor, **dims):
