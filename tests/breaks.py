@@ -106,6 +106,18 @@ def a_torn_shard_beside_the_index(e: Edit) -> None:
     (e.path / "extra.safetensors").write_bytes(b"torn")
 
 
+@breaks("shard-leftover")
+def shards_of_an_earlier_save(e: Edit) -> None:
+    save_file(
+        {name: tensor.clone() for name, tensor in e.tensors.items() if "layers.1." in name}, e.path / "model-00009-of-00009.safetensors"
+    )
+
+
+@breaks("index-spelling")
+def files_spelled_as_paths(e: Edit) -> None:
+    write_index(e, lambda index: index.update(weight_map={name: f"./{file}" for name, file in index["weight_map"].items()}))
+
+
 @breaks("index-total-size")
 def a_wrong_total_size(e: Edit) -> None:
     write_index(e, lambda index: index["metadata"].update(total_size=1))
@@ -157,9 +169,50 @@ def body_without_language_model(e: Edit) -> None:
     rename(e, PREFIX, "model.")
 
 
-@breaks("body-prefix")
-def body_under_a_foreign_prefix(e: Edit) -> None:
+@breaks("names-of-the-engine")
+def body_under_the_engines_prefix(e: Edit) -> None:
     rename(e, PREFIX, "language_model.model.")
+
+
+@breaks("body-prefix")
+def all_under_the_engines_names(e: Edit) -> None:
+    rename(e, PREFIX, "language_model.model.")
+    rename(e, "model.visual.", "visual.")
+    rename(e, "lm_head.", "language_model.lm_head.")
+
+
+@breaks("body-prefix")
+def all_of_it_wrapped(e: Edit) -> None:
+    rename(e, "", "module._orig_mod.")
+
+
+@breaks("body-prefix")
+def layers_wrapped_one_by_one(e: Edit) -> None:
+    for name in [n for n in e.tensors if ".mlp." in n and n.startswith(PREFIX)]:
+        e.tensors[name.replace(".mlp.", "._checkpoint_wrapped_module.mlp.")] = e.tensors.pop(name)
+
+
+@breaks("names-wrapped")
+def tower_under_the_language_model(e: Edit) -> None:
+    rename(e, "model.visual.", f"{PREFIX}visual.")
+
+
+@breaks("body-prefix")
+def body_and_tower_as_transformers_once_saved_them(e: Edit) -> None:
+    rename(e, "model.visual.", f"{PREFIX}visual.")
+    for name in [n for n in e.tensors if n.startswith(PREFIX) and "visual" not in n]:
+        e.tensors[name.replace(PREFIX, PREFIX + "language_model.language_model.")] = e.tensors.pop(name)
+
+
+@breaks("names-wrapped")
+def an_lm_head_below_the_model(e: Edit) -> None:
+    rename(e, "lm_head.", "model.lm_head.")
+
+
+@breaks("head-alone")
+def a_draft_head_alone(e: Edit) -> None:
+    for name in [n for n in e.tensors if not n.startswith("mtp.")]:
+        del e.tensors[name]
 
 
 @breaks("tensor-missing")
@@ -572,6 +625,21 @@ def draft_head_under_the_body(e: Edit) -> None:
 @breaks("mtp-misplaced")
 def draft_head_under_model(e: Edit) -> None:
     rename(e, "mtp.", "model.mtp.")
+
+
+@breaks("mtp-misplaced")
+def draft_head_after_the_last_layer(e: Edit) -> None:
+    words = {"fc": "eh_proj", "norm": "shared_head.norm", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm"}
+    for word, other in words.items():
+        rename(e, f"mtp.{word}.", f"{PREFIX}layers.4.{other}.")
+    rename(e, "mtp.layers.0.", f"{PREFIX}layers.4.")
+
+
+@breaks("mtp-unindexed")
+def draft_head_in_a_folder_below(e: Edit) -> None:
+    (e.path / "mtp").mkdir()
+    head = {name.removeprefix("mtp."): e.tensors.pop(name) for name in MTP_TENSORS}
+    save_file(head, e.path / "mtp" / "weights.safetensors")
 
 
 @breaks("mtp-unindexed")

@@ -241,7 +241,7 @@ BROKEN_DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "map to numbers": (lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"a": 1}}'), "has no weight_map"),
     "map with a name twice": (lambda d: (d / INDEX_NAME).write_text('{"weight_map": {"a": "1", "a": "2"}}'), "stands twice"),
     "file outside": (set_map(a="../1.safetensors"), "outside the directory"),
-    "file in a subdirectory": (set_map(a="sub/1.safetensors"), "outside the directory"),
+    "file in a subdirectory": (set_map(a="sub/1.safetensors"), "in a folder below"),
     "file by absolute path": (set_map(a="/tmp/1.safetensors"), "outside the directory"),
     "file without a name": (set_map(a=""), "outside the directory"),
     "file the parent": (set_map(a=".."), "outside the directory"),

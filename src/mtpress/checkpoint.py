@@ -275,6 +275,18 @@ def read_tensor(info: TensorInfo) -> "torch.Tensor":
     return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
 
 
+def weight_map_of(index: Mapping[str, Any] | None) -> dict[str, str]:
+    """Tensor name → file of an index, as far as it has them; `./x` is the file x of the directory."""
+    said = index.get("weight_map") if index is not None else None
+    return {name: _spelled(file) for name, file in said.items() if isinstance(file, str)} if isinstance(said, dict) else {}
+
+
+def _spelled(file: str) -> str:
+    """A file's plain name where a path says no more than that; a path that leaves the directory, or goes below it, as it is."""
+    parts = [part for part in file.split("/") if part not in ("", ".")]
+    return parts[0] if len(parts) == 1 and parts[0] != ".." and not file.startswith("/") and not file.endswith("/") else file
+
+
 def resolve(path_or_id: str | Path) -> Path:
     """The directory that a path names or, for a Hub id such as Qwen/Qwen3.6-27B, the local snapshot of it."""
     path = Path(path_or_id)
@@ -312,6 +324,12 @@ class Checkpoint:
         path, config = cls._config(path_or_id)
         index = read_json_object(path / INDEX_NAME) if (path / INDEX_NAME).exists() else None
         if index is None and not (path / SINGLE_NAME).is_file():
+            others = sorted(file.name for file in path.glob("*.safetensors"))
+            if others:
+                raise InputError(
+                    f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME}, but {others[0][:80]}{', …' if len(others) > 1 else ''}; mtpress "
+                    "repair gives shards an index, mtpress graft --from puts a draft head alone into a checkpoint"
+                )
             raise InputError(f"{path}: neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors checkpoints are read")
         weight_map = cls._weight_map(path, index)
         files = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
@@ -345,8 +363,7 @@ class Checkpoint:
             index = read_json_object(path / INDEX_NAME)
         except InputError:
             index = None
-        said = index.get("weight_map") if index is not None else None
-        weight_map = said if isinstance(said, dict) else {}
+        weight_map = weight_map_of(index)
         shards = tuple(read_shard(file) for file in files)
         stored: dict[str, TensorInfo] = {}
         for shard in shards:
@@ -372,12 +389,17 @@ class Checkpoint:
     def _weight_map(path: Path, index: dict[str, Any] | None) -> dict[str, str] | None:
         if index is None:
             return None
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        said = index.get("weight_map")
+        if not isinstance(said, dict) or not said or not all(isinstance(f, str) for f in said.values()):
             raise InputError(f"{path / INDEX_NAME}: has no weight_map from tensor names to files; rebuild the index")
+        weight_map = weight_map_of(index)
         for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or file in ("", ".", ".."):
+            if Path(file).is_absolute() or ".." in file.split("/") or file in ("", ".") or "\0" in file:
                 raise InputError(f"{path / INDEX_NAME}: names a file outside the directory: {file[:120]!r}")
+            if "/" in file:
+                raise InputError(
+                    f"{path / INDEX_NAME}: names {file[:120]!r}, in a folder below, where engines do not look; move it beside the index"
+                )
             if not file.endswith(".safetensors"):
                 raise InputError(f"{path / INDEX_NAME}: names {file[:120]!r}, which is not a safetensors file")
             if not (path / file).is_file():

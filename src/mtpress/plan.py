@@ -20,6 +20,8 @@ from mtpress.component_formats import formats_of
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.recipe import Recipe
+from mtpress.rules.names import refuse_misnamed
+from mtpress.rules.subject import Subject
 from mtpress.shard_writer import OutputTensor
 
 NVFP4_GROUP_SIZE, INT4_GROUP_SIZE = 16, 128
@@ -268,6 +270,11 @@ def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
     where = source.path
     if "quantization_config" in source.config or (where / "hf_quant_config.json").exists():
         raise InputError(f"{where}: is quantized already; quantize from its BF16 source")
+    subject = Subject(source)
+    refuse_misnamed(subject)
+    if subject.unindexed_mtp:
+        file, _ = next(iter(subject.unindexed_mtp.values()))
+        raise InputError(f"{where}: its draft head is stored in {file}, but not in the index; take it in first: mtpress repair {where} OUT")
     if source.unindexed:
         name = next(iter(source.unindexed))
         raise InputError(

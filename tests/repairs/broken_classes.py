@@ -23,7 +23,8 @@ from mtpress.stages.quantize import quantize
 from mtpress.stages.repair import RepairResult, repair
 
 VLM = "nvfp4-mtp-vlm"
-ALL = [(name, VLM, expected, function) for name, expected, function in CASES] + format_breaks.CASES
+REFUSED = {"a_draft_head_alone"}  # there is no checkpoint to repair; tests/stages/test_repair.py has the line
+ALL = [(name, VLM, expected, function) for name, expected, function in CASES if name not in REFUSED] + format_breaks.CASES
 HEADER = ("| what is broken | `check` says | `repair` does |", "|---|---|---|")
 
 
@@ -59,7 +60,8 @@ def told(outcomes: tuple[Outcome, ...]) -> str:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def break_and_repair(name: str, function: Break, sound: Path, base: Path, folder: Path) -> Repaired:

@@ -76,12 +76,23 @@ def test_a_packed_head_under_a_wrong_prefix(edit: Edit) -> None:
 
 def test_a_head_that_stands_twice_is_taken_once(edit: Edit, small_bf16: Path) -> None:
     for name in MTP_TENSORS:
-        edit.tensors[f"model.{name}"] = edit.tensors[name] + 1
+        edit.tensors[f"model.{name}"] = edit.tensors[name].clone()
     result, made = repaired(edit)
     base = Checkpoint.open(small_bf16)
     assert result.sound
     assert all(torch.equal(made[name].view(torch.int16), base.read(name).view(torch.int16)) for name in MTP_TENSORS)
     assert not [name for name in made if name.startswith("model.mtp")]
+
+
+def test_of_two_heads_that_differ_none_is_dropped(edit: Edit, small_bf16: Path) -> None:
+    edit.tensors["model.mtp.fc.weight"] = edit.tensors["mtp.fc.weight"] + 1
+    edit.tensors["model.mtp.norm.weight"] = edit.tensors["mtp.norm.weight"].clone()
+    kept = edit.tensors["model.mtp.fc.weight"].clone()
+    result, made = repaired(edit, small_bf16)
+    assert not result.sound
+    assert [outcome.finding.id for outcome in result.left] == ["mtp-misplaced"]
+    assert torch.equal(made["model.mtp.fc.weight"], kept)
+    assert "model.mtp.norm.weight" not in made
 
 
 def test_a_base_whose_head_does_not_fit(edit: Edit, small_bf16: Path, tmp_path: Path) -> None:

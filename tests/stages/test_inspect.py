@@ -245,7 +245,7 @@ def none_at_all(stored: Tensors, config: Config) -> Tensors:
         (without("mtp.norm.weight", "mtp.fc.weight"), "missing", 13, True, "lacks 2 of its 15 tensors"),
         (without(*qwen3_5.MTP_TENSORS), "missing", 0, True, "lacks 15 of its 15"),
         (packed_fc, "quantized", 17, True, "1 module of the draft head stored as GPTQ"),
-        (under_the_body, "misplaced", 0, True, "15 tensors of the draft head under model.language_model.mtp."),
+        (under_the_body, "misplaced", 15, True, "under other names: model.language_model.mtp.*, must be mtp.*"),
         (not_ignored, "not-ignored", 15, False, "of the draft in BF16 that the engine takes as quantized"),
         (not_declared, "not-declared", 15, True, "mtp_num_hidden_layers nowhere"),
         (none_at_all, "none", 0, True, "promises none"),

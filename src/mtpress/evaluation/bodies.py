@@ -22,6 +22,7 @@ from mtpress.evaluation.linears import EMULATIONS, INPUT_SCALES, EmulatedLinear,
 from mtpress.formats import fp8
 from mtpress.models.draft_head import DraftHead
 from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.rules.names import refuse_misnamed
 from mtpress.rules.stored import KV_SCALES, TITLES, WEIGHT
 from mtpress.rules.subject import Subject
 
@@ -35,6 +36,7 @@ class Body:
     def __init__(self, checkpoint: Checkpoint, name: str, kv_cache: str = "auto") -> None:
         self.checkpoint, self.name = checkpoint, name
         self.subject = Subject(checkpoint)
+        refuse_misnamed(self.subject)
         self.tensors = checkpoint.tensors
         self.model = self.subject.model
         if self.subject.prefix is None:

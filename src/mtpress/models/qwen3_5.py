@@ -19,7 +19,7 @@ COMPONENT_TITLES = {
 
 VISION_PREFIX = "model.visual."
 MTP_PREFIX = "mtp."
-LAYER = re.compile(r"^(model\.(?:language_model\.)?)layers\.(\d+)\.(.+)$")
+LAYER = re.compile(r"^(model\.(?:language_model\.)?)layers\.([0-9]{1,6})\.(.+)$")  # more digits are no count of layers
 
 # Linears of a decoder layer that vLLM loads as one matrix: they share one input and must share their global scales.
 FUSED = {
@@ -89,6 +89,10 @@ def body_prefix(names: Mapping[str, Any]) -> str:
     for name in names:
         if found := LAYER.match(name):
             return found[1]
+    if names and any(name.startswith(MTP_PREFIX) for name in names):
+        raise InputError(
+            "a draft head and no decoder layers; mtpress graft CKPT OUT --from it puts the head into a checkpoint that has them"
+        )
     raise InputError("no decoder layers under model.language_model.layers or model.layers; is it a Qwen3.5-class checkpoint?")
 
 
@@ -311,7 +315,7 @@ PLAIN_DTYPES = ("BF16", "F16", "F32")
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdigit() and part.isascii() and len(part) < 19 else (-1, part) for part in name.split(".")]
 
 
 def kept_modules(tensors: Mapping[str, Stored], prefix: str) -> list[str]:

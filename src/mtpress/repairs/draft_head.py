@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mtpress.comparison import counterpart, counterparts
-from mtpress.models.qwen3_5 import MTP_PREFIX
 from mtpress.repairs.base_files import base_tensor
 from mtpress.repairs.bf16 import drop_scales, in_bf16
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
-from mtpress.rules.rule import Finding, count
+from mtpress.rules.rule import Finding
 from mtpress.rules.stored import PLAIN_DTYPES
 
 HOW_IT_DRAFTS = "it was not trained with this body, so fewer of its drafts may be accepted: mtpress align trains it"
@@ -57,21 +56,6 @@ def mtp_none(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield from head_from_base(ctx)
 
 
-def mtp_misplaced(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """Renames what is not there under its own name yet, and drops what is."""
-    renamed = dropped = 0
-    for name in finding.where:
-        new = MTP_PREFIX + name.partition(MTP_PREFIX)[2]
-        if new in ctx.subject.tensors or new in ctx.overlay.places:
-            ctx.overlay.drop(name)
-            dropped += 1
-        else:
-            ctx.overlay.rename(name, new)
-            renamed += 1
-    said = [f"{count(renamed, 'tensor')} renamed to {MTP_PREFIX}*"] * bool(renamed)
-    yield Fix("; ".join([*said, *[f"{count(dropped, 'tensor')} dropped, which stand under {MTP_PREFIX} too"] * bool(dropped)]))
-
-
 def mtp_unindexed(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     yield Fix("the index names the draft head")
 
@@ -113,8 +97,7 @@ def declared(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 REPAIRS = (
     Repair("mtp-missing", "what is missing of the head is put from the base (`--base`), bit for bit", mtp_missing),
-    Repair("mtp-misplaced", "renamed to `mtp.`", mtp_misplaced, Turn.CONFIG),
-    Repair("mtp-unindexed", "the index names it", mtp_unindexed),
+    Repair("mtp-unindexed", "the index names it; out of a folder below it goes into a shard of its own", mtp_unindexed),
     Repair("mtp-quantized", "put from the base (`--base`), bit for bit; without one, and where the codes are not its head rounded, "
            "dequantized to BF16", mtp_quantized),
     Repair("mtp-rounded", "as `mtp-quantized`", mtp_quantized),

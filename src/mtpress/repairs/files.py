@@ -68,5 +68,7 @@ REPAIRS = (
         "the index names everything that is stored and has a place; a file without a tensor of the model, or torn, is left out",
         reindexed,
     ),
+    Repair("shard-leftover", "left out", reindexed),
+    Repair("index-spelling", "the index is written anew", reindexed),
     Repair("index-total-size", "the index is written anew", reindexed),
 )

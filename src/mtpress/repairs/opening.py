@@ -10,21 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtpress.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, read_json_object, read_shard, resolve
+from mtpress.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, read_json_object, read_shard, resolve, weight_map_of
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.models.qwen3_5 import component
 from mtpress.rules.config import not_treated
+from mtpress.rules.names import refuse_head_alone
 from mtpress.rules.registry import OPEN_RULES, STATIC_RULES
 from mtpress.rules.rule import Finding, apply
-from mtpress.rules.subject import CONFIG, MISPLACED_MTP, Subject
+from mtpress.rules.subject import CONFIG, Subject
 
-PARTS = ("layers.", "visual.", "embed_tokens.", "lm_head.")  # of the family's names, under whatever prefix
+PARTS = ("layers.", "visual.", "blocks.", "embed_tokens.", "lm_head.", "mtp.")  # of the family's names, under whatever prefix
 
 
 @dataclass(frozen=True)
 class Opened:
-    """findings: what check says. stored: every tensor that has a place. left_out: files → why. config_is_new: config.json is the base's."""
+    """findings: what check says. stored: every tensor that has a place, and as `unindexed` a head to be taken in from elsewhere.
+
+    left_out: files → why. config_is_new: config.json is the base's.
+    """
 
     findings: tuple[Finding, ...]
     stored: Checkpoint
@@ -45,12 +49,17 @@ def open_broken(path_or_id: str | Path, base: Checkpoint | None) -> Opened:
     except InputError as error:
         findings = tuple(apply(OPEN_RULES, error))
     shards, left_out = _shards(path, opened)
-    stored = _tensors(path, shards, _weight_map(path))
+    subject = Subject(opened) if opened is not None and problem is None else None
+    leftovers = {name: f"holds {why}" for name, why in subject.leftovers.items()} if subject is not None else {}
+    stored = _tensors(path, shards, _weight_map(path), leftovers)
     shards, foreign = _with_a_place(shards, stored)
     kept = {shard.path for shard in shards}
     tensors = {name: info for name, info in stored.items() if info.file in kept}
     index = opened.index if opened is not None else None
-    return Opened(findings, Checkpoint(path, config, shards, tensors, {}, index), left_out | foreign, problem is not None)
+    beside = _heads_beside(subject, leftovers) if subject is not None else {}
+    found = Checkpoint(path, config, shards, tensors, beside, index)
+    refuse_head_alone(Subject(found))
+    return Opened(findings, found, left_out | foreign | leftovers, problem is not None)
 
 
 def refuse_other_tasks(checkpoint: Checkpoint) -> None:
@@ -91,16 +100,15 @@ def _shards(path: Path, opened: Checkpoint | None) -> tuple[tuple[Shard, ...], d
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        said = read_json_object(path / INDEX_NAME).get("weight_map")
+        return weight_map_of(read_json_object(path / INDEX_NAME))
     except InputError:
         return {}
-    return {name: file for name, file in said.items() if isinstance(file, str)} if isinstance(said, dict) else {}
 
 
-def _tensors(path: Path, shards: tuple[Shard, ...], weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """Name → the tensor that counts: of two the one that the index names."""
+def _tensors(path: Path, shards: tuple[Shard, ...], weight_map: Mapping[str, str], leftovers: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Name → the tensor that counts: of two the one that the index names, and of a leftover none."""
     stored: dict[str, TensorInfo] = {}
-    for info in (info for shard in shards for info in shard.tensors):
+    for info in (info for shard in shards if shard.path.name not in leftovers for info in shard.tensors):
         other = stored.get(info.name)
         if other is not None and weight_map.get(info.name) not in (other.file.name, info.file.name):
             raise InputError(
@@ -112,13 +120,19 @@ def _tensors(path: Path, shards: tuple[Shard, ...], weight_map: Mapping[str, str
     return stored
 
 
+def _heads_beside(subject: Subject, leftovers: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """The draft head of a leftover or of a folder below, where there is no other."""
+    found = subject.unindexed_mtp.items()
+    return {name: info for name, (file, info) in found if file in leftovers or file in subject.heads_in_folders}
+
+
 def _with_a_place(shards: tuple[Shard, ...], stored: Mapping[str, TensorInfo]) -> tuple[tuple[Shard, ...], dict[str, str]]:
     """The shards of which some tensor counts and is called as in a model of the family; the others by name."""
 
     def has_a_place(info: TensorInfo) -> bool:
         name = info.name
-        known = component(name) != "other" or bool(MISPLACED_MTP.match(name)) or any(part in name for part in PARTS)
-        return known and stored[name] == info
+        known = component(name) != "other" or any(part in name for part in PARTS)
+        return known and stored.get(name) == info
 
     kept = tuple(shard for shard in shards if any(map(has_a_place, shard.tensors)))
     others = {shard.path.name for shard in shards} - {shard.path.name for shard in kept}

@@ -68,13 +68,14 @@ class Overlaid(Subject):
 
 
 class Overlay:
-    """Changes over `stored`, which holds every tensor that shall be in the output. Use as a context manager."""
+    """Changes over `stored`: its tensors shall be in the output, its `unindexed` are put in. Use as a context manager."""
 
     def __init__(self, stored: Checkpoint, *, config_is_new: bool = False) -> None:
         """config_is_new: the config of `stored` is not what stands in its config.json, so it is written in any case."""
         self.stored = stored
         self.config_is_new = config_is_new
         self.places = {name: Place(info, stored=name) for name, info in stored.tensors.items()}
+        self.places |= {name: Place(info) for name, info in stored.unindexed.items()}
         self.config: dict[str, Any] = copy.deepcopy(stored.config)
         self.files: dict[str, bytes | None] = {}
         self._scratch = tempfile.TemporaryDirectory(prefix="mtpress-repair-")

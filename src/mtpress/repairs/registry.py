@@ -9,6 +9,7 @@ from mtpress.repairs import (
     draft_head,
     files,
     meanings,
+    names,
     other_formats,
     scales,
     template,
@@ -24,6 +25,7 @@ REPAIRS: dict[str, Repair] = {
     for topic in (
         files,
         config,
+        names,
         tensors,
         declaration,
         other_formats,

@@ -37,10 +37,11 @@ class Left:
 class Turn(IntEnum):
     """When a repair has its turn: what later ones go by comes first, and what throws away comes last."""
 
-    CONFIG = 0
-    TENSORS = 1
-    DECLARATION = 2
-    DROPS = 3
+    NAMES = 0
+    CONFIG = 1
+    TENSORS = 2
+    DECLARATION = 3
+    DROPS = 4
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 import copy
 import math
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
-from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE
 from mtpress.repairs.base_files import base_tensor
 from mtpress.repairs.bf16 import in_bf16, is_bf16, whole_matrix
 from mtpress.repairs.declaration import declare, stored_bits
@@ -23,37 +21,6 @@ if TYPE_CHECKING:
 
 BF16_BITS = 8  # of its significand
 PIECE_VALUES = 4 << 20
-IN_A_LAYER = re.compile(r"^(.*?)layers\.\d+\.(?:linear_attn|self_attn|mlp|input_layernorm|post_attention_layernorm)\.")
-
-
-def body_prefix(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """Renames the body, and what stands beside it under vLLM's own names (language_model.lm_head, visual)."""
-    subject = ctx.subject
-    starts = {found[1] for name in subject.tensors if (found := IN_A_LAYER.match(name)) and not re.search(r"(^|\.)mtp\.", found[1])}
-    starts = {start for start in starts if not start.startswith("visual.") and ".visual." not in start}
-    if len(starts) != 1:
-        shown = ", ".join(sorted(starts)[:3]) or "none"
-        yield Left(f"it cannot be said which prefix is the body's (found: {shown})", "fetch or make the checkpoint again")
-        return
-    old = starts.pop()
-    renames = {old: "model." if subject.architecture == TEXT_ARCHITECTURE and not subject.stored_vision else "model.language_model."}
-    outside = old.removesuffix("model.")  # vLLM's own: language_model.model., language_model.lm_head., visual.
-    if outside and outside != old:
-        renames[f"{outside}lm_head."] = "lm_head."
-    renames["visual."] = subject.model.VISION_PREFIX
-    new_names = {}
-    for name in subject.tensors:
-        start = next((start for start in renames if name.startswith(start)), None)
-        body = old != "model." or re.match(r"model\.(layers\.\d+|embed_tokens|norm)\.", name)
-        if start is not None and (start != old or body):
-            new_names[name] = renames[start] + name.removeprefix(start)
-    taken = [new for old_name, new in new_names.items() if new != old_name and new in subject.tensors]
-    if taken:
-        yield Left(f"a tensor of the name {taken[0]} is there already", "fetch or make the checkpoint again")
-        return
-    for name, new in new_names.items():
-        ctx.overlay.rename(name, new)
-    yield Fix(f"{count(len(new_names), 'tensor')} renamed, {old}* to {renames[old]}*")
 
 
 def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | Left]:
@@ -263,7 +230,6 @@ def k_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 REPAIRS = (
-    Repair("body-prefix", "the tensors are renamed", body_prefix, Turn.CONFIG),
     Repair("tensor-missing", "put from the base in BF16 (`--base`), with the shards that the engine fuses it with", tensor_missing),
     Repair("tensor-unexpected", "dropped; layers that are whole are left, as then config.json is wrong", tensor_unexpected, Turn.DROPS),
     Repair("weight-dtype", "scales are cast where no value changes; quantized embeddings are dequantized to BF16; others are put from the "

@@ -14,7 +14,7 @@ FC = "mtp.fc"
 
 
 def mtp_missing(subject: Subject) -> Iterator[Problem]:
-    elsewhere = {*subject.unindexed_mtp, *subject.loaded_beside, *(f"mtp.{name.partition('mtp.')[2]}" for name in subject.misplaced_mtp)}
+    elsewhere = {*subject.unindexed_mtp, *subject.loaded_beside, *subject.names.contested}
     missing = []
     for name in subject.model.MTP_TENSORS:
         packed = name.endswith(".weight") and subject.form(subject.model.module_of(name)) not in ("plain", "none")
@@ -27,17 +27,10 @@ def mtp_missing(subject: Subject) -> Iterator[Problem]:
         yield Problem(f"the draft head lacks {len(missing)} of its {of} tensors", tuple(missing))
 
 
-def mtp_misplaced(subject: Subject) -> Iterator[Problem]:
-    if subject.misplaced_mtp:
-        where = subject.misplaced_mtp[0].partition("mtp.")[0]
-        yield Problem(f"{count(len(subject.misplaced_mtp), 'tensor')} of the draft head under {where}mtp., not mtp.", subject.misplaced_mtp)
-
-
 def mtp_unindexed(subject: Subject) -> Iterator[Problem]:
-    if subject.unindexed_mtp:
-        yield Problem(
-            f"{count(len(subject.unindexed_mtp), 'tensor')} of the draft head on disk, but not in the index", subject.unindexed_mtp
-        )
+    if found := subject.unindexed_mtp:
+        files = " and ".join(sorted({file for file, _ in found.values()})[:3])
+        yield Problem(f"{count(len(found), 'tensor')} of the draft head stored in {files}, but not in the index", tuple(found))
 
 
 def _forms(subject: Subject, names: tuple[str, ...]) -> str:
@@ -119,7 +112,7 @@ def mtp_layer_count(subject: Subject) -> Iterator[Problem]:
 
 
 def mtp_none(subject: Subject) -> Iterator[Problem]:
-    if not (subject.stored_mtp or subject.misplaced_mtp or subject.unindexed_mtp or subject.model.num_mtp_layers(subject.config)):
+    if not (subject.stored_mtp or subject.unindexed_mtp or subject.names.misnamed("head") or subject.model.num_mtp_layers(subject.config)):
         yield Problem("no draft head, and config.json promises none: no speculative decoding with this checkpoint")
 
 
@@ -133,18 +126,12 @@ RULES = (
         mtp_missing,
     ),
     Rule(
-        "mtp-misplaced",
-        "error",
-        "The draft head stands under another prefix. The draft reads only names that start with `mtp.`, and the target refuses the others.",
-        "rename them: mtpress repair CKPT OUT",
-        mtp_misplaced,
-    ),
-    Rule(
         "mtp-unindexed",
         "error",
-        "The draft head lies on disk, and the index does not name it. In a shard of its own it is skipped, and vLLM drafts with random "
-        "weights; in a shard that the index names, vLLM loads it, and whoever goes by the index loses it.",
-        "rebuild the index: mtpress repair CKPT OUT",
+        "The draft head lies on disk, beside the shards or in a folder below, and the index does not name it: it is not lost. In a file of "
+        "its own it is skipped, and vLLM drafts with random weights; in a shard that the index names, vLLM loads it, and whoever goes by "
+        "the index loses it.",
+        "take it into the index: mtpress repair CKPT OUT",
         mtp_unindexed,
     ),
     Rule(

@@ -17,6 +17,7 @@ from mtpress.rules import (
     ignore_lists,
     kv_cache,
     meanings,
+    names,
     processors,
     quantization,
     scale_bounds,
@@ -28,11 +29,13 @@ from mtpress.rules import (
     vision,
 )
 from mtpress.rules.rule import Rule
+from mtpress.rules.subject import Subject
 
 OPEN_RULES = files.OPEN_RULES
 STATIC_RULES = (
     *files.RULES,
     *config.RULES,
+    *names.RULES,
     *tensors.RULES,
     *quantization.RULES,
     *ignore_lists.RULES,
@@ -50,6 +53,11 @@ VALUE_RULES = values.RULES
 HASH_RULES = hashes.RULES
 ENGINE_RULES = engine.RULES
 ALL_RULES = (*OPEN_RULES, *STATIC_RULES, *BASE_RULES, *BOUND_RULES, *VALUE_RULES, *HASH_RULES, *ENGINE_RULES)
+
+
+def static_rules(subject: Subject) -> tuple[Rule[Subject], ...]:
+    """The rules for what needs no weights: all, but of a draft head alone only that it is one."""
+    return names.RULES if subject.is_head_alone else STATIC_RULES
 
 
 def table() -> Iterator[str]:

@@ -5,7 +5,7 @@ what the engine would make of it. Leaves out: judging (the other files here) and
 No property raises for a broken checkpoint: what cannot be known is empty, and a rule says why.
 """
 
-import re
+import os
 import struct
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,25 +19,37 @@ from mtpress.matching import Matcher, Scheme, Verdict, matcher_of
 from mtpress.matching.matcher import FP8_BLOCK
 from mtpress.models import family, qwen3_5_engine
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE, EngineLinear
+from mtpress.models.qwen3_5_names import Renaming, renaming
 from mtpress.rules.declaration import Declaration
 from mtpress.rules.stored import FP8_SCALARS, KV_SCALES, SCALARS, Form, form_of, fp8_scheme
 
 CONFIG, HF_QUANT_CONFIG, QUANTIZATION_CONFIG = "config.json", "hf_quant_config.json", "quantization_config.json"
 SCALAR_SUFFIXES = (*(suffix for scales in SCALARS.values() for suffix in scales), *FP8_SCALARS, *KV_SCALES)
-MISPLACED_MTP = re.compile(r"^(.+\.)mtp\.")
+MAX_FOLDERS = 200  # below a checkpoint that are looked into for a head
 
 
 class Subject:
-    """Everything that can be decided about a checkpoint without reading its weights."""
+    """Everything that can be decided about a checkpoint without reading its weights.
+
+    Tensors go by the family's names here, whatever names they are stored under: `names` has what that changes, and rules/names.py says it
+    once. What more than one tensor claims is nobody's.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
         self.config = checkpoint.config
-        self.tensors = checkpoint.tensors
         self.model = family(checkpoint.model_type)
+        self.names: Renaming = renaming({**checkpoint.tensors, **checkpoint.unindexed}, self.config, self.architecture)
+        self.tensors = self._by_family_names(checkpoint.tensors)
         self.unreadable: dict[str, str] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
+
+    def _by_family_names(self, tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+        if not self.names.new_names:
+            return tensors
+        found = {self.names.new_names.get(name, name): info for name, info in tensors.items()}
+        return {name: info if info.name == name else replace(info, name=name) for name, info in found.items()}
 
     # ---- files
 
@@ -76,6 +88,17 @@ class Subject:
                     found[path.name] = read_shard(path)
                 except InputError:
                     found[path.name] = None
+        return found
+
+    @cached_property
+    def leftovers(self) -> dict[str, str]:
+        """Files that no index names and that hold what it names elsewhere: a copy, or another save; file → how much of it."""
+        known = {name for shard in self.checkpoint.shards for name in (info.name for info in shard.tensors)}
+        found = {}
+        for file, shard in self.stray_shards.items():
+            names = {info.name for info in shard.tensors} if shard is not None and self.checkpoint.index is not None else set()
+            if twice := len(names & known):
+                found[file] = f"{twice if twice < len(names) else 'all'} of its {len(names)} tensors in the indexed files too"
         return found
 
     # ---- what config.json calls for
@@ -148,22 +171,64 @@ class Subject:
         return tuple(name for name in self.tensors if name.startswith(self.model.MTP_PREFIX))
 
     @cached_property
-    def misplaced_mtp(self) -> tuple[str, ...]:
-        return tuple(name for name in self.tensors if MISPLACED_MTP.match(name) and not name.startswith(self.model.MTP_PREFIX))
+    def unindexed(self) -> Mapping[str, TensorInfo]:
+        """Tensors of named shards that the index does not name."""
+        return self._by_family_names(self.checkpoint.unindexed)
+
+    @cached_property
+    def stray_tensors(self) -> dict[str, dict[str, TensorInfo]]:
+        """The same of shards that no index names: file → its tensors."""
+        found = {}
+        for file, shard in self.stray_shards.items():
+            stored = {info.name: info for info in shard.tensors} if shard is not None else {}
+            found[file] = by_family_names(stored, self.config, self.architecture)
+        return found
 
     @cached_property
     def loaded_beside(self) -> frozenset[str]:
         """Tensors that no index names and vLLM loads all the same: in named shards and, without any index, in every shard."""
-        stray = [info.name for shard in self.stray_shards.values() if shard for info in shard.tensors]
-        return frozenset([*self.checkpoint.unindexed, *(stray if self.checkpoint.index is None else ())])
+        stray = [name for tensors in self.stray_tensors.values() for name in tensors]
+        return frozenset([*self.unindexed, *(stray if self.checkpoint.index is None else ())])
 
     @cached_property
-    def unindexed_mtp(self) -> tuple[str, ...]:
-        """Tensors of the draft head that lie on disk and that the index does not name."""
-        if self.checkpoint.index is None:
-            return ()
-        stray = [info.name for shard in self.stray_shards.values() if shard for info in shard.tensors]
-        return tuple(name for name in (*self.checkpoint.unindexed, *stray) if name.startswith(self.model.MTP_PREFIX))
+    def unindexed_mtp(self) -> dict[str, tuple[str, TensorInfo]]:
+        """Tensors of the draft head that lie on disk, that the index does not name and that it names nowhere else: name → file, tensor.
+
+        In named shards, in files beside them, and in files of folders below that hold a head and nothing else.
+        """
+        beside = self.stray_tensors if self.checkpoint.index is not None else {}
+        found: dict[str, tuple[str, TensorInfo]] = {}
+        for file, tensors in {"": self.unindexed, **beside, **(self.heads_in_folders if self._lacks_head else {})}.items():
+            for name, info in tensors.items():
+                if name.startswith(self.model.MTP_PREFIX) and name not in self.tensors:
+                    found.setdefault(name, (file or info.file.name, info))
+        return found
+
+    @cached_property
+    def _lacks_head(self) -> bool:
+        beside = {*self.unindexed, *(name for tensors in self.stray_tensors.values() for name in tensors)}
+        return not any(name.startswith(self.model.MTP_PREFIX) for name in (*self.tensors, *beside))
+
+    @cached_property
+    def heads_in_folders(self) -> dict[str, dict[str, TensorInfo]]:
+        """Safetensors files one folder below that hold a whole draft head and nothing else: path → its tensors."""
+        found = {}
+        folders = [entry.name for entry in os.scandir(self.path) if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")]
+        for path in (path for folder in sorted(folders)[:MAX_FOLDERS] for path in sorted((self.path / folder).glob("*.safetensors"))):
+            try:
+                stored = {info.name: info for info in read_shard(path).tensors} if path.is_file() else {}
+            except InputError:
+                continue
+            tensors = by_family_names(stored, self.config, self.architecture)
+            if set(self.model.MTP_TENSORS) <= tensors.keys() and all(name.startswith(self.model.MTP_PREFIX) for name in tensors):
+                found[f"{path.parent.name}/{path.name}"] = tensors
+        return found
+
+    @cached_property
+    def is_head_alone(self) -> bool:
+        """Whether nothing of a model is stored but its draft head."""
+        parts = {self.model.component(name) for name in (*self.tensors, *self.unindexed)}
+        return bool(self.stored_mtp) and parts <= {"mtp", "other"}
 
     @cached_property
     def stored_vision(self) -> tuple[str, ...]:
@@ -221,8 +286,9 @@ class Subject:
     @cached_property
     def dtypes(self) -> dict[str, str]:
         """Tensor name → dtype of everything in the directory, indexed or not: what vLLM derives the modules of GPTQ from."""
-        shards = [*self.checkpoint.shards, *(shard for shard in self.stray_shards.values() if shard)]
-        return {info.name: info.dtype for shard in shards for info in shard.tensors}
+        named = {info.name: info.dtype for shard in self.checkpoint.shards for info in shard.tensors}
+        by_name = {self.names.new_names.get(name, name): dtype for name, dtype in named.items()}
+        return by_name | {name: info.dtype for tensors in self.stray_tensors.values() for name, info in tensors.items()}
 
     def matcher(self, declared: Declaration) -> Matcher | None:
         """vLLM's matching by a declaration; None for a format whose matching is not modelled."""
@@ -316,3 +382,9 @@ class Subject:
     @property
     def is_vl(self) -> bool:
         return self.architecture == VL_ARCHITECTURE and "vision_config" in self.config
+
+
+def by_family_names(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], architecture: str) -> dict[str, TensorInfo]:
+    """Tensors of one file by the family's names; those of other names keep them."""
+    new_names = renaming(tensors, config, architecture).new_names
+    return {new: replace(info, name=new) for name, info in tensors.items() for new in (new_names.get(name, name),)}

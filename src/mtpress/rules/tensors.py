@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from mtpress.matching import Scheme
-from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE
 from mtpress.rules import stored
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.stored import (
@@ -49,22 +48,17 @@ ROWS_MULTIPLE = 32  # of the CPU kernel; Marlin pads
 WORD_BITS = 32
 
 
-def body_prefix(subject: Subject) -> Iterator[Problem]:
-    if subject.prefix is None:
-        some = tuple(name for name in subject.tensors if "layers." in name and not name.startswith(subject.model.MTP_PREFIX))[:3]
-        yield Problem("no decoder layers under model.language_model.layers (or, text only, model.layers); nothing in them is checked", some)
-    elif subject.prefix == "model." and subject.architecture == VL_ARCHITECTURE:
-        some = tuple(name for name in subject.tensors if name.startswith("model.layers."))
-        yield Problem(f"the body stands under model.layers, {VL_ARCHITECTURE} reads model.language_model.layers (ValueError)", some)
-
-
 def tensor_missing(subject: Subject) -> Iterator[Problem]:
     if subject.prefix is None:
         return
     missing = []
     for name in subject.called_for:
         module, _, suffix = name.rpartition(".")
-        elsewhere = name in subject.loaded_beside or (suffix == WEIGHT and subject.form(module) not in ("plain", "none"))
+        elsewhere = (
+            name in subject.loaded_beside
+            or name in subject.names.contested
+            or (suffix == WEIGHT and subject.form(module) not in ("plain", "none"))
+        )
         if name not in subject.tensors and not elsewhere and not name.startswith(subject.model.MTP_PREFIX):
             missing.append(name)
     if missing:
@@ -82,8 +76,8 @@ def tensor_unexpected(subject: Subject) -> Iterator[Problem]:
             continue
         if module in modules and (suffix in SUFFIXES.get(subject.form(module), ()) or suffix in SCALE_SUFFIXES):
             continue  # of its format; scale-orphan says where it is not
-        if name in subject.misplaced_mtp or (name in subject.stored_vision and not subject.is_vl):
-            continue  # mtp-misplaced and vision-in-text-model say it
+        if name in subject.names.rivals or (name in subject.stored_vision and not subject.is_vl):
+            continue  # rules/names.py and vision-in-text-model say it
         extra.append(name)
     if extra:
         yield Problem(f"{count(len(extra), 'tensor')} that config.json does not call for", tuple(extra))
@@ -247,14 +241,6 @@ def zeros_convention(subject: Subject) -> Iterator[Problem]:
 
 
 RULES = (
-    Rule(
-        "body-prefix",
-        "error",
-        "The decoder layers stand under a prefix that the architecture does not read, or that only vLLM does (its own names, "
-        "language_model.model.*).",
-        "rename the tensors: mtpress repair CKPT OUT",
-        body_prefix,
-    ),
     Rule(
         "tensor-missing",
         "error",

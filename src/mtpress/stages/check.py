@@ -24,7 +24,7 @@ from mtpress.progress import Progress, human_bytes
 from mtpress.record import RECORD_NAME, add_to_record
 from mtpress.relation import Kind, add_base_is, refuse_alone
 from mtpress.rules.hashes import hash_files
-from mtpress.rules.registry import BASE_RULES, BOUND_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, STATIC_RULES, VALUE_RULES
+from mtpress.rules.registry import BASE_RULES, BOUND_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, VALUE_RULES, static_rules
 from mtpress.rules.rule import Finding, Severity, apply, count
 from mtpress.rules.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
 from mtpress.rules.subject import Subject
@@ -119,8 +119,9 @@ def check(
         return CheckResult(str(where), "unreadable", 0, 0, 0, len(OPEN_RULES), tuple(apply(OPEN_RULES, error)))
     source = Checkpoint.open(base) if base is not None else None
     subject = Subject(checkpoint)
-    findings = list(apply(STATIC_RULES, subject))
-    num_rules = len(OPEN_RULES) + len(STATIC_RULES)
+    rules = static_rules(subject)
+    findings = list(apply(rules, subject))
+    num_rules = len(OPEN_RULES) + len(rules)
     comparison = num_files_hashed = num_values_bytes = bounds = None
     if source is not None:
         comparison = compare(subject, source, given=base_is, silent=silent)

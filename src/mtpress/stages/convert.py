@@ -15,6 +15,7 @@ from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.output_place import refuse_place
 from mtpress.progress import human_bytes
+from mtpress.rules.names import refuse_misnamed
 from mtpress.rules.subject import CONFIG, HF_QUANT_CONFIG, Subject
 from mtpress.rules.vision import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
 from mtpress.terminal import say
@@ -93,6 +94,7 @@ def convert(
             "mtpress repair CKPT OUT first"
         )
     subject = Subject(source)
+    refuse_misnamed(subject)
     vision = family(source.model_type).VISION_PREFIX
     dropped = [name for name in source.tensors if name.startswith(vision)] if text_only else []
     if text_only and not dropped:

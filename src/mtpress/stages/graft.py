@@ -10,14 +10,14 @@ import argparse
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mtpress import fp8_head, terminal
-from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_object
-from mtpress.disk import read_pieces
+from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_object, read_shard, resolve, weight_map_of
+from mtpress.comparison import same_bytes
 from mtpress.errors import InputError
 from mtpress.matching.matcher import Scheme
 from mtpress.models import family
@@ -25,7 +25,8 @@ from mtpress.output_place import refuse_place
 from mtpress.progress import human_bytes
 from mtpress.relation import Kind, Relation, add_base_is
 from mtpress.rules.declaration import Declaration
-from mtpress.rules.subject import MISPLACED_MTP, Subject
+from mtpress.rules.names import refuse_misnamed
+from mtpress.rules.subject import CONFIG, Subject
 
 MOST_UNKNOWN = 1000  # tensors of unknown names in what is still a checkpoint of this family with something left over
 
@@ -64,7 +65,7 @@ class GraftResult:
 
     @property
     def next(self) -> str:
-        return f"mtpress check {self.out} --base {self.base}"
+        return f"mtpress check {self.out}" + (f" --base {self.base}" if self.base_relation is not None else "")
 
     def as_json(self) -> dict[str, Any]:
         relation = self.base_relation.as_json() if self.base_relation is not None else None
@@ -94,10 +95,13 @@ def graft(
 
     target = Path(out)
     refuse_place(target, [checkpoint, base])
-    source, giver = Checkpoint.open_stored(checkpoint), Checkpoint.open_stored(base)
+    source = Checkpoint.open_stored(checkpoint)
     subject = Subject(source)
+    refuse_misnamed(subject, "body", "vision", "lm_head")
+    giver = _open_giver(base, source)
     head = _head_of(giver, source, subject.model)
-    there = [name for name in source.tensors if name.startswith(subject.model.MTP_PREFIX) or MISPLACED_MTP.match(name)]
+    there = [*subject.names.misnamed("head"), *(name for name in source.tensors if name.startswith(subject.model.MTP_PREFIX))]
+    there = list(dict.fromkeys(there))
     strays = _strays(subject)
     relation = sampled_relation(subject, giver, base_is)
     leaves = {*there, *strays}
@@ -112,7 +116,7 @@ def graft(
     kept = tuple(
         name
         for name, info in head.items()
-        if name in source.tensors and _module(name) not in matrices and _same_bytes(source.tensors[name], info)
+        if name in source.tensors and _module(name) not in matrices and _is_same(source.tensors[name], info)
     )
     removed = tuple(name for name in there if name not in head)
     for name in (*removed, *strays):
@@ -156,6 +160,22 @@ def graft(
 
 
 # ---- the head, and whether it fits
+
+
+def _open_giver(base: str | Path, source: Checkpoint) -> Checkpoint:
+    """What gives the head, by the family's names. One that holds a head alone needs no config.json: the checkpoint's says what fits."""
+    path = resolve(base)
+    files = sorted(path.glob("*.safetensors"))
+    if not (path / CONFIG).exists() and files:
+        shards = tuple(read_shard(file) for file in files)
+        giver = Checkpoint(path, source.config, shards, {info.name: info for shard in shards for info in shard.tensors})
+        if not Subject(giver).is_head_alone:
+            raise InputError(f"{path}: no config.json; name the directory of a whole checkpoint, or of a draft head alone")
+    else:
+        giver = Checkpoint.open_stored(path)
+    subject = Subject(giver)
+    beside = {name: info for name, (_, info) in subject.unindexed_mtp.items()}
+    return replace(giver, tensors={**beside, **subject.tensors})
 
 
 def _head_of(giver: Checkpoint, source: Checkpoint, model: ModuleType) -> dict[str, TensorInfo]:
@@ -209,15 +229,8 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
-    import numpy
-
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    if a.file.samefile(b.file) and a.offset == b.offset:
-        return True
-    pieces = zip(read_pieces(a), read_pieces(b), strict=True)
-    return all(numpy.array_equal(numpy.frombuffer(one, numpy.uint8), numpy.frombuffer(other, numpy.uint8)) for one, other in pieces)
+def _is_same(one: TensorInfo, other: TensorInfo) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and same_bytes(one, other)
 
 
 def _strays(subject: Subject) -> tuple[str, ...]:
@@ -226,22 +239,20 @@ def _strays(subject: Subject) -> tuple[str, ...]:
     InputError where there are too many unknown names for a checkpoint of this family.
     """
     source = subject.checkpoint
-    unknown = [name for name in source.tensors if subject.model.component(name) == "other" and not MISPLACED_MTP.match(name)]
+    unknown = [name for name in source.tensors if subject.model.component(name) == "other" and name not in subject.names.kinds]
     if len(unknown) > MOST_UNKNOWN:
         raise InputError(
             f"{source.path}: {len(unknown)} tensors belong to no known component ({unknown[0][:80]}, …); it is of another family"
         )
-    weight_map = (source.index or {}).get("weight_map")
-    if not isinstance(weight_map, Mapping):
+    files = set(weight_map_of(source.index).values())
+    if not files:
         return ()
-    files = set(map(str, weight_map.values()))
     return tuple(name for name in unknown if source.tensors[name].file.name not in files)
 
 
 def _names_all(source: Checkpoint, head: Mapping[str, TensorInfo]) -> bool:
     """Whether an engine that goes by the index finds the head: it is named, or there is one file and no index."""
-    weight_map = (source.index or {}).get("weight_map")
-    if isinstance(weight_map, Mapping):
+    if weight_map := weight_map_of(source.index):
         return all(weight_map.get(name) == source.tensors[name].file.name for name in head)
     return not (source.path / INDEX_NAME).exists() and len(source.shards) == 1
 
