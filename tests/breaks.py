@@ -156,6 +156,24 @@ def float16_declared(e: Edit) -> None:
     e.text["dtype"] = "float16"
 
 
+@breaks("config-incomplete")
+def no_head_dim(e: Edit) -> None:
+    del e.text["head_dim"]
+
+
+@breaks("config-incomplete")
+def rope_parameters_by_layer_type(e: Edit) -> None:
+    e.text["rope_parameters"] = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+
+
+@breaks("rope-yarn")
+def yarn_beside_mrope(e: Edit) -> None:
+    e.text["rope_parameters"] = {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        "mrope_section": [3, 3, 2],
+    }  # fmt: skip
+
+
 @breaks("torch-dtype")
 def the_old_dtype_key(e: Edit) -> None:
     e.config["torch_dtype"] = e.text.pop("dtype")

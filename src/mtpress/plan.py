@@ -272,6 +272,8 @@ def _refuse_unusable(source: Checkpoint, recipe: Recipe) -> None:
         raise InputError(f"{where}: is quantized already; quantize from its BF16 source")
     subject = Subject(source)
     refuse_misnamed(subject)
+    if subject.config_problem:
+        raise InputError(f"{where}: {subject.config_problem}")
     if subject.unindexed_mtp:
         file, _ = next(iter(subject.unindexed_mtp.values()))
         raise InputError(f"{where}: its draft head is stored in {file}, but not in the index; take it in first: mtpress repair {where} OUT")

@@ -126,57 +126,94 @@ def num_mtp_layers(config: Mapping[str, Any]) -> int:
     return value if type(value) is int and value > 0 else 0
 
 
-REQUIRED_SIZES = (
-    "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
-)  # fmt: skip
+# What a size is that config.json leaves out: transformers 5 writes no key that has its default, and vLLM builds its config by transformers.
+SIZES = {
+    "hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 248320, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+VISION_SIZES = {
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "in_channels": 3, "patch_size": 16, "temporal_patch_size": 2,
+    "spatial_merge_size": 2, "num_position_embeddings": 2304, "out_hidden_size": 3584,
+}  # fmt: skip
+
+
+def left_out(config: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes that config.json does not have → what engines take for them."""
+    text, vision = text_config(config), config.get("vision_config")
+    found = {key: size for key, size in SIZES.items() if key not in text}
+    if isinstance(vision, Mapping):
+        found |= {f"vision_config.{key}": size for key, size in VISION_SIZES.items() if key not in vision}
+    return found
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """The dimensions of the language model; InputError names one that is missing or no size."""
+    """The dimensions of the language model, the default of what is left out; InputError names one that is no size."""
     text = text_config(config)
-    for key in REQUIRED_SIZES:
-        value = text.get(key)
+    found = {key: text.get(key, default) for key, default in SIZES.items()}
+    for key, value in found.items():
         if type(value) is not int or not 0 < value < 1 << 31:
             raise InputError(f"config.json: {key} is {str(value)[:40]!r}, must be a positive size")
-    _refuse_arithmetic(text)
-    return {key: text[key] for key in REQUIRED_SIZES}
+    _refuse_arithmetic(text, found["head_dim"])
+    return found
 
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+# rope_type → the keys it computes with. With mrope_section vLLM rotates by three positions in two of them alone.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",), "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}  # fmt: skip
+MROPE_TYPES = ("default", "yarn")
 
 
-def _refuse_arithmetic(text: Mapping[str, Any]) -> None:
+def rope_parameters(text: Mapping[str, Any]) -> Any:
+    """The rotary embedding's parameters as transformers 5 reads them: rope_scaling of older configs goes first."""
+    return text.get("rope_scaling") or text.get("rope_parameters")
+
+
+def _refuse(key: str, value: Any, must: str) -> InputError:
+    return InputError(f"config.json: {key} is {str(value)[:40]!r}, must be {must}")
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e12
+
+
+def _refuse_arithmetic(text: Mapping[str, Any], head_dim: int) -> None:
     """Keys that no shape depends on and that a forward computes with: InputError names one that cannot be. Missing ones have defaults."""
-
-    def refuse(key: str, value: Any, must: str) -> InputError:
-        return InputError(f"config.json: {key} is {str(value)[:40]!r}, must be {must}")
-
-    def positive(value: Any) -> bool:
-        return type(value) in (int, float) and 0 < value < 1e12
-
-    if (eps := text.get("rms_norm_eps")) is not None and not (positive(eps) and eps < 1):
-        raise refuse("rms_norm_eps", eps, "a small positive number")
+    if (eps := text.get("rms_norm_eps")) is not None and not (_is_positive(eps) and eps < 1):
+        raise _refuse("rms_norm_eps", eps, "a small positive number")
     if (act := text.get("hidden_act")) is not None and act != "silu":
-        raise refuse("hidden_act", act, "'silu' in this family")
-    if (rope := text.get("rope_parameters")) is None:
+        raise _refuse("hidden_act", act, "'silu' in this family")
+    rope = rope_parameters(text)
+    if rope is None:
         return
     if not isinstance(rope, Mapping):
-        raise refuse("rope_parameters", rope, "an object")
-    if (kind := rope.get("rope_type", "default")) not in ROPE_TYPES:
-        raise refuse("rope_type", kind, f"one of {', '.join(ROPE_TYPES)}")
-    if not positive(theta := rope.get("rope_theta", 1e4)):
-        raise refuse("rope_theta", theta, "a positive number")
+        raise _refuse("rope_parameters", rope, "an object")
+    if by_layer := next((key for key, value in rope.items() if isinstance(value, Mapping) and key.endswith("_attention")), None):
+        raise _refuse("rope_parameters", f"by layer type ({by_layer})", "one object for all layers in this family")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise _refuse("rope_type", kind, f"one of {', '.join(ROPE_TYPES)}")
+    if "mrope_section" in rope and kind not in MROPE_TYPES:
+        raise _refuse("rope_type", kind, f"{' or '.join(MROPE_TYPES)} beside mrope_section, which engines rotate by in no other")
+    if missing := next((key for key in ROPE_TYPES[kind] if key not in rope), None):
+        raise _refuse(f"rope_parameters.{missing}", None, f"there for rope_type {kind}")
+    if not _is_positive(theta := rope.get("rope_theta", text.get("rope_theta", 1e4))):
+        raise _refuse("rope_theta", theta, "a positive number")
     factor = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
-    if not positive(factor) or factor > 1:
-        raise refuse("partial_rotary_factor", factor, "a number over 0, at most 1")
-    num_pairs = int(text["head_dim"] * factor) // 2
+    if not _is_positive(factor) or factor > 1:
+        raise _refuse("partial_rotary_factor", factor, "a number over 0, at most 1")
+    num_pairs = int(head_dim * factor) // 2
     section = rope.get("mrope_section")
     if section is not None and not (
         isinstance(section, list) and len(section) == 3 and all(type(n) is int and n >= 0 for n in section) and sum(section) == num_pairs
     ):
-        raise refuse(
-            "mrope_section", section, f"three counts whose sum is {num_pairs}, half of what head_dim × partial_rotary_factor rotates"
+        raise _refuse(
+            "mrope_section",
+            section,
+            f"three counts whose sum is {num_pairs}, half of what head_dim{'' if 'head_dim' in text else f' ({head_dim}, left out)'} "
+            "× partial_rotary_factor rotates",
         )
 
 
@@ -261,16 +298,11 @@ def mtp_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-VISION_SIZES = (
-    "depth", "hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size",
-    "num_position_embeddings", "out_hidden_size",
-)  # fmt: skip
-
-
 def vision_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of the vision tower with their shapes: 12 a block and 9 around the blocks, 333 at depth 27."""
-    vision = config.get("vision_config")
-    if not isinstance(vision, Mapping) or any(type(vision.get(k)) is not int or not 0 < vision[k] < 1 << 31 for k in VISION_SIZES):
+    said = config.get("vision_config")
+    vision = {key: said.get(key, default) for key, default in VISION_SIZES.items()} if isinstance(said, Mapping) else {}
+    if not vision or any(type(size) is not int or not 0 < size < 1 << 31 for size in vision.values()):
         raise InputError(f"config.json: vision_config must hold {', '.join(VISION_SIZES)} as positive sizes")
     if vision["depth"] >= 10_000:
         raise InputError(f"config.json: vision_config.depth is {vision['depth']}, must be a count of blocks")

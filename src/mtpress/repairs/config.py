@@ -67,5 +67,6 @@ REPAIRS = (
     Repair("architecture", "`architectures` names the class of the model_type", architecture, Turn.CONFIG),
     Repair("text-model-type", f"set to {TEXT_MODEL_TYPE}", text_model_type, Turn.CONFIG),
     Repair("dtype", "set to bfloat16", dtype, Turn.CONFIG),
+    Repair("rope-yarn", "nothing is wrong"),
     Repair("torch-dtype", "renamed to dtype", torch_dtype, Turn.CONFIG),
 )

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from mtpress.checkpoint import Checkpoint
+from mtpress.models.qwen3_5 import rope_parameters
 from mtpress.models.qwen3_5_engine import ARCHITECTURE
 from mtpress.rules.rule import Problem, Rule
 from mtpress.rules.subject import CONFIG, Subject
@@ -63,6 +64,12 @@ def torch_dtype(subject: Subject) -> Iterator[Problem]:
         yield Problem("config.json: holds torch_dtype, which is called dtype since transformers 5", (CONFIG,))
 
 
+def rope_yarn(subject: Subject) -> Iterator[Problem]:
+    rope = rope_parameters(subject.model.text_config(subject.config))
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn" and "mrope_section" in rope:
+        yield Problem(f"config.json: rope_type yarn, factor {str(rope.get('factor'))[:20]}", (CONFIG,))
+
+
 RULES = (
     Rule(
         "config-incomplete",
@@ -91,6 +98,14 @@ RULES = (
         "The declared dtype is missing or not bfloat16: the engine computes in another precision than the model was trained in.",
         'set "dtype": "bfloat16" in config.json, or: mtpress repair CKPT OUT --base SRC',
         dtype,
+    ),
+    Rule(
+        "rope-yarn",
+        "note",
+        "YaRN beside M-RoPE: vLLM 0.32 takes the range that it corrects from four times original_max_position_embeddings, transformers "
+        "from that itself. Calibration and eval compute as transformers does, and so a little otherwise than vLLM.",
+        "leave YaRN out where no text is longer than original_max_position_embeddings",
+        rope_yarn,
     ),
     Rule(
         "torch-dtype",

@@ -21,7 +21,7 @@ from mtpress.models import family, qwen3_5_engine
 from mtpress.models.qwen3_5_engine import VL_ARCHITECTURE, EngineLinear
 from mtpress.models.qwen3_5_names import Renaming, renaming
 from mtpress.rules.declaration import Declaration
-from mtpress.rules.stored import FP8_SCALARS, KV_SCALES, SCALARS, Form, form_of, fp8_scheme
+from mtpress.rules.stored import FP8_SCALARS, KV_SCALES, PLAIN_DTYPES, SCALARS, Form, form_of, fp8_scheme
 
 CONFIG, HF_QUANT_CONFIG, QUANTIZATION_CONFIG = "config.json", "hf_quant_config.json", "quantization_config.json"
 SCALAR_SUFFIXES = (*(suffix for scales in SCALARS.values() for suffix in scales), *FP8_SCALARS, *KV_SCALES)
@@ -124,9 +124,21 @@ class Subject:
         try:
             shapes = dict(self.model.body_shapes(self.config, prefix, self.tensors)) | self.model.mtp_shapes(self.config)
             vision = self.model.vision_shapes(self.config) if "vision_config" in self.config else {}
-            return shapes | (vision if self.stored_vision else {}), None
         except InputError as error:
             return {}, str(error)
+        shapes |= vision if self.stored_vision else {}
+        problem = self._wrong_defaults(shapes)
+        return ({}, problem) if problem else (shapes, None)
+
+    def _wrong_defaults(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Why the sizes that config.json leaves out are not the defaults that engines take for them: a tensor says otherwise."""
+        left_out: dict[str, int] = self.model.left_out(self.config)
+        for name, shape in shapes.items() if left_out else ():
+            if (info := self.tensors.get(name)) is not None and info.dtype in PLAIN_DTYPES and info.shape != shape:
+                keys = [key for key, size in left_out.items() if any(size == n or n % size == 0 for n in shape)] or list(left_out)
+                said = ", ".join(f"{key} (engines take {left_out[key]})" for key in keys[:3])
+                return f"config.json: lacks {said}, by which {name} is {list(shape)}; stored is {list(info.shape)}"
+        return None
 
     @property
     def called_for(self) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ from mtpress.models.qwen3_5 import COMPONENT_TITLES, COMPONENTS
 from mtpress.plan import make_plan
 from mtpress.progress import human_bytes
 from mtpress.recipe import load_recipe, shipped
-from mtpress.rules import draft_head, ignore_lists, quantization, stored
+from mtpress.rules import draft_head, ignore_lists, names, quantization, stored
 from mtpress.rules.rule import apply, count
 from mtpress.rules.subject import Subject
 
@@ -96,6 +96,7 @@ class InspectResult:
     num_bytes: int
     num_shards: int
     num_unindexed: int
+    names: tuple[str, ...]
     components: dict[str, Component]
     quantization: Quantization | None
     draft_head: DraftHead
@@ -122,6 +123,7 @@ def inspect(path: str | Path) -> InspectResult:
         num_bytes=checkpoint.num_bytes,
         num_shards=len(checkpoint.shards),
         num_unindexed=len(checkpoint.unindexed),
+        names=tuple(finding.message for finding in apply(names.RULES, subject)),
         components=components,
         quantization=_quantization(subject),
         draft_head=_draft_head(subject),
@@ -174,7 +176,8 @@ def _quantization(subject: Subject) -> Quantization | None:
 
 
 def _draft_head(subject: Subject) -> DraftHead:
-    findings = list(apply(draft_head.RULES, subject))
+    misplaced = [rule for rule in names.RULES if rule.id == "mtp-misplaced"]
+    findings = list(apply((*misplaced, *draft_head.RULES), subject))
     return DraftHead(
         state=findings[0].id.removeprefix("mtp-") if findings else "whole",
         num_layers_declared=subject.model.num_mtp_layers(subject.config),
@@ -233,6 +236,8 @@ def show(result: InspectResult) -> None:
     console.print(_component_table(result))
     if result.num_unindexed:
         console.print(f"{count(result.num_unindexed, 'tensor')} stored but not in the index: engines skip them", soft_wrap=True)
+    for line in result.names:
+        console.print(f"{line}; mtpress repair renames what can be", markup=False, soft_wrap=True)
     for line in (*_quantization_lines(result.quantization), *_draft_head_lines(result.draft_head)):
         console.print(line, soft_wrap=True)
     console.print(_fit_table(result))
