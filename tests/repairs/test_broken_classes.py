@@ -18,7 +18,8 @@ SEVERITY = {rule.id: rule.severity for rule in STATIC_RULES}
 
 # What is left without a base, although it is an error.
 NEEDS_BASE = {
-    "torn_generation_config", "no_hidden_size", "no_head_dim", "rope_parameters_by_layer_type", "a_norm_missing", "a_quantized_linear_missing", "a_vision_tensor_missing",
+    "torn_generation_config", "no_hidden_size", "no_head_dim", "rope_parameters_by_layer_type",
+    "a_norm_missing", "a_quantized_linear_missing", "a_vision_tensor_missing",
     "quantized_embeddings", "conv1d_in_int8", "codes_of_another_shape", "embeddings_shorter_than_the_vocabulary",
     "an_input_size_of_no_whole_blocks", "no_block_scales", "no_global_scale",
     "a_global_scale_of_zero", "no_draft_head", "half_a_draft_head", "tower_lost",

@@ -47,7 +47,7 @@ COMPUTING = {
     "mrope_section", "mrope_interleaved", "deepstack_visual_indexes", "rope_type", "temperature", "top_p", "top_k", "do_sample",
     "repetition_penalty", "max_length", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
     "forced_eos_token_id", "no_repeat_ngram_size", "min_length", "length_penalty", "num_beams",
-} | {*TEXT_DEFAULTS, *VISION_DEFAULTS, *qwen3_5.REQUIRED_SIZES, *qwen3_5.VISION_SIZES}  # fmt: skip
+} | {*TEXT_DEFAULTS, *VISION_DEFAULTS, *qwen3_5.SIZES, *qwen3_5.VISION_SIZES}  # fmt: skip
 # One thing under several keys: what is compared → every key that says it.
 SPELLINGS = {
     "rope_parameters": ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),

@@ -7,7 +7,7 @@ Only where the user says that the base is the source; else they are told, but a 
 from collections.abc import Iterator
 
 from mtpress.meanings.config import restored
-from mtpress.models.qwen3_5 import REQUIRED_SIZES, VISION_SIZES
+from mtpress.models import qwen3_5
 from mtpress.repairs.files import copy_files
 from mtpress.repairs.repair import RESTORE, STAYS, Context, Fix, Left, Repair, Turn, needs_base, told_unless_source
 from mtpress.rules.rule import Finding, count
@@ -72,7 +72,7 @@ def generation_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     yield Fix(f"{count(len(keys), 'key')} of {GENERATION} set to the base's")
 
 
-SIZES = (*REQUIRED_SIZES, *VISION_SIZES, "num_hidden_layers", "layer_types", "full_attention_interval", "attn_output_gate")
+SIZES = (*qwen3_5.SIZES, *qwen3_5.VISION_SIZES, "num_hidden_layers", "layer_types", "full_attention_interval", "attn_output_gate")
 REPAIRS = (
     Repair("processor-unsound", "the base's files (`--base`)", processor_unsound),
     Repair("config-differs", "left as they are, but sizes that what is stored refutes; `--base-is source`: the keys are set to the base's, "
