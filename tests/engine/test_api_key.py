@@ -66,6 +66,8 @@ def test_the_rest_stays() -> None:
     assert without_secrets(given) == given
     assert without_secrets(["bench", "--api-key", "k", "CKPT"]) == ["bench", "CKPT"]
     assert secret_flag("api-key") is None
+    stored = ["serve", "CKPT", "--", "--hf-token", "--enforce-eager"]
+    assert without_secrets(stored) == stored
 
 
 def test_a_login_is_for_the_header_alone() -> None:

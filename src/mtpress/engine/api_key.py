@@ -9,6 +9,7 @@ import base64
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import unquote
 
 from mtpress.errors import InputError
@@ -17,6 +18,7 @@ API_KEY = "VLLM_API_KEY"  # vLLM reads it
 KEY_VARIABLES = ("MTPRESS_API_KEY", API_KEY)
 # Flag of `vllm serve` → the variable that does the same. The shortest that argparse takes for it: --api-server-count, --hf-overrides.
 SECRET_VARIABLES = {"--api-key": API_KEY, "--hf-token": "HF_TOKEN"}
+STORED_TOKEN = "--hf-token"  # without a value it is no secret: it means the token that is stored
 SHORTEST = {"--api-key": "--api-k", "--hf-token": "--hf-t"}
 LOGIN = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)\S*@", re.IGNORECASE)
 
@@ -37,6 +39,19 @@ def secret_flag(token: str) -> str | None:
     return None
 
 
+def refuse_secrets_in(config: str) -> None:
+    """InputError where a file of --config holds one, which vLLM would write into its log. An unreadable file is vLLM's to refuse."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return
+    for name in content if isinstance(content, dict) else ():
+        if flag := secret_flag(f"--{name}"):
+            raise InputError(f"{config}: holds {flag}, which vLLM would write into its log; take it out and set {SECRET_VARIABLES[flag]}")
+
+
 def without_secrets(arguments: Sequence[str]) -> list[str]:
     """A command line that may be recorded and shown: flags with a secret are dropped with what follows, and logins from addresses.
 
@@ -48,7 +63,8 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
     while rest:
         token = rest.pop(0)
         behind = behind or token == "--"
-        if secret_flag(token) is None:
+        flag = secret_flag(token)
+        if flag is None or (token == STORED_TOKEN and (not rest or rest[0].startswith("-"))):
             kept.append(without_login(token))
             continue
         if "=" not in token and rest:

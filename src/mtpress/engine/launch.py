@@ -8,10 +8,9 @@ arithmetic of memory (memory_model.py), and what is known of hardware and of vLL
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress.engine.api_key import API_KEY, SECRET_VARIABLES, secret_flag, without_login, without_secrets
+from mtpress.engine.api_key import API_KEY, SECRET_VARIABLES, STORED_TOKEN, refuse_secrets_in, secret_flag, without_login, without_secrets
 from mtpress.engine.arguments import ON, Argument, read, split_command
 from mtpress.engine.meaning import Meaning, listening_port, speculative, url
 from mtpress.engine.ports import free_port
@@ -238,27 +237,14 @@ def _without_secrets(arguments: Iterable[Argument]) -> tuple[list[Argument], dic
         if argument.flag == "--uds":
             raise InputError("--uds: mtpress watches the server by host and port; leave it out, or start vllm itself")
         if argument.flag == "--config":
-            _refuse_secrets_in(argument.text or "")
-        if flag is None or (flag == "--hf-token" and argument.tokens == (flag,)):  # alone it means the token that is stored
+            refuse_secrets_in(argument.text or "")
+        if flag is None or (flag == STORED_TOKEN and argument.tokens == (flag,)):
             kept.append(argument)
         elif len(argument.values) == 1 and not argument.key and not argument.negated:
             secrets[SECRET_VARIABLES[flag]] = argument.values[0]
         else:
             raise InputError(f"{flag}: one value; others would stand in the command, where every user of the machine reads them")
     return kept, secrets
-
-
-def _refuse_secrets_in(config: str) -> None:
-    """InputError where a file of --config holds one, which vLLM would write into its log. An unreadable file is vLLM's to refuse."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return
-    for name in content if isinstance(content, dict) else ():
-        if flag := secret_flag(f"--{name}"):
-            raise InputError(f"{config}: holds {flag}, which vLLM would write into its log; take it out and set {SECRET_VARIABLES[flag]}")
 
 
 def _written(arguments: Iterable[Argument]) -> tuple[Setting, ...]:
