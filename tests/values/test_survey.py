@@ -161,6 +161,9 @@ def test_a_large_matrix_is_read_in_pieces(tmp_path: Path) -> None:
     (found,) = survey(Subject(Checkpoint.open(tmp_path)), silent=True).statistics.values()
     assert (found.rows, found.zero_rows, found.first_zero_row, found.not_finite) == (9000, 1, 8999, 1)
     assert found.rms == pytest.approx(1 / 45, rel=0.01)
+    (sampled,) = survey(Subject(Checkpoint.open(tmp_path)), sample=True, silent=True).statistics.values()
+    assert (sampled.rows, sampled.first_zero_row is not None, sampled.not_finite) == (4 * 32, True, 0)
+    assert sampled.rms == pytest.approx(1 / 45, rel=0.02)
 
 
 def test_quantize_names_what_it_sees_before_it_works(tiny: Edit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

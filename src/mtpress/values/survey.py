@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 STRIDE, LARGE = 16, 1 << 20  # numbers of a large tensor
 PIECE_BYTES = 16 << 20
-SAMPLED_PLACES, SAMPLED_BYTES = 16, 128 << 10  # of a large tensor, in a sample: so many places, so much at each
+SAMPLED_PLACES, SAMPLED_BYTES = 4, 128 << 10  # of a large tensor, in a sample: so many places, so much at each
 AHEAD = 2  # pieces that are read while one is looked at
 NO_CHANCE = 4096  # numbers, from which on two equal matrices are no chance
 # What the bits of a finite number without its sign are below, by width of the exponent.
