@@ -30,6 +30,7 @@ BESIDE = {
 }  # fmt: skip
 NO_CPU_KERNEL = {"weight_only_needs_no_input_scale", "weight_only_with_input_scales"}  # W4A16 wants Marlin
 LOADED = [case for case in CASES if case[0] not in NO_CPU_KERNEL and not (case[1] and case[1] <= BESIDE)]
+NO_CPU_FORMATS = ("compressed-tensors-w4a16", "fp8")  # FP8 in blocks has a CPU kernel where there is AMX alone
 # Of other formats the CPU has no kernel for W4A16 NVFP4, for rows that 32 does not divide, and for a packed lm_head that it must pad.
 QUICK = {
     "compressed-tensors-only_mtp_fc_not_ignored", "compressed-tensors-own_global_scale_for_in_proj_z",
@@ -41,7 +42,7 @@ QUICK = {
 FORMATS_LOADED = [
     case
     for case in format_breaks.CASES
-    if case[1] != "compressed-tensors-w4a16"
+    if case[1] not in NO_CPU_FORMATS
     and case[0] not in ("auto-round-in_proj_ab_in_int4", "auto-round-a_quantized_lm_head")
     and (case[0] in QUICK or os.environ.get("MTPRESS_SOAK"))
 ]
@@ -82,7 +83,9 @@ def answers(
 ) -> dict[str, dict[str, str | None]]:
     """Case → what vLLM says to target and draft; a sound checkpoint goes by its format, modelopt's by ""."""
     folder = tmp_path_factory.mktemp("refusals")
-    sound = {"": small_nvfp4["nvfp4-mtp-vlm"]} | {kind: path for kind, path in small_formats.items() if kind != "compressed-tensors-w4a16"}
+    sound = {"": small_nvfp4["nvfp4-mtp-vlm"]} | {
+        kind: path for kind, path in small_formats.items() if kind not in ("compressed-tensors-w4a16", "fp8")
+    }
     paths = dict(sound)
     broken = [
         *((name, "", break_it) for name, _, break_it in LOADED),
