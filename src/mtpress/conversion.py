@@ -105,7 +105,7 @@ def layout_of(subject: Subject) -> Layout:
     if len(forms) > 1 or not layouts:
         said = " and ".join(sorted(FORM_TITLES[form] for form in forms))
         others = [module for module in subject.quantized if subject.form(module) not in FORM_OF.values()]
-        which = f" ({others[0]} and {len(others) - 1} more are no NVFP4)" if others else ""
+        which = f" ({others[0]} and {len(others) - 1} more are no NVFP4)" if others and len(forms) > 1 else ""
         raise InputError(f"{path}: holds {said}{which}; {WHAT}, without touching a 4-bit code")
     layout = layouts[0]
     if declared is not None and declared.format != DECLARED_AS[layout]:
