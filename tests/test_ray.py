@@ -1,6 +1,7 @@
 """Runs over a Ray cluster of this machine: the bytes of one process, and what Ray says as one line."""
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -11,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from mtpress import workers
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.checkpoint import Checkpoint
 from mtpress.checkpoint_writer import CheckpointWriter
@@ -129,3 +131,17 @@ def test_no_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         "--ray auto: no cluster there (Could not find any running Ray instance (auto).); "
         "start one with `ray start --head`, or use --ray local"
     )
+
+
+def test_an_address_where_nobody_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(workers, "RAY_SECONDS", 3.0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ResourceError, match=r"no cluster there \(Connection refused\); start one"):
+            connect(dead)
+        closed.listen()  # takes the call, and never says a word
+        for address in (dead, f"ray://{dead}"):
+            with pytest.raises(ResourceError, match=r"no cluster there \((no answer in 3 s|what answers is no Ray .*)\); start one"):
+                connect(address)

@@ -215,3 +215,22 @@ def test_no_fewer_than_one_worker(tmp_path: Path, capsys: pytest.CaptureFixture[
     for number in ("0", "-1", "1025"):
         assert main([*COMMAND, str(tmp_path / "out"), "--weight-only", "0.01", "--workers", number]) == 2
         assert f"--workers {number}: from 1 to 1024" in capsys.readouterr().err
+
+
+def test_a_worker_that_stands_still_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mtpress import workers
+
+    monkeypatch.setattr(workers, "MAX_STOPPED", 2)
+    monkeypatch.setattr(workers, "WATCH_SECONDS", 0.1)
+    original = ProcessWorker.call
+
+    def call(self: ProcessWorker, method: str, *arguments: Any) -> None:
+        if method == "write_shard":
+            self.process.send_signal(signal.SIGSTOP)
+        original(self, method, *arguments)
+
+    monkeypatch.setattr(ProcessWorker, "call", call)
+    before = psutil.Process().children()
+    assert main([*COMMAND, str(tmp_path / "out"), "--weight-only", "0.01", "--workers", "2"]) == 2
+    assert "a worker process stood still for 0 s (SIGSTOP?) and was ended" in capsys.readouterr().err.splitlines()[-1]
+    assert psutil.Process().children() == before and not list(tmp_path.glob("out"))

@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 
 from mtpress import __version__
 from mtpress.engine.api_key import without_secrets_in
-from mtpress.errors import MtpressError, of_the_machine
-from mtpress.start import open_streams
+from mtpress.errors import MtpressError, ResourceError, of_the_machine
 from mtpress.terminal import json_text, say, visible
 
 
@@ -101,32 +100,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        said = _lost_result(error) or of_the_machine(error)
+        said = of_the_machine(error)
         if said is None:
             raise
         return _fail(stage, said, MtpressError.exit_code, "--json" in arguments)
 
 
-def _lost_result(error: Exception) -> str | None:
-    """What to say where stdout takes no more: it still refuses what the failed write has left to be written."""
-    if isinstance(error, OSError) and error.filename is None:
-        try:
-            sys.stdout.flush()
-        except OSError as full:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return f"stdout cannot be written ({full.strerror}), so the result is not told; what was made is there. Send it elsewhere"
-    return None
-
-
 def entry() -> NoReturn:
     """main() as a command: leaves at once, for there is nothing to put away and tearing torch down takes a second."""
-    open_streams()
+    _open_streams()
     code = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, MtpressError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+class _Stdout(io.FileIO):
+    """stdout that says in its own words that it takes no more."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ResourceError(
+                f"stdout cannot be written ({error.strerror or error}), so the result is not told; what was made is there"
+            ) from None
+
+
+def _open_streams() -> None:
+    """Puts /dev/null in the place of a closed stdin or stderr, so that no file of ours gets its number, and what others write there.
+
+    A closed stdout ends the command here, with a line: what it is to find could be told to nobody.
+    """
+    closed = [number for number in (0, 1, 2) if not _is_open(number)]
+    for number in closed:
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if number == 2:
+            sys.stderr = os.fdopen(2, "w", closefd=False)
+    if 1 in closed:
+        sys.stderr.write("mtpress: stdout is closed, and the result goes there; send it to a file, or to /dev/null\n")
+        sys.stderr.flush()
+        os._exit(2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        out = io.BufferedWriter(_Stdout(1, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(out, sys.stdout.encoding, "backslashreplace", line_buffering=sys.stdout.line_buffering)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 class _Signals:
@@ -149,9 +178,10 @@ class _Signals:
 
 
 def _fail(stage: str | None, message: str, code: int, as_json: bool) -> int:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        if as_json:
+    if as_json:
+        with contextlib.suppress(OSError, MtpressError):  # who reads may be gone
             document: dict[str, Any] = {"error": message, "exit_code": code}
             print(json_text(document), flush=True)
+    with contextlib.suppress(OSError):
         say(f"mtpress{f' {stage}' if stage else ''}: {message}", to=sys.stderr)
     return code

@@ -67,7 +67,7 @@ class ProcessWorker:
         command = [sys.executable, "-m", "mtpress.worker", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
-        self.looks_stopped = 0
+        self.looks_stopped, self.stood_still = 0, False
 
     def watch(self) -> None:
         """Ends the process when it was seen standing still for too long; whoever waits for it then hears that it ended."""
@@ -75,6 +75,7 @@ class ProcessWorker:
             stopped = psutil.Process(self.process.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
             self.looks_stopped = self.looks_stopped + 1 if stopped else 0
             if self.looks_stopped >= MAX_STOPPED:
+                self.stood_still = True
                 self.process.kill()
 
     def call(self, method: str, *arguments: Any) -> None:
@@ -89,7 +90,7 @@ class ProcessWorker:
             well, value = pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
             code = self.process.wait()
-            if self.looks_stopped >= MAX_STOPPED:
+            if self.stood_still:
                 raise ResourceError(
                     f"a worker process stood still for {MAX_STOPPED * WATCH_SECONDS:.0f} s (SIGSTOP?) and was ended"
                 ) from None
