@@ -288,3 +288,51 @@ def test_norms_and_scales_that_differ_are_told(edit: Edit, out: Path, small_bf16
     assert all("--base-is source" in outcome.left[0].takes for outcome in result.left)
     assert repair(edit.path, out, small_bf16, base_is="source", silent=True).sound
     assert check(out, base=small_bf16, silent=True).findings == ()
+
+
+def test_a_trained_tower_under_another_name_keeps_its_weights(small_bf16: Path, tmp_path: Path) -> None:
+    edit = Edit(Path(shutil.copytree(small_bf16, tmp_path / "trained")))
+    trained = {name: tensor * 1.01 for name, tensor in edit.tensors.items() if name.startswith("model.visual.")}
+    for name, tensor in trained.items():
+        del edit.tensors[name]
+        edit.tensors[name.replace("model.", PREFIX, 1)] = tensor
+    edit.save()
+    result = repair(edit.path, tmp_path / "out", small_bf16, silent=True)
+    assert result.sound
+    assert [outcome.finding.id for outcome in result.fixed] == ["names-wrapped"]
+    made = checkpoint.Checkpoint.open(tmp_path / "out")
+    assert all(made.read(name).equal(tensor) for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_head_alone_is_for_graft(bare: bool, small_bf16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit = Edit(Path(shutil.copytree(small_bf16, tmp_path / "head")))
+    head = {name: tensor for name, tensor in edit.tensors.items() if name.startswith("mtp.")}
+    edit.tensors = {name.removeprefix("mtp.") if bare else name: tensor for name, tensor in head.items()}
+    edit.save()
+    assert [finding.id for finding in check(edit.path, silent=True).findings] == ["head-alone"]
+    with pytest.raises(InputError, match="a draft head and no body; mtpress graft CKPT OUT --from"):
+        repair(edit.path, tmp_path / "out", silent=True)
+    without = Edit(Path(shutil.copytree(small_bf16, tmp_path / "without")))
+    drop_head(without)
+    without.save()
+    (edit.path / "config.json").unlink()
+    assert main(["graft", str(without.path), str(tmp_path / "grafted"), "--from", str(edit.path)]) == 0
+    made = checkpoint.Checkpoint.open(tmp_path / "grafted")
+    assert all(made.read(name).equal(tensor) for name, tensor in head.items())
+    assert f"next: mtpress check {tmp_path / 'grafted'}\n" in capsys.readouterr().out
+
+
+def test_another_save_beside_the_index_is_left_out(small_bf16: Path, out: Path, tmp_path: Path) -> None:
+    edit = Edit(Path(shutil.copytree(small_bf16, tmp_path / "two-saves")))
+    single = edit.path / "model.safetensors"
+    single.rename(edit.path / "kept.safetensors")
+    names = {info.name: "kept.safetensors" for info in checkpoint.read_shard(edit.path / "kept.safetensors").tensors}
+    size = sum(info.num_bytes for info in checkpoint.read_shard(edit.path / "kept.safetensors").tensors)
+    (edit.path / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": names}))
+    shutil.copy(edit.path / "kept.safetensors", single)
+    found = check(edit.path, silent=True).findings
+    assert [finding.id for finding in found] == ["shard-unindexed"]
+    assert "transformers model.safetensors in its place" in found[0].message
+    assert repair(edit.path, out, silent=True).sound
+    assert sorted(path.name for path in out.glob("*.safetensors")) == ["kept.safetensors"]
