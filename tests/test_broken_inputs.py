@@ -128,7 +128,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "head not whole": (lambda d: drop_tensor(d, "mtp.fc.weight"), "graft"),
     "layer tensor missing": (lambda d: drop_tensor(d, f"{LAYER}mlp.up_proj.weight"), "missing"),
     "tensor of no component": (lambda d: add_tensor(d, "model.language_model.rotary.inv_freq"), "component"),
-    "source not BF16": (lambda d: set_tensor(d, f"{LAYER}mlp.up_proj.weight", lambda t: t.float()), "must be BF16"),
+    "source in float64": (lambda d: set_tensor(d, f"{LAYER}mlp.up_proj.weight", lambda t: t.double()), "no engine computes"),
     "weights hold NaN": (lambda d: set_tensor(d, f"{LAYER}mlp.up_proj.weight", with_nan), "damaged"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json"),
     "tokenizer not JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer.json"),

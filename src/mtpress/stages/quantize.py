@@ -123,11 +123,11 @@ def quantize(
     refuse_foreign_files(checkpoint.path)
     open_choice = choices(checkpoint, chosen) if chosen.budget is not None else None
     plan = open_choice.least if open_choice else make_plan(checkpoint, chosen)
-    refuse_faults(checkpoint, chosen)
     templated = template_choice(chosen, checkpoint)
     settled = chosen.model_copy(update={"chat_template": "mtpress" if templated.ours else "source"})
     carried = chosen_files(settled, checkpoint, carried_files(checkpoint))
     beside = {**carried, **config_files(plan)}
+    refuse_faults(checkpoint, chosen)
     chat = {"chat_template": template_of(settled, beside), "generation_config": sampling_of(beside)}
     said: dict[str, Any] = {
         "notes": [note for note in (reading.note, *lacking(checkpoint, chosen), templated.note) if note],
