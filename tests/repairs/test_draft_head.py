@@ -90,7 +90,7 @@ def test_of_two_heads_that_differ_none_is_dropped(edit: Edit, small_bf16: Path) 
     kept = edit.tensors["model.mtp.fc.weight"].clone()
     result, made = repaired(edit, small_bf16)
     assert not result.sound
-    assert [outcome.finding.id for outcome in result.left] == ["mtp-misplaced"]
+    assert "mtp-misplaced" in {outcome.finding.id for outcome in result.left}
     assert torch.equal(made["model.mtp.fc.weight"], kept)
     assert "model.mtp.norm.weight" not in made
 

@@ -209,11 +209,10 @@ def _refuse_arithmetic(text: Mapping[str, Any], head_dim: int) -> None:
     if section is not None and not (
         isinstance(section, list) and len(section) == 3 and all(type(n) is int and n >= 0 for n in section) and sum(section) == num_pairs
     ):
+        if "head_dim" not in text:
+            raise InputError(f"config.json: head_dim is missing (engines take {head_dim}), by which mrope_section must sum to {num_pairs}")
         raise _refuse(
-            "mrope_section",
-            section,
-            f"three counts whose sum is {num_pairs}, half of what head_dim{'' if 'head_dim' in text else f' ({head_dim}, left out)'} "
-            "× partial_rotary_factor rotates",
+            "mrope_section", section, f"three counts whose sum is {num_pairs}, half of what head_dim × partial_rotary_factor rotates"
         )
 
 

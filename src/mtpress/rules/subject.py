@@ -136,8 +136,10 @@ class Subject:
         for name, shape in shapes.items() if left_out else ():
             if (info := self.tensors.get(name)) is not None and info.dtype in PLAIN_DTYPES and info.shape != shape:
                 keys = [key for key, size in left_out.items() if any(size == n or n % size == 0 for n in shape)] or list(left_out)
-                said = ", ".join(f"{key} (engines take {left_out[key]})" for key in keys[:3])
-                return f"config.json: lacks {said}, by which {name} is {list(shape)}; stored is {list(info.shape)}"
+                return (
+                    f"config.json: {keys[0]} is missing (engines take {left_out[keys[0]]}), by which {name} is {list(shape)}; stored is "
+                    f"{list(info.shape)}"
+                )
         return None
 
     @property
