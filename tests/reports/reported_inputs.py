@@ -337,7 +337,7 @@ CONFIGS: dict[str, tuple[str, Change]] = {
                      lambda e: e.text.update(rope_parameters={"full_attention": e.text["rope_parameters"]})),
     "nextn": ("num_nextn_predict_layers in place of mtp_num_hidden_layers",
               lambda e: e.text.update(num_nextn_predict_layers=e.text.pop("mtp_num_hidden_layers"))),
-    "mtp_at_top": ("mtp_num_hidden_layers at the top", 
+    "mtp_at_top": ("mtp_num_hidden_layers at the top",
                    lambda e: e.config.update(mtp_num_hidden_layers=e.text.pop("mtp_num_hidden_layers"))),
     "no_head_dim": ("no head_dim", _without("head_dim")),
     "no_layer_types": ("no layer_types", _without("layer_types")),
