@@ -89,6 +89,8 @@ class Body:
             if info is None:
                 return f"{name} is missing"
             return None if info.shape == shape else f"{name} is {list(info.shape)}, config.json calls for {list(shape)}"
+        if module not in self._fused:
+            return f"{module} is stored as {TITLES[form]}, which no engine reads there; mtpress repair makes BF16 of it"
         emulation = emulation_of(form, infos)
         if emulation is None or len(shape) != 2:
             return f"{module} is stored as {TITLES[form]}, which eval does not emulate"
@@ -227,18 +229,24 @@ class FP8Cache:
 
 def open_bodies(base: str | Path, checkpoints: Sequence[str | Path], kv_cache: str = "auto") -> tuple[Body, list[Body]]:
     """The base and the checkpoints to be held against it; InputError, from headers alone, for what cannot be."""
-    found = Body(Checkpoint.open_stored(base), "BF16", "bf16")
+    found = Body(_as_loaded(base), "BF16", "bf16")
     _refuse_missing(found)
     if found.subject.quantized and any(not m.startswith(found.model.MTP_PREFIX) for m in found.subject.quantized):
         raise InputError(f"{found.checkpoint.path}: --base must be in BF16, {found.subject.quantized[0]} is quantized")
     others: list[Body] = []
     for given, name in zip(checkpoints, _names(checkpoints), strict=True):
-        body = Body(Checkpoint.open_stored(given), name, kv_cache)
+        body = Body(_as_loaded(given), name, kv_cache)
         _refuse_other_model(body, found)
         _refuse_missing(body)
         _refuse_other_vocabulary(body.checkpoint.path, found.checkpoint.path)
         others.append(body)
     return found, others
+
+
+def _as_loaded(path_or_id: str | Path) -> Checkpoint:
+    """What the engine loads: every tensor of the files that the index names, and no other file."""
+    opened = Checkpoint.open(path_or_id)
+    return replace(opened, tensors={**opened.tensors, **opened.unindexed}, unindexed={})
 
 
 def _names(checkpoints: Sequence[str | Path]) -> Iterator[str]:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mtpress.checkpoint import TensorInfo, read_tensor
+from mtpress.checkpoint import TensorInfo, read_tensor, torch_dtype
 from mtpress.repairs.base_files import base_tensor
 from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.draft_head import head_from_base
 from mtpress.repairs.repair import OTHER_BASE, STAYS, Context, Fix, Left, Repair, told_unless_source
+from mtpress.repairs.tensors import is_exact
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def not_finite(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
             missing.append(name)
             continue
         info = ctx.overlay.places[name].info
-        ctx.overlay.compute(name, info.dtype, info.shape, partial(patched, info, origin))
+        wide = info.dtype in ("F16", "F32") and len(info.shape) > 1 and origin.dtype == "BF16"
+        dtype = "BF16" if wide and is_exact(info, "BF16") else info.dtype
+        ctx.overlay.compute(name, dtype, info.shape, partial(patched, info, origin, dtype))
         done.append(name)
     if done:
         yield Fix(
@@ -39,11 +42,11 @@ def not_finite(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield Left(f"the base has no {missing[0]} of that shape", OTHER_BASE)
 
 
-def patched(info: TensorInfo, origin: TensorInfo) -> "torch.Tensor":
-    """A stored tensor, with another's numbers where its own are not finite."""
+def patched(info: TensorInfo, origin: TensorInfo, dtype: str) -> "torch.Tensor":
+    """A stored tensor in `dtype`, with another's numbers where its own are not finite."""
     import torch
 
-    mine = read_tensor(info)
+    mine = read_tensor(info).to(torch_dtype(dtype))
     return torch.where(mine.isfinite(), mine, read_tensor(origin).to(mine.dtype))
 
 
@@ -84,5 +87,5 @@ REPAIRS = (
     Repair("blocks-empty", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a block scale")),
     Repair("channels-lost", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a quantized matrix")),
     Repair("error-large", STAYS + "the module in BF16 from the base", told_unless_source(matrices, "a quantized matrix")),
-    Repair("error-outlier", "left: an outlier is a choice to look at, not a fault"),
+    Repair("error-outlier", "an outlier is a choice to look at, not a fault"),
 )  # fmt: skip

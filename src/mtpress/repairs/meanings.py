@@ -77,12 +77,12 @@ REPAIRS = (
     Repair("processor-unsound", "the base's files (`--base`)", processor_unsound),
     Repair("config-differs", "left as they are, but sizes that what is stored refutes; `--base-is source`: the keys are set to the base's, "
            "those that it lacks are taken out", config_differs, Turn.CONFIG),
-    Repair("config-unknown", "left: nothing is known to read them"),
+    Repair("config-unknown", "nothing is known to read them"),
     Repair("processor-differs", STAYS + "the base's files, byte for byte", told_unless_source(processor_differs, "the processor")),
     Repair("tokenizer-differs", STAYS + "the base's files, byte for byte", told_unless_source(tokenizer_differs, "the tokenizer")),
     Repair("tokenizer-respelled", "nothing is wrong: the tokens are the base's"),
     Repair("generation-differs", STAYS + "the keys are set to the base's",
            told_unless_source(generation_differs, "generation_config.json")),
-    Repair("sampling-differs", "left: a sampling may be chosen"),
-    Repair("template-differs", "left: a template may be chosen; what it does wrong is mended by its own findings"),
+    Repair("sampling-differs", "a sampling may be chosen"),
+    Repair("template-differs", "a template may be chosen; what it does wrong is mended by its own findings"),
 )  # fmt: skip

@@ -94,7 +94,7 @@ def weight_dtype(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         known = DTYPES.get(subject.form(subject.model.module_of(name)), {}).get(suffix)
         wanted = known[0] if known else "F32" if suffix in KV_SCALES else None
         castable = wanted not in (None, info.dtype) and not ctx.overlay.is_computed(name)
-        if castable and wanted and _is_float(wanted) == _is_float(info.dtype) and (not ctx.may_read or is_exact(info, wanted)):
+        if castable and wanted and _is_float(wanted) == _is_float(info.dtype) and (not ctx.may_read or _fits(info, wanted)):
             put_cast(ctx, info, wanted)
             cast.append(name)
         else:
@@ -112,10 +112,14 @@ def _is_float(dtype: str) -> bool:
 def weight_precision(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     """A cast where every value is a BF16 number; the others stay: how they are to be rounded is for who quantizes them, or the engine."""
     subject = ctx.subject
-    cast, inexact = 0, list[str]()
+    cast, inexact, broken = 0, list[str](), list[str]()
     for name in finding.where:
         info = subject.tensors[name]
-        if not ctx.may_read or is_exact(info, "BF16"):
+        if ctx.overlay.is_computed(name):
+            continue  # its finite numbers are what they were
+        if ctx.may_read and not is_finite(info):
+            broken.append(name)
+        elif not ctx.may_read or is_exact(info, "BF16"):
             put_cast(ctx, info, "BF16")
             cast += 1
         else:
@@ -126,11 +130,22 @@ def weight_precision(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if inexact:
         yield Left(f"{inexact[0]} holds values that BF16 rounds, by {relative_change(subject.tensors[inexact[0]]):.2g} in all",
                    "nothing: the engine rounds them when it loads them, and so does mtpress quantize")  # fmt: skip
+    if broken:
+        yield Left(f"{broken[0]} holds NaN or infinite numbers", "other numbers in their place: --base SRC, if that is its source")
 
 
 def is_exact(info: TensorInfo, dtype: str) -> bool:
-    """Whether every value of a stored tensor is a number of another dtype too; reads it."""
-    return all(bool((piece.to(torch_dtype(dtype)).to(piece.dtype) == piece).all()) for piece in _pieces(info))
+    """Whether every finite value of a stored tensor is a number of another dtype too; reads it."""
+    return all(bool(((piece.to(torch_dtype(dtype)).to(piece.dtype) == piece) | ~piece.isfinite()).all()) for piece in _pieces(info))
+
+
+def _fits(info: TensorInfo, dtype: str) -> bool:
+    return is_finite(info) and is_exact(info, dtype)
+
+
+def is_finite(info: TensorInfo) -> bool:
+    """Whether a stored tensor holds neither NaN nor infinity; reads it."""
+    return all(bool(piece.isfinite().all()) for piece in _pieces(info))
 
 
 def relative_change(info: TensorInfo) -> float:
