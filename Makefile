@@ -26,7 +26,7 @@ check: $(STAMP)
 soak: $(STAMP)
 	MTPRESS_SOAK=1 $(VENV)/bin/python -m pytest -q -s tests/soak tests/oracles/test_transformers_path.py \
 		tests/engine/test_acceptance.py tests/engine/test_server.py tests/engine/test_check_engine.py tests/engine/test_second_hand.py \
-		tests/engine/test_refusals.py tests/engine/test_matching.py tests/engine/test_linears.py
+		tests/engine/test_refusals.py tests/engine/test_matching.py tests/engine/test_linears.py tests/repairs/test_fine_tunes_broken.py
 
 engine: $(STAMP)
 	$(VENV)/bin/python locks/make_env.py engine
