@@ -65,7 +65,10 @@ def made(place: Path, kind: str, form: str) -> tuple[Path, Path]:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """Name within the model → the numbers that a tensor stands for, of everything that stands for any; float32."""
-    subject = Subject(Checkpoint.open_stored(path))
+    try:
+        subject = Subject(Checkpoint.open_stored(path))
+    except InputError:  # a torn file that no index names
+        subject = Subject(Checkpoint.open(path))
     found: dict[str, torch.Tensor] = {}
     for module, tensors in subject.modules.items():
         form = subject.form(module)
