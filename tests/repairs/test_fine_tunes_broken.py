@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import SMALL_FORMATS, Edit, weight_only, write_small
 from fine_tunes import FINE_TUNES
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint import Checkpoint, read_tensor
 from mtpress.comparison import IN_THE_MODEL
 from mtpress.errors import InputError
 from mtpress.rules.stored import WEIGHT
@@ -73,7 +73,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     for module, tensors in subject.modules.items():
         form = subject.form(module)
         if form == "plain":
-            found |= {info.name: subject.checkpoint.read(info.name).float() for info in tensors.values() if info.dtype in ("BF16", "F32")}
+            found |= {info.name: read_tensor(info).float() for info in tensors.values() if info.dtype in ("BF16", "F32")}
         elif form not in ("none", "unknown") and (matrix := stored_matrix(form, tensors)) is not None:
             rows, _ = matrix.load()
             found[f"{module}.{WEIGHT}"] = rows(0, matrix.shape[0])

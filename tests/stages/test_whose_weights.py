@@ -193,6 +193,19 @@ def test_the_numbers_of_a_fine_tune_that_are_no_damage_stay(tiny: Path, tmp_path
     assert relation(result).kind == "ancestor"
 
 
+def test_damage_under_a_wrapper_is_found_and_mended(tiny: Path, tmp_path: Path) -> None:
+    """Names are put right first; what was measured is known by the new ones."""
+    base = load_file(tiny / "model.safetensors")
+    mine = {f"module.{name}": tensor.clone() for name, tensor in base.items()}
+    mine[f"module.{L}norm.weight"][7] = float("inf")
+    result = repair(put(tmp_path / "broken", mine, tiny), tmp_path / "out", tiny, silent=True)
+    assert result.sound, result.findings
+    assert "not-finite" in {outcome.finding.id for outcome in result.fixed}
+    made = stored(tmp_path / "out")
+    assert made.keys() == base.keys()
+    assert all(same(tensor, base[name]) for name, tensor in made.items())
+
+
 def noise(tensors: Tensors) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     return {n: (0.05 * torch.randn(t.shape, generator=generator)).to(t.dtype) for n, t in tensors.items() if not n.startswith("mtp.")}

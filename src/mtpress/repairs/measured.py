@@ -14,16 +14,18 @@ from mtpress.rules.stored import CODES, SCALE_SUFFIXES
 
 
 def present_names(overlay: Overlay) -> dict[str, str]:
-    """Name that a tensor is stored under → its name now, of those whose bytes stay; and the same of modules of which every part stays."""
-    tensors = {place.stored: name for name, place in overlay.places.items() if place.stored is not None and place.produce is None}
-    modules: dict[str, str | None] = {}
-    for name in overlay.stored.tensors:
+    """Name that a tensor was measured under → its name now, of those whose bytes stay; and of modules of which every part stays."""
+    now = {place.stored: name for name, place in overlay.places.items() if place.stored is not None and place.produce is None}
+    tensors, modules = dict[str, str](), dict[str, str | None]()
+    for stored, name in overlay.family_names.items():
+        here = now.get(stored)
+        if here is not None:
+            tensors[name] = here
         module, _, suffix = name.rpartition(".")
         if suffix in CODES or suffix in SCALE_SUFFIXES:
-            now = tensors.get(name)
-            here = module_of(now) if now is not None else None
-            modules[module] = here if modules.get(module, here) == here else None
-    return tensors | {module: now for module, now in modules.items() if now is not None and module not in tensors}
+            owner = module_of(here) if here is not None else None
+            modules[module] = owner if modules.get(module, owner) == owner else None
+    return tensors | {module: owner for module, owner in modules.items() if owner is not None and module not in tensors}
 
 
 def remapped(found: Comparison, overlay: Overlay) -> Comparison:

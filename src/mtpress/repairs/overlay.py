@@ -91,6 +91,12 @@ class Overlay:
     def _change(self) -> None:
         self._subject = self.found = None
 
+    @cached_property
+    def family_names(self) -> dict[str, str]:
+        """Name that a tensor is stored under → the one that it has in the family, by which whoever reads the checkpoint knows it."""
+        new = Subject(self.stored).names.new_names
+        return {name: new.get(name, name) for name in self.stored.tensors}
+
     # ---- tensors
 
     def rename(self, old: str, new: str) -> None:
