@@ -172,8 +172,8 @@ def _look_at_matrix(matrix: StoredMatrix, statistics: Statistics) -> Callable[[A
         import torch
 
         rows, scales, codes = read
-        if scales is not None:
-            statistics.look_at_scales(scales)
+        # of FP8 they stand beside the codes: one a matrix, a row or a block
+        statistics.look_at_scales(read_tensor(matrix.infos[1]) if scales is None else scales)
         if matrix.form in ("nvfp4", "nvfp4-pack-quantized", "fp8"):
             sign = 0x7F if matrix.form == "fp8" else 0x77
             bits = codes.view(torch.uint8) & sign
