@@ -42,7 +42,6 @@ LEFT_WITH_BASE = {
     "global_scale_in_bf16", "an_input_size_of_no_whole_blocks", "a_bf16_linear_not_ignored", "a_quantized_lm_head_that_is_ignored",
     "a_quantized_lm_head", "in_proj_ab_in_nvfp4", "both_processors_in_one_file", "yarn_beside_mrope", "rope_parameters_by_layer_type",
     "compressed-tensors-int4-scales_for_groups_of_32_declared_64", "auto-round-scales_for_groups_of_64_in_one_linear",
-    "modelopt-mixed-a_scale_a_row": "the breaker's own scales, the same number for each row",
     "modelopt-mixed-a_bf16_linear_among_the_entries",
 }  # fmt: skip
 DEQUANTIZED = "what the codes of the head stand for; tests/repairs/test_draft_head.py has the bits"
