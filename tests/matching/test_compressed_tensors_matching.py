@@ -83,7 +83,7 @@ def test_the_draft_goes_by_the_same_groups() -> None:
         ({"weights": INT4 | {"symmetric": False}, "format": "pack-quantized"}, "mixed-precision", Scheme("int", 4, 128, False)),
         ({"weights": {"num_bits": 8, "type": "int", "group_size": -1}}, "pack-quantized", Scheme("int", 8, -1)),
         ({"weights": NVFP4 | {"group_size": 32}}, None, Scheme("other", 4, 32)),
-        ({"weights": {"num_bits": 8, "type": "float"}}, "float-quantized", Scheme("other", 8, -1)),
+        ({"weights": {"num_bits": 8, "type": "float"}}, "float-quantized", Scheme("fp8", 8, -1)),
         ({}, None, Scheme("other", 8, -1)),
     ],
 )

@@ -320,7 +320,7 @@ def test_what_the_base_is(kind: str, base: Path, tmp_path: Path) -> None:
     assert result.base_relation is not None
     assert result.base_relation.kind == kind
     assert len(result.added) == 15
-    assert any("mtpress align" in warning for warning in result.warnings) == (kind == "ancestor")
+    assert any("fewer of its drafts" in warning for warning in result.warnings) == (kind == "ancestor")
     assert any("another model" in warning for warning in result.warnings) == (kind == "stranger")
     assert graft(source, tmp_path / "again", other, base_is="source", silent=True).base_relation.line.startswith(  # type: ignore[union-attr]
         "the base is the source (as --base-is says)"

@@ -27,8 +27,9 @@ BODY_PREFIX, TEXT_PREFIX = "model.language_model.", "model."
 # Parts of a name that trainers put in, anywhere before the last: DDP, torch.compile, FSDP, activation checkpointing, DeepSpeed, PEFT.
 WRAPPERS = frozenset({
     "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module", "base_layer",
-    "modules_to_save", "original_module", "default", "transformer_layer", "mtp_model_layer",
+    "modules_to_save", "original_module", "default", "transformer_layer", "mtp_model_layer", "parametrizations",
 })  # fmt: skip
+OF_A_LEAF = frozenset({"data", "original"})  # behind the tensor's own name: torch's parametrizations, and parameters saved by attribute
 PREFIX_WORDS = frozenset({"model", "language_model", "base_model", "text_model"})  # before the layers, and of no meaning there
 OTHER_PARTS = re.compile(r"lora_|exp_avg|optimizer|momentum|adapter|grad$")  # what is no weight of the model, wherever it stands
 
@@ -162,6 +163,8 @@ def _engine_name(name: str, architecture: str) -> str:
 def _read(name: str) -> _Found | None:
     """The longest end of a name that is the family's; first with wrappers taken out, then with every word that the family lacks."""
     *parts, last = name.split(".")
+    if last in OF_A_LEAF and parts and parts[-1] in ("weight", "bias"):
+        last = parts.pop()
     if not parts or len(parts) > 40 or any(OTHER_PARTS.match(part) for part in name.split(".")):
         return None
     bare = [part for part in parts if part not in WRAPPERS]

@@ -8,10 +8,11 @@ from mtpress.comparison import counterpart, counterparts
 from mtpress.repairs.base_files import base_tensor
 from mtpress.repairs.bf16 import drop_scales, in_bf16
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.unplaced import may_be, told
 from mtpress.rules.rule import Finding
 from mtpress.rules.stored import PLAIN_DTYPES
 
-HOW_IT_DRAFTS = "it was not trained with this body, so fewer of its drafts may be accepted: mtpress align trains it"
+HOW_IT_DRAFTS = "it was not trained with this body, so fewer of its drafts may be accepted: mtpress bench --mtp off,1 measures it"
 
 
 def head_from_base(ctx: Context, *, whole: bool = False) -> Iterator[Fix | Left]:
@@ -23,6 +24,9 @@ def head_from_base(ctx: Context, *, whole: bool = False) -> Iterator[Fix | Left]
     shapes = subject.model.mtp_shapes(subject.config)
     own = {n for n, shape in shapes.items() if (i := subject.tensors.get(n)) and i.shape == shape and i.dtype in PLAIN_DTYPES and not whole}
     found = {name: base_tensor(ctx, name, shape) for name, shape in shapes.items() if name not in own}
+    if own_names := may_be(subject, found):
+        yield told(own_names)
+        return
     if lacking := [name for name, info in found.items() if info is None]:
         yield Left(f"the base has no draft head that fits: {lacking[0]} is missing or of another shape", OTHER_BASE)
         return

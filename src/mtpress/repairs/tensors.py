@@ -11,6 +11,7 @@ from mtpress.repairs.base_files import base_tensor
 from mtpress.repairs.bf16 import in_bf16, is_bf16, whole_matrix
 from mtpress.repairs.declaration import declare, stored_bits
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.unplaced import ITS_NAME, may_be, told
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
 from mtpress.rules.subject import Subject
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
 
 BF16_BITS = 8  # of its significand
 PIECE_VALUES = 4 << 20
+ITS_LAYOUT = "its right layout: turn it in the checkpoint, then repair again"
 
 
 def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | Left]:
     """Puts the base's tensors in place of tensors of these names; a quantized module becomes its BF16 matrix again."""
+    names = list(names)
+    if own := may_be(ctx.subject, names):
+        yield told(own)
+        names = [name for name in names if name not in own]
+    if not names:
+        return
     if ctx.base is None:
         yield needs_base(what)
         return
@@ -68,6 +76,12 @@ def tensor_unexpected(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
             f"layer {whole[0]} is whole, so it may be num_hidden_layers {num_layers} in config.json that is wrong",
             "restore config.json: mtpress repair CKPT OUT --base SRC",
         )
+        return
+    missing = [name for name in (*subject.called_for, *subject.model.mtp_shapes(subject.config)) if name not in subject.tensors]
+    if own := may_be(subject, missing):
+        first, *more = dict.fromkeys(own.values())
+        others = f", and {len(more)} more" if more else ""
+        yield Left(f"{first} may be a tensor that is missing ({next(iter(own))}){others}: nothing is dropped", ITS_NAME)
         return
     names = [name for name in finding.where if name in subject.tensors]
     for name in names:
@@ -203,8 +217,32 @@ def weight_shape(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     turned = [name for name in finding.where if _reshaped(ctx, name)]
     if turned:
         yield Fix(f"{count(len(turned), 'scale')} of FP8 in the shape that the declared layout has them in, every number as it was")
-    if rest := tuple(name for name in finding.where if name not in (*alone, *turned)):
+    flat = [name for name in finding.where if name not in turned and _as_called_for(ctx, name)]
+    if flat:
+        yield Fix(f"{count(len(flat), 'tensor')} in the shape that config.json calls for, every number as it was: {', '.join(flat[:3])}")
+    laid = [name for name in finding.where if name not in (*turned, *flat) and _as_many(ctx, name)]
+    if laid:
+        yield Left(f"{laid[0]} has as many numbers as config.json calls for, in another layout (turned, perhaps): it stays", ITS_LAYOUT)
+    if rest := tuple(name for name in finding.where if name not in (*alone, *turned, *flat, *laid)):
         yield from from_base(ctx, rest, f"{rest[0]} in its shape")
+
+
+def _as_many(ctx: Context, name: str) -> bool:
+    """Whether a tensor in 16 or 32 bits holds as many numbers as it should, in another shape."""
+    info, shape = ctx.subject.tensors[name], ctx.subject.called_for.get(name)
+    plain = shape is not None and info.dtype in PLAIN_DTYPES and not ctx.overlay.is_computed(name)
+    return plain and shape is not None and info.shape != shape and math.prod(info.shape) == math.prod(shape)
+
+
+def _as_called_for(ctx: Context, name: str) -> bool:
+    """Whether only dimensions of 1 are too many or too few; it has its shape then."""
+    if not _as_many(ctx, name):
+        return False
+    info, shape = ctx.overlay.places[name].info, ctx.subject.called_for[name]
+    if [size for size in info.shape if size != 1] != [size for size in shape if size != 1]:
+        return False
+    ctx.overlay.compute(name, info.dtype, shape, lambda: read_tensor(info).reshape(shape))
+    return True
 
 
 def _stored_vocabulary(subject: Subject) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from mtpress.repairs.base_files import base_tensor, vision_config
 from mtpress.repairs.files import copy_files
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.unplaced import may_be, told
 from mtpress.rules.rule import Finding, count
 
 
@@ -16,6 +17,9 @@ def vision_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         )
         return
     shapes = ctx.subject.model.vision_shapes(ctx.subject.config)
+    if own := may_be(ctx.subject, shapes):
+        yield told(own)
+        return
     found = {name: base_tensor(ctx, name, shape) for name, shape in shapes.items()}
     if lacking := [name for name, info in found.items() if info is None]:
         yield Left(f"the base has no vision tower that fits ({lacking[0]}, …)", OTHER_BASE)

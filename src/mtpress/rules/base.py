@@ -30,8 +30,8 @@ def base_ancestor(found: Comparison) -> Iterator[Problem]:
     where = (*_of_state(found, found.differing, ("changed", "altered")), *_of_state(found, far, ("changed",)), *found.grown)
     head = sum(name.startswith(MTP_PREFIX) for name in where)
     others = [f"{head} of them of the draft head"] * bool(head)
-    files = list(dict.fromkeys(difference.file for difference in found.differences))
-    others += [f"{count(len(found.differences), 'thing')} in {' and '.join(files)} otherwise"] * bool(files)
+    shown = [str(difference) for difference in found.differences[:3]]
+    others += [f"{count(len(found.differences), 'setting')} otherwise ({'; '.join(shown)})"] * bool(shown)
     told = "".join(f", {other}" for other in others)
     yield Problem(
         f"{found.relation.why}; {count(len(where), 'tensor')} could not be verified{told}",
@@ -192,7 +192,7 @@ RULES = (
         "mtp-differs",
         "error",
         "The draft head is not the source's, bit for bit.",
-        "mtpress graft CKPT OUT --from BASE; a head that was trained (mtpress align) is checked against its own source",
+        "mtpress graft CKPT OUT --from BASE; a head that was trained is checked against its own source",
         mtp_differs,
     ),
     Rule(

@@ -299,7 +299,9 @@ def _warnings(
             "value that the codes stand for; the BF16 release has what they were rounded from"
         )
     if relation is not None and relation.kind == "ancestor":
-        found.append("the head was trained with the ancestor's body, so fewer of its drafts may be accepted: mtpress align trains it")
+        found.append(
+            "the head was trained with the ancestor's body: fewer of its drafts may be accepted; mtpress bench --mtp off,1 measures it"
+        )
     if relation is not None and relation.kind == "stranger":
         found.append("the head is of another model: hardly a draft of it will be accepted")
     shapes = [
