@@ -182,7 +182,7 @@ def test_workers_end_with_the_process_that_started_them(alone: Path, tmp_path: P
     workers = psutil.Process(parent.pid).children() if parent.poll() is None else []
     parent.kill()
     assert parent.wait(timeout=60) == -signal.SIGKILL
-    assert len(workers) == 2
+    assert len(workers) >= 2  # and the process that tried the template
     assert psutil.wait_procs(workers, timeout=30)[1] == []
     build(out, CALIBRATED, 1, resume=True)
     assert hashes(out) == hashes(alone)
