@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fp8_cache import skip_if_declared
 from questions import ANSWERS, PICTURES, STORIES, Question, picture_questions, text_questions
 
 from mtpress.recipe import load_recipe, shipped
@@ -27,6 +28,7 @@ PROBE_TIMEOUT_SECONDS = 600  # a start takes 20 s of one core; this leaves room 
 
 def run_probe(engine_python: Path, checkpoint: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The result of mtpress.engine.probe; request and result stay in the folder, which image paths are relative to."""
+    skip_if_declared(checkpoint)
     name = f"{checkpoint.name}-mtp{request.get('mtp', 0)}"
     asked, answered = folder / f"{name}.request.json", folder / f"{name}.result.json"
     asked.write_text(json.dumps(request), encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fp8_cache import skip_without_kernel
 
 from mtpress.builtin import BUILTIN_MODEL, EVALUATION_FILE
 from mtpress.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ NO_SCALES = "Using KV cache scaling factor 1.0 for fp8_e4m3"  # what vLLM 0.32 s
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    skip_without_kernel()
     out = tmp_path_factory.mktemp("kv") / "calibrated"
     source = CalibrationSource(dataset="builtin-mixed", num_samples=40)
     recipe = load_recipe("nvfp4-mixed-vlm").model_copy(update={"kv_cache": "fp8", "calibration": source})

@@ -1,0 +1,24 @@
+"""Where vLLM's CPU build keeps an FP8 KV cache: with AVX-512 or AMX (vLLM 0.32, v1/attention/backends/cpu_attn.py, _get_attn_isa)."""
+
+from pathlib import Path
+
+import pytest
+
+from mtpress.checkpoint import Checkpoint
+from mtpress.engine.hardware import read_hardware
+from mtpress.rules.subject import Subject
+
+FLAGS = {"avx512f", "amx_tile"}
+
+
+def skip_without_kernel() -> None:
+    """Skips the test on a CPU whose engine refuses an FP8 KV cache."""
+    flags = read_hardware().cpu_flags
+    if flags is not None and not FLAGS & flags:
+        pytest.skip("vLLM's CPU build keeps an FP8 KV cache with AVX-512 or AMX only")
+
+
+def skip_if_declared(checkpoint: Path) -> None:
+    """The same for a checkpoint that declares such a cache."""
+    if getattr(Subject(Checkpoint.open(checkpoint)).declared, "kv_cache", "") == "fp8":
+        skip_without_kernel()
