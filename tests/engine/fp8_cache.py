@@ -11,10 +11,14 @@ from mtpress.rules.subject import Subject
 FLAGS = {"avx512f", "amx_tile"}
 
 
+def has_kernel() -> bool:
+    flags = read_hardware().cpu_flags
+    return flags is None or bool(FLAGS & flags)
+
+
 def skip_without_kernel() -> None:
     """Skips the test on a CPU whose engine refuses an FP8 KV cache."""
-    flags = read_hardware().cpu_flags
-    if flags is not None and not FLAGS & flags:
+    if not has_kernel():
         pytest.skip("vLLM's CPU build keeps an FP8 KV cache with AVX-512 or AMX only")
 
 
