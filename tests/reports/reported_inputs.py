@@ -313,7 +313,7 @@ def stray(e: Edit, variant: str) -> None:
 
 def _older_rope(e: Edit) -> None:
     rope = e.text.pop("rope_parameters")
-    e.text |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope["partial_rotary_factor"]}
+    e.text.update(rope_theta=rope["rope_theta"], partial_rotary_factor=rope["partial_rotary_factor"])
     e.text["rope_scaling"] = {
         "type": "default", "rope_type": "default", "mrope_section": rope["mrope_section"], "mrope_interleaved": True,
     }  # fmt: skip

@@ -113,13 +113,13 @@ def mended(result: RepairResult) -> str:
 
 
 def measured(path: Path) -> str:
-    """That it computes what the base computes, or how far it is from that."""
+    """Whether it computes what the base computes."""
     data = path.parent / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     found = evaluate([path], BUILTIN_MODEL, [str(data)], resamples=2, silent=True).checkpoints[path.name]
     kl = found.groups["all"].kl_mean.value
     drafts = "" if found.acceptance is not None else ", no drafts"
-    size = "0" if kl < 1e-6 else "under 0.01" if kl < 0.01 else "under 0.1" if kl < 0.1 else "0.1 or more"
+    size = "0" if kl < 1e-6 else "above 0"
     return f"KL {size}{drafts}"
 
 
