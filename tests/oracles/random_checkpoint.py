@@ -9,6 +9,7 @@ whole rows and blocks are zero, and one matrix holds nothing but rounding ties.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from mtpress.builtin import BUILTIN_MODEL
 from mtpress.formats import nvfp4
 from mtpress.models import qwen3_5
 
@@ -119,6 +121,8 @@ def write_checkpoint(out: Path, sizes: dict[str, int], *, tied: bool = False, se
     generator = torch.Generator().manual_seed(seed)
     weights = {name: random_tensor(name, shape, generator) for name, shape in shapes.items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    for processor in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        shutil.copyfile(BUILTIN_MODEL / processor, out / processor)
     (out / "config.json").write_text(json.dumps(settings, indent=1))
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": settings["text_config"]["eos_token_id"], "do_sample": False}))
     return out
