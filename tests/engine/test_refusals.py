@@ -53,7 +53,7 @@ SILENT = {
     "a_global_scale_of_zero", "an_input_scale_of_nan", "block_scales_in_bf16", "global_scale_in_bf16", "conv1d_in_int8",
     "a_k_scale_without_its_v_scale",
     "own_global_scale_for_in_proj_qkv", "no_draft_head", "half_a_draft_head", "draft_head_in_a_shard_of_its_own",
-    "draft_head_left_out_of_the_index", "mtp_num_hidden_layers_two", "another_algo_in_the_other_file",
+    "draft_head_left_out_of_the_index", "draft_head_in_a_folder_below", "mtp_num_hidden_layers_two", "another_algo_in_the_other_file",
     "draft_head_ignored_in_one_file_only", "fp8_kv_in_one_file_only",
     "compressed-tensors-no_global_scale", "compressed-tensors-no_block_scales", "compressed-tensors-no_input_global_scale",
     "compressed-tensors-a_global_scale_of_infinity", "compressed-tensors-own_global_scale_for_in_proj_z",
@@ -68,7 +68,7 @@ SILENT = {
     "modelopt-mixed-a_scale_of_fp8_in_bf16",
 }  # fmt: skip
 IN_THE_DRAFT = {
-    "a_draft_head_with_half_of_its_kv_scales",
+    "a_draft_head_with_half_of_its_kv_scales", "all_under_the_engines_names",
     "mtp_fc_quantized", "draft_head_not_ignored", "draft_head_ignored_under_another_prefix", "lm_head_ignored_for_the_target_only",
     "compressed-tensors-draft_head_not_ignored", "compressed-tensors-only_mtp_fc_not_ignored",
     "compressed-tensors-a_quantized_draft_layer_that_is_ignored", "auto-round-a_bf16_draft_layer_in_the_block_names",

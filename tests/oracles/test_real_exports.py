@@ -21,10 +21,10 @@ def read(path: Path, name: str) -> dict:
 
 
 def differing(made: Checkpoint) -> list[str]:
-    """Tensors under the source's own names that are not its bits."""
-    shared = [name for name in made.tensors if name in SOURCE.tensors and made.tensors[name].dtype == SOURCE.tensors[name].dtype]
+    """Tensors under the source's own names that are not its values: auto-round writes F32 where the CPU computes no BF16."""
+    shared = [name for name in made.tensors if name in SOURCE.tensors and made.tensors[name].dtype in (SOURCE.tensors[name].dtype, "F32")]
     assert len(shared) > 50
-    return [name for name in shared if not torch.equal(made.read(name), SOURCE.read(name))]
+    return [name for name in shared if not torch.equal(made.read(name).float(), SOURCE.read(name).float())]
 
 
 @pytest.mark.parametrize("name", EXPORTS)
