@@ -9,12 +9,13 @@ import pytest
 from checkpoints import weight_only
 from mtpress.beside_weights import template_choice
 from mtpress.builtin import BUILTIN_MODEL
+from mtpress.chat import ChatEncoder
 from mtpress.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.recipe import load_recipe
 from mtpress.record import RECORD_NAME
 from mtpress.stages.check import check
-from mtpress.stages.quantize import quantize
+from mtpress.stages.quantize import quantize, samples_of
 from mtpress.template_origin import origin
 from mtpress.templating import template
 
@@ -27,11 +28,41 @@ SOURCE_TEMPLATES = {
     "plain": CHATML,
     "other format": template().replace("<tool_response>", "<result>"),
 }
+# With turns of their author's own marks, as Llama 3 and 3.1, Gemma 3, Zephyr and variants of ChatML write them.
+OWN_TURNS = {
+    "llama 3": "{% for m in messages %}{% set c = '<|head|>' + m.role + '<|end_head|>\n\n' + m.content | trim + '<|eot|>' %}"
+    "{% if loop.index0 == 0 %}{% set c = '<|begin|>' + c %}{% endif %}{{ c }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|head|>assistant<|end_head|>\n\n' }}{% endif %}",
+    "llama 3.1": "{{- '<|head|>system<|end_head|>' }}{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+    "{% set messages = messages[1:] %}{% endif %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{{ '<|eot|>' }}"
+    "{% for m in messages %}{% if 'tool_calls' in m %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
+    "{% set f = m.tool_calls[0].function %}{{ '<|head|>assistant<|end_head|>' + {'name': f.name, 'parameters': f.arguments} | tojson }}"
+    "{{ '<|eot|>' }}{% else %}{{ '<|head|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_head|>' + m.content + '<|eot|>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|head|>assistant<|end_head|>' }}{% endif %}",
+    "gemma 3": "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<|head|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ first if loop.first }}{% if m.content is string %}"
+    "{{ m.content | trim }}{% else %}{% for p in m.content %}{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ p.text | trim }}{% endif %}{% endfor %}{% endif %}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>model\n{% endif %}",
+    "zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "chatml variant": CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|eot|>"),
+}
+MARKS = ("<|head|>", "<|end_head|>", "<|eot|>", "<|turn|>", "<|begin|>")
 
 
 @pytest.mark.parametrize("text", SOURCE_TEMPLATES.values(), ids=SOURCE_TEMPLATES.keys())
 def test_the_authors_own(text: str) -> None:
     assert origin(text).kind == "own"
+
+
+@pytest.mark.parametrize("text", OWN_TURNS.values(), ids=OWN_TURNS.keys())
+def test_turns_with_marks_of_their_own_are_the_authors(text: str) -> None:
+    found = origin(text, True, (("eos_token", "<|eot|>"),))
+    assert found.kind == "own"
+    assert "im_start|>user" in found.what
 
 
 def test_ours_and_what_differs_in_text_alone() -> None:
@@ -75,6 +106,46 @@ def test_the_authors_template_is_kept_and_said(place: str, tmp_path: Path, capsy
         assert word in note
     findings = {finding.id: finding.severity for finding in check(tmp_path / "out").findings}
     assert findings == {"template-loses": "warning"}
+
+
+def marked(folder: Path, text: str) -> Path:
+    """mtpress-tiny with a template whose marks are tokens that its author added, one of them the end of a turn."""
+    source = source_with(folder, text)
+    tokenizer, config, generation = (
+        json.loads((source / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    )
+    tokens = {content: tokenizer["added_tokens"][-1]["id"] + 1 + i for i, content in enumerate(MARKS)}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    tokenizer["added_tokens"] += [{"id": number, "content": token, **flags} for token, number in tokens.items()]
+    config["added_tokens_decoder"] |= {str(number): {"content": token, **flags} for token, number in tokens.items()}
+    for name, content in (
+        ("tokenizer.json", tokenizer),
+        ("tokenizer_config.json", config | {"eos_token": "<|eot|>"}),
+        ("generation_config.json", generation | {"eos_token_id": [tokens["<|eot|>"]]}),
+    ):
+        (source / name).write_text(json.dumps(content))
+    return source
+
+
+@pytest.mark.parametrize("kind", ["llama 3.1", "gemma 3"])
+def test_quantize_keeps_turns_with_marks_of_their_own_and_check_finds_no_error(kind: str, tmp_path: Path) -> None:
+    source = marked(tmp_path / "source", OWN_TURNS[kind])
+    result = quantize(source, tmp_path / "out", weight_only("nvfp4-mtp-vlm"), silent=True)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == OWN_TURNS[kind]
+    (note,) = result.notes
+    assert "its author's own and is kept" in note
+    found = {finding.id: finding.severity for finding in check(tmp_path / "out", source).findings}
+    assert found == {"template-loses": "warning", "template-choices": "note"}
+
+
+def test_calibration_renders_with_the_template_that_is_kept(tmp_path: Path) -> None:
+    source = marked(tmp_path / "source", OWN_TURNS["llama 3"])
+    (tmp_path / "said.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Hello!"}]}))
+    recipe, checkpoint = load_recipe("nvfp4-mtp-vlm"), Checkpoint.open(source)
+    assert not template_choice(recipe, checkpoint).ours
+    found = samples_of(checkpoint, recipe.model_copy(update={"chat_template": "source"}), [str(tmp_path / "said.jsonl")])
+    text = ChatEncoder(source).tokenizer.decode(found.samples[0].input_ids)
+    assert text == "<|begin|><|head|>user<|end_head|>\n\nHello!<|eot|>"
 
 
 def test_ours_over_another_is_said_with_how_to_keep_it(tmp_path: Path) -> None:

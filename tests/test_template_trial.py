@@ -3,7 +3,7 @@
 import pytest
 
 from mtpress import template_trial
-from mtpress.template_trial import Trial, judged, plain_conversation, tried
+from mtpress.template_trial import NO_TEXT, NO_TURN, Trial, judged, plain_conversation, tried
 from mtpress.templating import behaviour, template
 from mtpress.templating_cases import CASES
 
@@ -16,7 +16,7 @@ def anew() -> None:
 
 
 def test_ours_loses_nothing_and_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judged(template(), True) == ([], [])
+    assert judged(template(), True, {}) == ([], [])
     monkeypatch.setattr(template_trial, "_process", None)
     assert tried(template()) == Trial()
 
@@ -63,10 +63,24 @@ def test_one_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_each_part_of_the_plain_conversation_can_be_lost() -> None:
     """Taken out of ours one at a time."""
-    words = ("Hello!", "Be kind.", "get_weather", "Tarn", "Drizzle", "Good morning.", "<|image_pad|>")
-    for word, case in zip(words, plain_conversation(), strict=True):
+    words = ("Hello!", "Be kind.", "get_weather", "Tarn", "I look it up.", "Drizzle", "Good morning.", "<|image_pad|>")
+    for word, case in zip(words, [case for case in plain_conversation() if case.title != NO_TURN], strict=True):
         assert case.title in {failure.title for failure in behaviour(without(word), plain_conversation())}
     assert {case.number for case in plain_conversation()} <= {case.number for case in CASES}
+
+
+def test_what_a_template_may_leave_out_does_not_break_it() -> None:
+    """A turn for the answer, and the text before a call."""
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.tool_calls if m.tool_calls else m.content }}<|im_end|>\n{% endfor %}"
+    found = tried("{{ tools }}" + turns, False)
+    assert [failure.title for failure in found.lost] == [NO_TURN, NO_TEXT]
+    assert found.cripples == ()
+
+
+def test_the_tokenizers_own_marks_are_told() -> None:
+    ended = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    assert tried(ended, False).cripples != ()
+    assert tried(ended, False, (("eos_token", "</s>"),)).cripples == ()
 
 
 def without(word: str) -> str:

@@ -18,7 +18,7 @@ from mtpress.recipe import Recipe, SignRound
 from mtpress.record import RECORD_NAME
 from mtpress.rules.subject import Subject
 from mtpress.rules.template import templates
-from mtpress.rules.tokenizer import END, GENERATION, SAMPLING, TEXT_END, TOKENIZER_CONFIG, token_ids
+from mtpress.rules.tokenizer import END, GENERATION, SAMPLING, TEXT_END, TOKENIZER_CONFIG, marks, token_ids
 from mtpress.source_faults import lacks_tower
 from mtpress.template_origin import Origin, origin
 from mtpress.templating import template
@@ -95,7 +95,7 @@ def template_choice(recipe: Recipe, checkpoint: Checkpoint) -> TemplateChoice:
     """Whose template the output gets; InputError where that would be one that does not work."""
     subject = Subject(checkpoint)
     name, text = next(iter(templates(subject).items()), ("", None))
-    source = origin(text, bool(subject.stored_vision)) if name else Origin("none", "it has none")
+    source = origin(text, bool(subject.stored_vision), marks(subject)) if name else Origin("none", "it has none")
     wanted = recipe.chat_template != "source"
     if source.kind == "broken" and not wanted:
         raise InputError(f"{checkpoint.path / name}: {source.what}; take --chat-template mtpress, or mend it")

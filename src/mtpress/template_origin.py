@@ -30,15 +30,15 @@ class Origin:
     what: str
 
 
-def origin(text: str | None, pictures: bool = True) -> Origin:
-    """Of a template's text; None: there is a file, and no template in it. pictures: whether the model sees any."""
+def origin(text: str | None, pictures: bool = True, tokens: tuple[tuple[str, str], ...] = ()) -> Origin:
+    """Of a template's text; None: there is a file, and no template in it. pictures, tokens: as for `tried`."""
     if text is None:
         return Origin("broken", "it is no text in UTF-8")
     if text.rstrip() == template().rstrip():
         return Origin("ours", "mtpress's own")
     if (title := OFFICIAL.get(hashlib.sha256(text.rstrip().encode(errors="surrogatepass")).hexdigest())) is not None:
         return Origin("official", f"the official one of {title}")
-    trial = tried(text, pictures)
+    trial = tried(text, pictures, tokens)
     if trial.cripples:
         return Origin("broken", f"it fails in {trial.cripples[0].title} ({trial.cripples[0].what})")
     if trial.foreign:

@@ -7,7 +7,7 @@ and megabytes at most; ours is not tried, as the tests do that.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,19 +33,24 @@ from mtpress.templating_cases import (
 )
 from mtpress.templating_cases import END as TURN_END
 
+# What keeps no talk from the model where it fails: a template for training opens no turn, Llama 3.1's drops the text.
+NO_TURN, NO_TEXT = "a turn for the answer", "the text before a call"
 MAX_SECONDS = 20.0  # all cases take half a second
 MAX_TEMPLATE_CHARS = 1_000_000
 
 
 def plain_conversation(pictures: bool = True) -> tuple[Case, ...]:
-    """What every server sends: whatever of it is not in the prompt, the model never sees. No markup is asked for, only the words."""
+    """What every server sends: whatever of it is not in the prompt, the model never sees. No markup is asked for, only the words: the
+    marks of turns are their author's choice."""
     called = (user("Rain in Tarn?"), assistant("I look it up.", tool_calls=[call("get_weather", town="Tarn")]), tool("Drizzle, 9 degrees."))
     picture: Any = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is on it?"}]
     cases = (
-        Case(1, "a question", HELLO, {"holds": ("Hello!",), "counts": {ASSISTANT: 1}}, kwargs=OFF),
+        Case(1, "a question", HELLO, {"holds": ("Hello!",)}, kwargs=OFF),
+        Case(1, NO_TURN, HELLO, {"goes_on": TURN_END.strip()}, kwargs=OFF),
         Case(7, "a system message", (system("Be kind."), *HELLO), {"holds": ("Be kind.", "Hello!")}, kwargs=OFF),
         Case(10, "a tool", HELLO, {"holds": ("get_weather", "town")}, [WEATHER], OFF),
-        Case(13, "a call", called, {"holds": ("I look it up.", "get_weather", "town", "Tarn")}, kwargs=OFF),
+        Case(13, "a call", called, {"holds": ("get_weather", "town", "Tarn")}, kwargs=OFF),
+        Case(13, NO_TEXT, called, {"holds": ("I look it up.",)}, kwargs=OFF),
         Case(14, "a tool's result", called, {"holds": ("Drizzle, 9 degrees.",)}, kwargs=OFF),
         Case(17, "an earlier answer", (*HELLO, assistant("Good morning."), *HELLO), {"holds": ("Good morning.",)}, kwargs=OFF),
         Case(19, "a picture", (user(picture),), {"holds": ("<|image_pad|>", "What is on it?")}, kwargs=OFF),
@@ -54,6 +59,7 @@ def plain_conversation(pictures: bool = True) -> tuple[Case, ...]:
 
 
 SPOKEN_OF = {10: "tool", 13: "tool", 14: "tool", 19: "image"}  # the rest every model is sent: questions, answers, system messages
+TURN_MARK = "<|im_start|>"
 
 
 def official_format(pictures: bool = True) -> tuple[Case, ...]:
@@ -90,7 +96,7 @@ class RefusedError(InputError):
 @dataclass(frozen=True)
 class Trial:
     """lost: what of the plain conversation fails; if nothing does, failures: of the numbered rules. foreign: where it leaves the official
-    format. silent: of "tool" and "image", which words are not in it at all."""
+    format. silent: of "tool", "image" and the official mark of a turn, what is not in it at all."""
 
     lost: tuple[Failure, ...] = ()
     failures: tuple[Failure, ...] = ()
@@ -100,18 +106,23 @@ class Trial:
     @property
     def cripples(self) -> tuple[Failure, ...]:
         """Of `lost`, what a template fails in that it should do. One that never speaks of tools, or of pictures, was made without."""
-        return tuple(failure for failure in self.lost if SPOKEN_OF.get(failure.number) not in self.silent)
+        return tuple(f for f in self.lost if f.title not in (NO_TURN, NO_TEXT) and SPOKEN_OF.get(f.number) not in self.silent)
+
+    @property
+    def own_turns(self) -> bool:
+        """Whether its turns have other marks than the official ones, which most of the numbered rules look for."""
+        return TURN_MARK in self.silent
 
 
 @lru_cache(maxsize=16)
-def tried(text: str, pictures: bool = True) -> Trial:
-    """The trial of a template, each text once. pictures: whether the model sees any."""
+def tried(text: str, pictures: bool = True, tokens: tuple[tuple[str, str], ...] = ()) -> Trial:
+    """The trial of a template, each text once. pictures: whether the model sees any. tokens: eos_token and the like, which it may write."""
     if text == template():
         return Trial()
     if len(text) > MAX_TEMPLATE_CHARS:
         return Trial((_whole(f"it has {len(text):,} characters, over {MAX_TEMPLATE_CHARS:,}"),))
     try:
-        parts = _process.ask({"try": [text, pictures]}, MAX_SECONDS)
+        parts = _process.ask({"try": [text, pictures, dict(tokens)]}, MAX_SECONDS)
     except TooLongError:
         return Trial((_whole(f"rendering takes over {MAX_SECONDS:.0f} s; look for a loop without end in it"),))
     except TooLargeError:
@@ -119,7 +130,7 @@ def tried(text: str, pictures: bool = True) -> Trial:
     except ValueError as error:
         return Trial((_whole(str(error)),))
     lost, failures, foreign = (tuple(Failure(*entry) for entry in part) for part in parts)
-    return Trial(lost, failures, foreign, tuple(word for word in ("tool", "image") if word not in text))
+    return Trial(lost, failures, foreign, tuple(word for word in ("tool", "image", TURN_MARK) if word not in text))
 
 
 def rendered(
@@ -151,10 +162,17 @@ def _whole(what: str) -> Failure:
     return Failure(1, "any conversation", what)
 
 
-def judged(text: str, pictures: bool) -> tuple[Sequence[Failure], Sequence[Failure]]:
+def judged(text: str, pictures: bool, tokens: Mapping[str, str]) -> tuple[Sequence[Failure], Sequence[Failure]]:
     """(lost, failures), in this process."""
-    lost = behaviour(text, plain_conversation(pictures))
-    return lost, [] if lost else behaviour(text, [case for case in CASES if pictures or not shows_pictures(case)])
+    lost = behaviour(text, _with(tokens, plain_conversation(pictures)))
+    if lost or TURN_MARK not in text:
+        return lost, []
+    return lost, behaviour(text, _with(tokens, [case for case in CASES if pictures or not shows_pictures(case)]))
+
+
+def _with(tokens: Mapping[str, str], cases: Sequence[Case]) -> list[Case]:
+    """The cases as a server asks them, which tells a template the tokenizer's own marks."""
+    return [replace(case, kwargs={**tokens, **case.kwargs}) for case in cases]
 
 
 def prepare() -> None:
@@ -163,10 +181,10 @@ def prepare() -> None:
 
 
 def answer(request: Mapping[str, Any]) -> Any:
-    """What the process of its own is asked: {"try": [text, pictures]} or {"render": [text, messages, tools, kwargs]}."""
+    """What the process of its own is asked: {"try": [text, pictures, tokens]} or {"render": [text, messages, tools, kwargs]}."""
     if "try" in request:
-        text, pictures = request["try"]
-        parts = (*judged(text, pictures), behaviour(text, official_format(pictures)))
+        text, pictures, tokens = request["try"]
+        parts = (*judged(text, pictures, tokens), behaviour(text, _with(tokens, official_format(pictures))))
         return [[astuple(failure) for failure in part] for part in parts]
     return templating.unguarded(*request["render"])
 

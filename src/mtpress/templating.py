@@ -203,6 +203,11 @@ def _ends(shown: _Shown, text: str) -> str | None:
     return None if shown.text.endswith(text) else f"ends with {_short(shown.text[-len(text) - 20 :])}, not with {_short(text)}"
 
 
+def _goes_on(shown: _Shown, mark: str) -> str | None:
+    """The prompt does not end where a turn does."""
+    return f"the prompt ends with {_short(mark)} and opens no turn" if shown.text.rstrip().endswith(mark) else None
+
+
 def _holds(shown: _Shown, texts: Sequence[str]) -> str | None:
     at = 0
     for text in texts:
@@ -291,8 +296,8 @@ def _handoff(shown: _Shown, with_tools: Sequence[Mapping[str, Any]]) -> str | No
 
 _SYSTEM_BLOCK = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", re.DOTALL)
 PREDICATES: Mapping[str, Callable[[_Shown, Any], str | None]] = {
-    "equals": _equals, "words": _words, "starts": _starts, "ends": _ends, "holds": _holds, "lacks": _lacks, "counts": _counts,
-    "raises": _raises,
+    "equals": _equals, "words": _words, "starts": _starts, "ends": _ends, "goes_on": _goes_on, "holds": _holds, "lacks": _lacks,
+    "counts": _counts, "raises": _raises,
     "same_as": _same_as, "same_mode": _same_mode, "unset": _unset, "prefix": _prefix, "prefills": _prefills, "handoff": _handoff,
 }  # fmt: skip
 

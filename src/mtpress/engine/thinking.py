@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mtpress.checkpoint import read_json_object, read_text
 from mtpress.errors import InputError
+from mtpress.rules.tokenizer import named_tokens
 
 FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 ON_TAG = "<|think_on|>"
@@ -40,7 +41,8 @@ def read_template(checkpoint: Path) -> Template:
         source = inside if isinstance(inside, str) else None
     if source is None:
         return Template(None, None, False)
-    return Template(file, _default(source, checkpoint / file), ON_TAG in source)
+    tokens: dict[str, Any] = dict(named_tokens(tokenizer_config(checkpoint)))
+    return Template(file, _default(source, tokens, checkpoint / file), ON_TAG in source)
 
 
 def tokenizer_config(checkpoint: Path) -> dict[str, Any]:
@@ -55,11 +57,11 @@ def _text(path: Path) -> str | None:
     return read_text(path) if path.exists() else None
 
 
-def _default(source: str, where: Path) -> Literal["on", "off"] | None:
+def _default(source: str, tokens: dict[str, Any], where: Path) -> Literal["on", "off"] | None:
     from mtpress.template_trial import RefusedError, rendered
 
     try:
-        shown = rendered(source, [{"role": "user", "content": "Hello"}], where=str(where), add_generation_prompt=True)
+        shown = rendered(source, [{"role": "user", "content": "Hello"}], where=str(where), add_generation_prompt=True, **tokens)
     except RefusedError:  # a template is a program: whatever it raises, it says nothing of thinking
         return None
     last = shown.rstrip()

@@ -10,7 +10,7 @@ from mtpress.beside_weights import HOLD_TEMPLATES
 from mtpress.repairs.repair import Context, Fix, Left, Repair
 from mtpress.rules.rule import Finding
 from mtpress.rules.template import KEY, templates
-from mtpress.rules.tokenizer import TEMPLATES
+from mtpress.rules.tokenizer import TEMPLATES, marks
 from mtpress.template_origin import origin
 from mtpress.templating import template
 
@@ -22,7 +22,7 @@ def install(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         yield Left("--keep-template", "run it again without, or serve with vLLM's --chat-template FILE")
         return
     for text in templates(ctx.subject).values():
-        if origin(text, bool(ctx.subject.stored_vision)).kind == "own":
+        if origin(text, bool(ctx.subject.stored_vision), marks(ctx.subject)).kind == "own":
             yield Left("it is in a format of its author's own", "serve with vLLM's --chat-template FILE to try another")
             return
     write_only(ctx, template())

@@ -8,7 +8,6 @@ from mtpress.repairs.template import install
 from mtpress.rules.rule import Finding
 from mtpress.rules.tokenizer import (
     CONFIG_IDS,
-    END,
     GENERATION,
     GENERATION_IDS,
     SAMPLING,
@@ -18,6 +17,7 @@ from mtpress.rules.tokenizer import (
     greedy_keys,
     pad_id,
     token_ids,
+    turn_end,
 )
 
 LEGACY_CLASS = "Qwen2TokenizerFast"
@@ -124,7 +124,7 @@ def generation_ids(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     if "eos_token_id" in finding.message:
         said = content.get("eos_token_id")
         others = [number for number in (said if isinstance(said, list) else [said]) if type(number) is int]
-        content["eos_token_id"] = [known[END], *others]
+        content["eos_token_id"] = [known[turn_end(ctx.subject)], *others]
     else:
         content["pad_token_id"] = pad_id(ctx.subject)
     ctx.overlay.write_json(GENERATION, content)

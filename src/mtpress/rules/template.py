@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.subject import Subject
-from mtpress.rules.tokenizer import TEMPLATES, TOKENIZER_CONFIG
-from mtpress.template_trial import tried
+from mtpress.rules.tokenizer import TEMPLATES, TOKENIZER_CONFIG, marks
+from mtpress.template_trial import SPOKEN_OF, Trial, tried
 from mtpress.templating import Failure
 
 CHOICES = frozenset({1, 3, 5, 17})  # thinking unless asked, no tags, no handoff, earlier reasoning left out
@@ -45,6 +45,10 @@ def _first(subject: Subject) -> tuple[str, str | None] | None:
     return next(iter(templates(subject).items()), None)
 
 
+def _trial(subject: Subject, text: str) -> Trial:
+    return tried(text, bool(subject.stored_vision), marks(subject))
+
+
 def _titles(failures: Sequence[Failure]) -> str:
     """Each number once, with the first case that shows it."""
     first = {failure.number: failure for failure in reversed(failures)}
@@ -57,7 +61,7 @@ def template_loses(subject: Subject) -> Iterator[Problem]:
     name, text = first
     if text is None:
         yield Problem(f"{name}: holds no template in UTF-8", (name,))
-    elif lost := (trial := tried(text, bool(subject.stored_vision))).lost:
+    elif lost := (trial := _trial(subject, text)).lost:
         # a template that does nothing right fails alike everywhere: one reason is enough
         reasons = [f"{failure.title} ({failure.what})" for failure in lost]
         said = reasons[0] if len({failure.what for failure in lost}) == 1 and len(lost) > 1 else "; ".join(reasons)
@@ -65,7 +69,8 @@ def template_loses(subject: Subject) -> Iterator[Problem]:
         if trial.cripples:
             yield Problem(message, (name,))
         else:
-            yield Problem(f"{message}; it was made without, and plain talk goes through", (name,), OWN, "warning")
+            without = "it was made without, and " if any(SPOKEN_OF.get(failure.number) in trial.silent for failure in lost) else ""
+            yield Problem(f"{message}; {without}plain talk goes through", (name,), OWN, "warning")
 
 
 def template_behaviour(subject: Subject) -> Iterator[Problem]:
@@ -73,12 +78,15 @@ def template_behaviour(subject: Subject) -> Iterator[Problem]:
 
 
 def template_choices(subject: Subject) -> Iterator[Problem]:
+    name, text = _first(subject) or ("", None)
+    if text is not None and not (trial := _trial(subject, text)).cripples and trial.own_turns:
+        yield Problem(f"{name}: its turns have marks of its author's own; no rule of docs/chat-template.md is held against it", (name,))
     yield from _failing(subject, "decides otherwise in", choices=True)
 
 
 def _failing(subject: Subject, verb: str, choices: bool) -> Iterator[Problem]:
     name, text = _first(subject) or ("", None)
-    found = tried(text, bool(subject.stored_vision)).failures if text is not None else ()
+    found = _trial(subject, text).failures if text is not None else ()
     failing = [failure for failure in found if (failure.number in CHOICES) is choices]
     if failing:
         numbers = len({failure.number for failure in failing})
@@ -97,7 +105,8 @@ RULES = (
         "template-loses",
         "error",
         "The chat template refuses a plain conversation, leaves a part of it out (system message, tool, call, result, picture), or does "
-        "not end: the model never sees what was sent. A warning where it was made without: it never speaks of tools, or of pictures.",
+        "not end: the model never sees what was sent. The marks of turns are its author's choice. A warning where it was made without (it "
+        "never speaks of tools, or of pictures), where it leaves out the text before a call, or opens no turn for the answer.",
         OURS,
         template_loses,
     ),
@@ -113,7 +122,7 @@ RULES = (
         "template-choices",
         "note",
         "Where it is a matter of choice, the chat template decides otherwise than mtpress's: 1 it thinks unless told not to, 3 it knows no "
-        "tags for it, 5 it has no handoff, 17 it leaves out earlier reasoning.",
+        "tags for it, 5 it has no handoff, 17 it leaves out earlier reasoning. Other marks of turns are told too.",
         "nothing needs to be done; quantize installs mtpress's with chat_template: mtpress in the recipe",
         template_choices,
     ),

@@ -16,6 +16,7 @@ CONFIG_IDS = {
     "vision_end_token_id": "<|vision_end|>",
 }  # fmt: skip
 GENERATION_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 END, TEXT_END = "<|im_end|>", "<|endoftext|>"
 # What every tokenizer of the family adds to its vocabulary, in the order of the ids; Qwen's from 248044.
 SPECIALS = (
@@ -71,6 +72,18 @@ def token_ids(subject: Subject) -> dict[str, int]:
     if not found:
         found = _added(subject.json(TOKENIZER))
     return found
+
+
+def marks(subject: Subject) -> tuple[tuple[str, str], ...]:
+    """What a server tells a template of the tokenizer, key and token: eos_token and the like, where tokenizer_config.json names them."""
+    return named_tokens(subject.json(TOKENIZER_CONFIG) or {})
+
+
+def named_tokens(content: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The same of a tokenizer_config.json."""
+    said = {key: content.get(key) for key in NAMED}
+    tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in said.items()}
+    return tuple((key, token) for key, token in tokens.items() if isinstance(token, str))
 
 
 def _added(content: dict[str, Any] | None) -> dict[str, int]:
@@ -140,17 +153,23 @@ def pad_id(subject: Subject) -> int | None:
     return token_ids(subject).get(token) if isinstance(token, str) else None
 
 
+def turn_end(subject: Subject) -> str:
+    """The token that ends a turn: the family's, or a fine-tune's own that its tokenizer_config.json names as eos_token."""
+    named = dict(marks(subject)).get("eos_token")
+    return named if named is not None and named != TEXT_END and named in token_ids(subject) else END
+
+
 def generation_ids(subject: Subject) -> Iterator[Problem]:
     """What ends a turn and what pads, by generation_config.json. Ids outside the vocabulary are token-id-outside's."""
-    content, known = subject.json(GENERATION), token_ids(subject)
-    if content is None or END not in known:
+    content, known, end = subject.json(GENERATION), token_ids(subject), turn_end(subject)
+    if content is None or end not in known:
         return
     said, pad = content.get("eos_token_id"), content.get("pad_token_id")
     ends = said if isinstance(said, list) else [said]
     if subject.vocab_size is None or any(type(number) is int and not 0 <= number < subject.vocab_size for number in (*ends, pad)):
         return
-    if known[END] not in ends:
-        yield Problem(f"{GENERATION}: eos_token_id is {said}, without {known[END]}, the {END} that ends a turn", (GENERATION,))
+    if known[end] not in ends:
+        yield Problem(f"{GENERATION}: eos_token_id is {said}, without {known[end]}, the {end} that ends a turn", (GENERATION,))
     right = pad_id(subject)
     if type(pad) is int and right is not None and pad != right:
         yield Problem(f"{GENERATION}: pad_token_id is {pad}, the tokenizer pads with {right}", (GENERATION,))
