@@ -183,6 +183,19 @@ def _noise(edit: Edit) -> None:
     _trained(edit, *kept)
 
 
+def _swap_tokens(edit: Edit) -> None:
+    content = edit.read("tokenizer.json")
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    edit.write("tokenizer.json", content)
+
+
+def _swap_rows(edit: Edit) -> None:
+    ids = [edit.read("tokenizer.json")["model"]["vocab"][token] for token in "ab"]
+    for name in (f"{PREFIX}embed_tokens.weight", "lm_head.weight"):
+        edit.tensors[name][ids] = edit.tensors[name][ids[::-1]].clone()
+
+
 BREAKS: dict[str, tuple[set[str], Callable[[Edit], object]]] = {
     "a norm negated": ({"kept-differs"}, lambda e: _flip(e, f"{PREFIX}norm.weight")),
     "the draft head trained": ({"mtp-differs"}, lambda e: _flip(e, "mtp.fc.weight")),
@@ -196,6 +209,9 @@ BREAKS: dict[str, tuple[set[str], Callable[[Edit], object]]] = {
     "a NaN in a norm": ({"not-finite"}, lambda e: _one_nan(e, f"{PREFIX}norm.weight")),
     "a matrix trained": ({"base-ancestor"}, _trained),
     "a matrix trained, another of noise": ({"base-ancestor", "kept-unrelated"}, lambda e: _trained(e, "lm_head.weight")),
+    "two tokens with each other's ids": ({"base-ancestor", "tokens-moved"}, lambda e: (_trained(e), _swap_tokens(e))),
+    "tokens with their rows": ({"base-ancestor"}, lambda e: (_trained(e), _swap_tokens(e), _swap_rows(e))),
+    "rows of zeros": ({"base-ancestor", "rows-zeroed"}, lambda e: e.tensors[f"{PREFIX}embed_tokens.weight"][100:105].zero_()),
     "another model": ({"base-stranger"}, _noise),
 }
 

@@ -15,6 +15,7 @@ from mtpress.checkpoint import Checkpoint, TensorInfo, read_tensor
 from mtpress.disk import read_pieces
 from mtpress.meanings.difference import Difference
 from mtpress.meanings.files import differences
+from mtpress.moved_tokens import moved_tokens
 from mtpress.progress import Progress
 from mtpress.relation import Closeness, Kind, Relation, relation_of
 from mtpress.rules.stored import GLOBAL_SCALE, PLAIN_DTYPES, QWEIGHT, SCALE, SCALE_2, WEIGHT, WEIGHT_PACKED, Form
@@ -49,7 +50,8 @@ class Comparison:
     error: module → ‖w − ŵ‖ / ‖w‖. int4, fp8: those of these modules that are INT4, and FP8. broken_blocks: module → how many scales
     are NaN, infinite or, of NVFP4, negative; empty_blocks: zero over weights; lost_channels: rows and columns with nothing
     of the base's. closeness: of every tensor and module compared.
-    relation: None where no weight was compared. differences: what the files beside the weights say otherwise.
+    relation: None where no weight was compared. differences: what the files beside the weights say otherwise. moved_tokens: those that the
+    tokenizer has under another id while their rows stayed.
     """
 
     differing: list[str] = field(default_factory=list)
@@ -66,6 +68,7 @@ class Comparison:
     closeness: dict[str, Closeness] = field(default_factory=dict)
     relation: Relation | None = None
     differences: list[Difference] = field(default_factory=list)
+    moved_tokens: list[str] = field(default_factory=list)
 
     @property
     def num_equal(self) -> int:
@@ -123,6 +126,7 @@ def compare(subject: Subject, base: Checkpoint, *, given: Kind | None = None, si
                 assert isinstance(job.there, TensorInfo)
                 _compare_kept(job.name, job.part, job.here, job.there, found)
             progress.advance(job.num_bytes, ".".join(job.name.split(".")[-4:])[:24])
+    found.moved_tokens = moved_tokens(subject, base)
     relate(found, given)
     return found
 
@@ -240,7 +244,7 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
 class Sums:
     """What is added up over the pieces of two tensors, in float64, of what is finite in both.
 
-    by_row, by_column: (‖w‖², ‖w − ŵ‖²) of each, where the tensor is a matrix.
+    by_row, by_column: (‖w‖², ‖w − ŵ‖²) of each, where the tensor is a matrix. zero: of each row, whether ŵ is zero there.
     """
 
     norm: float = 0.0
@@ -251,6 +255,7 @@ class Sums:
     not_finite: int = 0
     by_row: "list[torch.Tensor]" = field(default_factory=list)
     by_column: "torch.Tensor | None" = None
+    zero: "list[torch.Tensor]" = field(default_factory=list)
 
     def add(self, here: "torch.Tensor", there: "torch.Tensor") -> None:
         """Rows [n, …] of both, float32."""
@@ -268,6 +273,7 @@ class Sums:
         self.rows += len(one)
         self.rows_changed += int((apart != 0).any(1).sum())
         if two.shape[1] > 1:
+            self.zero.append((one == 0).all(1))
             self.by_row.append(torch.stack([torch.linalg.vector_norm(part, dim=1) for part in (two, apart)]))
             columns = torch.stack([torch.linalg.vector_norm(part, dim=0).double().square() for part in (two, apart)])
             self.by_column = columns if self.by_column is None else self.by_column + columns
@@ -285,6 +291,16 @@ class Sums:
             found += int(((distance > LEAST_KEPT * norm) & (norm > LEAST_NORM * norm.median())).sum())
         return found
 
+    @property
+    def rows_zeroed(self) -> int:
+        """Rows of zeros where the base's are no smaller than others."""
+        import torch
+
+        if not self.by_row:
+            return 0
+        norm, zero = torch.cat(self.by_row, 1)[0], torch.cat(self.zero)
+        return int((zero & (norm > LEAST_NORM * norm.median())).sum())
+
     def closeness(self, part: str, matrix: bool, form: Form, limit: float) -> Closeness:
         return Closeness(
             part,
@@ -297,6 +313,7 @@ class Sums:
             limit=limit,
             rows=self.rows,
             rows_changed=self.rows_changed,
+            rows_zeroed=self.rows_zeroed,
             not_finite=self.not_finite,
         )
 

@@ -38,7 +38,8 @@ class Closeness:
     """A stored tensor ŵ beside the base's w of its name.
 
     part: the component; matrix: of two dimensions or more; quantized: not in 16 or 32 bits; norm: ‖w‖; own_norm: ‖ŵ‖; dot: w·ŵ;
-    distance: ‖w − ŵ‖; limit: how far rounding to the format brings it, in ‖w‖; rows, rows_changed: of all, and that differ;
+    distance: ‖w − ŵ‖; limit: how far rounding to the format brings it, in ‖w‖; rows, rows_changed, rows_zeroed: of all, that differ, and
+    that are zero where the base's are not;
     not_finite: numbers, or scales, that are NaN or infinite; the sums are over the others.
     """
 
@@ -52,6 +53,7 @@ class Closeness:
     limit: float = 0.0
     rows: int = 0
     rows_changed: int = 0
+    rows_zeroed: int = 0
     not_finite: int = 0
     equal: bool = False
 

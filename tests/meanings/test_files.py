@@ -14,8 +14,9 @@ from mtpress.checkpoint import Checkpoint
 from mtpress.comparison import Comparison
 from mtpress.meanings.config import restored
 from mtpress.meanings.files import differences
+from mtpress.relation import Kind, Relation
 from mtpress.rules.meanings import RULES
-from mtpress.rules.rule import apply
+from mtpress.rules.rule import Finding, apply
 from mtpress.rules.subject import Subject
 
 Change = Callable[[Path], object]
@@ -229,9 +230,54 @@ SPELLINGS: dict[str, tuple[set[str], Change]] = {
 }  # fmt: skip
 
 
-def found_of(path: Path) -> set[str]:
+def findings_of(path: Path, kind: Kind = "source") -> list[Finding]:
     compared = Comparison(differences=differences(Subject(Checkpoint.open(path)), Checkpoint.open(BUILTIN_MODEL)))
-    return {finding.id for finding in apply(RULES, compared)}
+    compared.relation = Relation(kind, "")
+    return list(apply(RULES, compared))
+
+
+def found_of(path: Path) -> set[str]:
+    return {finding.id for finding in findings_of(path)}
+
+
+def add_token(content: dict[str, Any]) -> None:
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 1279, "content": "<|mine|>"})
+
+
+def add_words(content: dict[str, Any]) -> None:
+    """Two tokens that training a tokenizer on added."""
+    content["model"]["vocab"] |= {"zq": 1270, "zqz": 1271}
+    content["model"]["merges"] += [["z", "q"], ["zq", "z"]]
+
+
+# What is told of a fine-tune whose ancestor is the base, with the words of it; a fine-tune's own, of which nothing is told.
+ANCESTOR: dict[str, tuple[str, str, Change]] = {
+    "theta": (
+        "ancestor-settings", "text_config.rope_parameters.rope_theta: 5000.0, the ancestor has 10000", rope(rope_theta=5000.0)
+    ),
+    "theta in the words of transformers 4": ("ancestor-settings", "rope_theta: [10000", text(rope_theta=3.0)),
+    "yarn": ("ancestor-settings", 'rope_type: "yarn", the ancestor has "default"', rope(rope_type="yarn", factor=4.0)),
+    "yarn, its factor": ("ancestor-settings", "factor: 4.0, the ancestor has nothing", rope(rope_type="yarn", factor=4.0)),
+    "eps": ("ancestor-settings", "text_config.rms_norm_eps: 1e-05, the ancestor has 1e-06", text(rms_norm_eps=1e-5)),
+    "partial heads": ("ancestor-settings", "partial_rotary_factor: 1.0, the ancestor has 0.5", rope(partial_rotary_factor=1.0)),
+    "mean": ("ancestor-settings", "image_mean", image(image_mean=[50, 50, 50])),
+    "shuffled": ("ancestor-tokenizer", "tokens moved or gone and 0 new", tokenizer(shuffle)),
+    "merges": ("ancestor-tokenizer", "merges, number 0", tokenizer(lambda t: t["model"]["merges"].reverse())),
+    "normalizer": ("ancestor-tokenizer", "normalizer", tokenizer(lambda t: t.update(normalizer={"type": "Lowercase"}))),
+    "an added token gone": ("ancestor-tokenizer", "nothing, the ancestor has", tokenizer(lambda t: t["added_tokens"].pop())),
+}  # fmt: skip
+OWN: dict[str, Change] = {
+    "added tokens": tokenizer(add_token),
+    "words added by training": tokenizer(add_words),
+    "resized embeddings": text(vocab_size=1300),
+    "another template": lambda path: (path / "chat_template.jinja").write_text("{{ messages }}"),
+    "another generation_config": generation(temperature=0.6, eos_token_id=[1217, 1279], max_new_tokens=64),
+    "another end of turn": lambda path: [tokenizer_config(eos_token="<|endoftext|>", pad_token="<|mine|>")(path),
+                                         text(eos_token_id=1217)(path)],
+    "trained in float32": text(dtype="float32"),
+    "tied": text(tie_word_embeddings=True),
+    "saved by transformers 4": in_words_of_transformers_4,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -267,5 +313,21 @@ def test_what_a_config_says_otherwise_can_be_set_back(case: str, copied: Path) -
     assert found_of(copied) == set()
 
 
+@pytest.mark.parametrize("case", list(ANCESTOR))
+def test_what_computes_otherwise_than_an_ancestor_is_told_with_both_values(case: str, copied: Path) -> None:
+    expected, words, change = ANCESTOR[case]
+    change(copied)
+    (finding,) = findings_of(copied, "ancestor")
+    assert (finding.id, finding.severity) == (expected, "warning")
+    assert words in finding.message
+
+
+@pytest.mark.parametrize("case", list(OWN))
+def test_what_is_a_fine_tunes_own_raises_nothing(case: str, copied: Path) -> None:
+    OWN[case](copied)
+    assert findings_of(copied, "ancestor") == []
+
+
 def test_every_rule_has_a_case() -> None:
-    assert {rule.id for rule in RULES} == {rule for rule, _ in BREAKS.values()} | {"tokenizer-respelled"}
+    cases = {rule for rule, _ in BREAKS.values()} | {rule for rule, _, _ in ANCESTOR.values()}
+    assert {rule.id for rule in RULES} == cases | {"tokenizer-respelled"}

@@ -15,13 +15,15 @@ Topic = Literal["config", "config-unknown", "processor", "generation", "sampling
 
 @dataclass(frozen=True)
 class Difference:
-    """place: the key as the config spells it, or the file's name and a key; here and there: in words, None for nothing."""
+    """place: the key as the config spells it, or the file's name and a key; here and there: in words, None for nothing. added: the
+    checkpoint has tokens more, and those of the base as the base has them."""
 
     topic: Topic
     file: str
     place: str
     here: str | None
     there: str | None
+    added: bool = False
 
     def __str__(self) -> str:
         return f"{self.place}: {self.here or 'nothing'}, the source has {self.there or 'nothing'}"

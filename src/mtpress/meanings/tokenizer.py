@@ -46,6 +46,13 @@ def _added(content: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def token_ids(content: Mapping[str, Any]) -> dict[str, int]:
+    """Token → id of a tokenizer.json, added tokens among them."""
+    vocab, _, added, _ = _parts(content)
+    ids = vocab | {token: said[0] for token, said in added.items()}
+    return {token: number for token, number in ids.items() if type(number) is int}
+
+
 def _parts(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]], dict[str, Any], dict[str, Any]]:
     """(vocabulary, merges, added tokens, everything else) of a tokenizer.json."""
     model = content.get("model")
@@ -63,8 +70,8 @@ def _pruned(value: Any) -> Any:
     return [_pruned(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _of_json(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:
-    """(part, what it is here, what it is there) of two tokenizer.json that make other tokens."""
+def _of_json(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None, bool]]:
+    """(part, what it is here, what it is there, whether it only adds tokens) of two tokenizer.json that make other tokens."""
     (vocab, merges, added, rest), (their_vocab, their_merges, their_added, their_rest) = _parts(here), _parts(there)
     # a library may write added tokens into the vocabulary too
     vocab = {token: number for token, number in vocab.items() if token not in added}
@@ -75,16 +82,22 @@ def _of_json(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tupl
         first = (moved or new)[0]
         yield (
             f"vocabulary, {len(moved)} of {len(their_vocab)} tokens moved or gone and {len(new)} new, as",
-            f"{shown(first)} at {vocab.get(first, 'no id')}", f"{shown(first)} at {their_vocab.get(first, 'no id')}",
+            f"{shown(first)} at {vocab.get(first, 'no id')}", f"{shown(first)} at {their_vocab.get(first, 'no id')}", not moved,
         )  # fmt: skip
     if merges != their_merges:
         place = next((i for i, (one, other) in enumerate(zip(merges, their_merges, strict=False)) if one != other), None)
         said = (len(merges), len(their_merges)) if place is None else (merges[place], their_merges[place])
-        yield f"merges{'' if place is None else f', number {place}'}", shown(said[0]), shown(said[1])
+        more = place is None and len(merges) > len(their_merges)
+        yield f"merges{'' if place is None else f', number {place}'}", shown(said[0]), shown(said[1]), more
     for token, ours, theirs in differing(added, their_added, {}, ()):
-        yield f"added token {shown(token)}", None if ours is None else shown(ours), None if theirs is None else shown(theirs)
+        yield (
+            f"added token {shown(token)}",
+            None if ours is None else shown(ours),
+            None if theirs is None else shown(theirs),
+            theirs is None,
+        )
     for key, ours, theirs in differing(_pruned(rest), _pruned(their_rest), {"model.type": "BPE"}, ()):
-        yield key, None if ours is None else shown(ours), None if theirs is None else shown(theirs)
+        yield key, None if ours is None else shown(ours), None if theirs is None else shown(theirs), False
 
 
 def _of_files(text: ReadText, base: ReadText) -> Iterator[tuple[str, str | None, str | None]]:
@@ -136,7 +149,10 @@ def differences(read: Read, text: ReadText, base: Read, base_text: ReadText) -> 
     respelled = text(TOKENIZER) != base_text(TOKENIZER)
     here, there = (read(TOKENIZER), base(TOKENIZER)) if respelled else (None, None)
     if here is not None and there is not None:
-        found = [Difference("tokenizer", TOKENIZER, f"{TOKENIZER}: {part}", one, other) for part, one, other in _of_json(here, there)]
+        found = [
+            Difference("tokenizer", TOKENIZER, f"{TOKENIZER}: {part}", one, other, added)
+            for part, one, other, added in _of_json(here, there)
+        ]
         yield from found
         if not found:
             yield Difference("tokenizer-spelling", TOKENIZER, TOKENIZER, None, None)

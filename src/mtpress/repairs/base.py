@@ -81,6 +81,8 @@ REPAIRS = (
     Repair("mtp-differs", STAYS + "the whole head is put from the base, bit for bit", told_unless_source(mtp_differs, "the draft head")),
     Repair("kept-differs", STAYS + "put from the base, bit for bit", told_unless_source(differs, "a kept tensor")),
     Repair("kept-unrelated", "left as it is: it may have been trained anew"),
+    Repair("tokens-moved", "left: whether tokenizer or embeddings are wrong, only its author knows"),
+    Repair("rows-zeroed", "left as they are: rows may have been pruned"),
     Repair("base-lacks", "nothing to compare with, nothing to take"),
     Repair("not-compared", "nothing is known to be wrong"),
     Repair("blocks-broken", "the module in BF16 from the base", matrices),

@@ -78,6 +78,8 @@ REPAIRS = (
     Repair("config-differs", "left as they are, but sizes that what is stored refutes; `--base-is source`: the keys are set to the base's, "
            "those that it lacks are taken out", config_differs, Turn.CONFIG),
     Repair("config-unknown", "nothing is known to read them"),
+    Repair("ancestor-settings", "left: what a fine-tune was trained with is its author's"),
+    Repair("ancestor-tokenizer", "left: an ancestor's tokenizer would take away what was changed on purpose"),
     Repair("processor-differs", STAYS + "the base's files, byte for byte", told_unless_source(processor_differs, "the processor")),
     Repair("tokenizer-differs", STAYS + "the base's files, byte for byte", told_unless_source(tokenizer_differs, "the tokenizer")),
     Repair("tokenizer-respelled", "nothing is wrong: the tokens are the base's"),

@@ -80,6 +80,21 @@ def kept_unrelated(found: Comparison) -> Iterator[Problem]:
         yield Problem(f"{count(len(names), 'tensor')} that have nothing of the ancestor's, or are a multiple of it", names)
 
 
+def tokens_moved(found: Comparison) -> Iterator[Problem]:
+    """Against the source tokenizer-differs says it."""
+    if found.kind == "ancestor" and found.moved_tokens:
+        number, first = len(found.moved_tokens), found.moved_tokens[0]
+        yield Problem(f"{count(number, 'token')} under another id, and the rows of the embeddings not: {first}", tuple(found.moved_tokens))
+
+
+def rows_zeroed(found: Comparison) -> Iterator[Problem]:
+    """Of what is near as a whole; a matrix that is zero altogether is kept-unrelated or error-large."""
+    zeroed = {name: close.rows_zeroed for name, close in found.closeness.items() if close.rows_zeroed and close.state != "unrelated"}
+    if zeroed and found.kind == "ancestor":
+        rows, tensors = sum(zeroed.values()), count(len(zeroed), "tensor")
+        yield Problem(f"{count(rows, 'row')} of {tensors} zero where the ancestor has weights", tuple(zeroed))
+
+
 def base_lacks(found: Comparison) -> Iterator[Problem]:
     if found.absent and found.kind != "stranger":
         yield Problem(
@@ -208,6 +223,21 @@ RULES = (
         "The base is an ancestor, and a kept tensor has nothing of it or is a multiple of it: trained anew, or damaged.",
         "look at it: mtpress check CKPT --base with the checkpoint that this one was made from tells",
         kept_unrelated,
+    ),
+    Rule(
+        "tokens-moved",
+        "error",
+        "The base is an ancestor, and the tokenizer has tokens under other ids, while the rows of the embeddings are where they were: the "
+        "model reads other words than were typed.",
+        "put the tokenizer back that the model was trained with: it is not the one of these embeddings",
+        tokens_moved,
+    ),
+    Rule(
+        "rows-zeroed",
+        "warning",
+        "The base is an ancestor, and rows are zero where it has weights: tokens or channels were pruned, or lost.",
+        "look at it: mtpress check CKPT --base with the checkpoint that this one was made from tells",
+        rows_zeroed,
     ),
     Rule(
         "base-lacks",

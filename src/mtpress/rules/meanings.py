@@ -1,14 +1,18 @@
 """Rules on what stands beside the weights, against the source: an engine that goes by it computes what the source computes.
 
-Against an ancestor nothing is asked: what was trained may have other tokens, templates and settings (base-ancestor of base.py tells them).
+Against an ancestor nothing is an error: what was trained may have other tokens, templates and settings. Added tokens, a template and
+generation_config.json are its own; what else computes otherwise is told with both values.
 """
 
 from collections.abc import Callable, Iterator
 
 from mtpress.comparison import Comparison
-from mtpress.meanings.difference import Topic
+from mtpress.meanings.difference import Difference, Topic
 from mtpress.rules.rule import Problem, Rule, count
+from mtpress.rules.tokenizer import TOKENIZER
 
+ITS_OWN = ("vocab_size", "dtype", "tie_word_embeddings", "eos_token_id")  # keys of config.json that follow what a fine-tune stores
+MOST_TOLD = 5  # differences in one line; --json has all
 FROM_SOURCE = "if it was not meant so: mtpress repair CKPT OUT --base SRC --base-is source"
 
 
@@ -22,6 +26,27 @@ def of_topic(topic: Topic, noun: str) -> Callable[[Comparison], Iterator[Problem
             yield Problem(f"{files}: {count(len(of), noun)} not as in the source", tuple(map(str, of)))
 
     return find
+
+
+def ancestor_settings(found: Comparison) -> Iterator[Problem]:
+    """Sizes are those of what is stored, and the dtype too; which tokens end an answer is the fine-tune's."""
+    if found.kind == "ancestor":
+        of = [d for d in found.differences if d.topic in ("config", "processor") and d.place.rpartition(".")[2] not in ITS_OWN]
+        yield from _told(of, "setting")
+
+
+def ancestor_tokenizer(found: Comparison) -> Iterator[Problem]:
+    """tokenizer.json alone: tokenizer_config.json names the marks of a template."""
+    if found.kind == "ancestor":
+        yield from _told([d for d in found.differences if d.topic == "tokenizer" and d.file == TOKENIZER and not d.added], "part")
+
+
+def _told(differences: list[Difference], noun: str) -> Iterator[Problem]:
+    """In one problem, with the values of the first few."""
+    if differences:
+        lines = [f"{d.place}: {d.here or 'nothing'}, the ancestor has {d.there or 'nothing'}" for d in differences]
+        more = f"; and {len(lines) - MOST_TOLD} more" if len(lines) > MOST_TOLD else ""
+        yield Problem(f"{count(len(lines), noun)} not the ancestor's: {'; '.join(lines[:MOST_TOLD])}{more}", tuple(lines))
 
 
 def tokenizer_respelled(found: Comparison) -> Iterator[Problem]:
@@ -53,6 +78,22 @@ RULES = (
         "Keys of config.json that the source lacks and that no engine is known to read.",
         "take them out if nobody put them there on purpose",
         of_topic("config-unknown", "key"),
+    ),
+    Rule(
+        "ancestor-settings",
+        "warning",
+        "The base is an ancestor, and a setting that decides what is computed is not its: rope_theta, rope_scaling, rms_norm_eps, a "
+        "processor's pixels. Right where the model was trained with it.",
+        "if it was not trained so, set the key to the ancestor's value",
+        ancestor_settings,
+    ),
+    Rule(
+        "ancestor-tokenizer",
+        "warning",
+        "The base is an ancestor, and the tokenizer makes other tokens of the same text: ids, merges, or a step before or after them. "
+        "Tokens that were added are none of it.",
+        "if it was not trained so, take the tokenizer that it was trained with",
+        ancestor_tokenizer,
     ),
     Rule(
         "processor-differs",
