@@ -195,7 +195,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_format_gets_the_head(form: str, damage: Callable[[Tensors, str], None], layout: str, base: Path, tmp_path: Path) -> None:
     source = build(tmp_path / "source", form, damage, layout)
     before = digests(source)
-    result = graft(source, tmp_path / "out", base, silent=True)
+    own = damage in (wrong, misplaced)  # whole and finite, under whatever prefix
+    result = graft(source, tmp_path / "out", base, replace_head=own, silent=True)
+    assert bool(result.own_head) == own
     holds_the_head(tmp_path / "out", source, base)
     assert digests(source) == before
     assert sorted((*result.replaced, *result.added, *result.kept)) == sorted(MTP_TENSORS)
@@ -254,7 +256,7 @@ def test_a_text_only_checkpoint_takes_the_head_of_the_whole_model(small_nvfp4: d
     config = json.loads((source / "config.json").read_text())
     inner = config["text_config"] | {"architectures": ["Qwen3_5ForCausalLM"], "quantization_config": config["quantization_config"]}
     (source / "config.json").write_text(json.dumps(inner))
-    result = graft(source, tmp_path / "out", base, silent=True)
+    result = graft(source, tmp_path / "out", base, replace_head=True, silent=True)
     assert result.replaced == MTP_TENSORS and result.config_files == ()
     holds_the_head(tmp_path / "out", source, base)
 
@@ -277,8 +279,42 @@ def test_only_what_differs_is_replaced(base: Path, tmp_path: Path) -> None:
     source = build(tmp_path / "source", "plain", None, "shards")
     theirs = stored(base)
     save_file({name: theirs[name] if name != "mtp.fc.weight" else stored(source)[name] for name in MTP_TENSORS}, source / THIRD)
-    result = graft(source, tmp_path / "out", base, silent=True)
+    result = graft(source, tmp_path / "out", base, replace_head=True, silent=True)
     assert (result.replaced, len(result.kept), result.rewritten) == (("mtp.fc.weight",), 14, (THIRD,))
+
+
+def head_with(path: Path, **changed: torch.Tensor) -> Path:
+    """A sound checkpoint in shards with another draft head; `fc` and the like name tensors by their last words."""
+    source = build(path, "plain", None, "shards")
+    tensors = load_file(source / THIRD)
+    tensors |= {name: tensor for name in tensors for end, tensor in changed.items() if name == f"mtp.{end}.weight"}
+    save_file(tensors, source / THIRD, metadata={"format": "pt"})
+    return source
+
+
+def test_a_whole_head_of_its_own_is_replaced_by_word_alone(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = build(tmp_path / "source", "plain", None, "shards"), tmp_path / "out"
+    assert main(["graft", str(source), str(out), "--from", str(base)]) == 2
+    (refusal,) = capsys.readouterr().err.splitlines()
+    for word in ("whole and finite", "15 of 15 tensors not the base's", "--replace-head"):
+        assert word in refusal
+    assert not out.exists()
+    assert main(["graft", str(source), str(out), "--from", str(base), "--replace-head"]) == 0
+    line = "replaced by the base's: a draft head of its own, whole and finite, 15 of 15 tensors not the base's"
+    assert line in capsys.readouterr().out
+    assert json.loads((out / "mtpress.json").read_text())["own_head"] == line
+    assert main(["graft", str(source), str(tmp_path / "again"), "--from", str(base), "--replace-head", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["own_head"] == line
+
+
+def test_what_is_damaged_or_the_base_s_own_needs_no_word(base: Path, tmp_path: Path) -> None:
+    fc = stored(base)["mtp.fc.weight"]
+    damaged = head_with(tmp_path / "damaged", fc=torch.full_like(fc, float("nan")))
+    theirs = build(tmp_path / "theirs", "plain", None, "shards")
+    save_file({name: stored(base)[name].float() for name in MTP_TENSORS}, theirs / THIRD)
+    for source in (damaged, theirs):
+        result = graft(source, tmp_path / f"{source.name}-out", base, silent=True)
+        assert (result.own_head, len(result.replaced)) == ("", 15)
 
 
 def test_a_shard_beside_the_index_with_unknown_tensors_stays_behind(base: Path, tmp_path: Path) -> None:

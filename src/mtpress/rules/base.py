@@ -207,7 +207,7 @@ RULES = (
         "mtp-differs",
         "error",
         "The draft head is not the source's, bit for bit.",
-        "mtpress graft CKPT OUT --from BASE; a head that was trained is checked against its own source",
+        "mtpress graft CKPT OUT --from BASE --replace-head; a head that was trained is checked against its own source",
         mtp_differs,
     ),
     Rule(

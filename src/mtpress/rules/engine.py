@@ -156,14 +156,14 @@ RULES = (
         "engine-acceptance",
         "error",
         "Drafts are rarely accepted: the head is missing, of random weights, or not the one of this model.",
-        "put the source's head back: mtpress graft CKPT OUT --from SRC",
+        "put the source's head back: mtpress graft CKPT OUT --from SRC --replace-head",
         acceptance_low,
     ),
     Rule(
         "engine-acceptance-base",
         "error",
         "Drafts are accepted less often than with the base, by more than counting explains.",
-        "put the source's head back: mtpress graft CKPT OUT --from SRC; or quantize with another rounding or calibration",
+        "put the source's head back: mtpress graft CKPT OUT --from SRC --replace-head; or quantize with another rounding or calibration",
         acceptance_below_base,
     ),
     Rule(

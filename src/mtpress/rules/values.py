@@ -202,7 +202,7 @@ RULES = (
     Rule("decay-outside", "error", "A_log or dt_bias outside of what a Gated DeltaNet layer can use: it forgets everything or nothing.",
          FETCH, decay_outside),
     Rule("head-copied", "error", "Matrices of the draft head are those of a layer of the body: its drafts are rarely accepted.",
-         "mtpress graft CKPT OUT --from BASE", head_copied),
+         "mtpress graft CKPT OUT --from BASE --replace-head", head_copied),
     Rule("layers-copied", "warning", "Layers hold the same matrices, bit for bit: a merge stacked them, or one was written twice.",
          FETCH, layers_copied),
     Rule("values-not-read", "note", "Tensors whose numbers were not looked at.", "nothing can be done here", not_read),

@@ -3,7 +3,8 @@
 In: a finished checkpoint (plain, modelopt, compressed-tensors, FP8, AutoRound or GPTQ), a new directory, the base that it was made from.
 A head in FP8 goes over as it is where the checkpoint's config can hold it; else it is dequantized to BF16, and that is said.
 Out: the directory and a `GraftResult`. Whatever else the checkpoint has of a head leaves: quantized, of another model, or under a
-wrong prefix. Leaves out: how shards are linked and rewritten (revision.py), how a config says what stays in BF16 (kept_modules.py).
+wrong prefix; a head of its own that is whole and finite only where the user says so. Leaves out: how shards are linked and rewritten
+(revision.py), how a config says what stays in BF16 (kept_modules.py).
 """
 
 import argparse
@@ -16,8 +17,19 @@ from types import ModuleType
 from typing import Any
 
 from mtpress import fp8_head, terminal
-from mtpress.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, read_json_object, read_shard, resolve, weight_map_of
+from mtpress.checkpoint import (
+    INDEX_NAME,
+    Checkpoint,
+    TensorInfo,
+    read_json_object,
+    read_shard,
+    read_tensor,
+    resolve,
+    torch_dtype,
+    weight_map_of,
+)
 from mtpress.comparison import same_bytes
+from mtpress.disk import read_pieces
 from mtpress.errors import InputError
 from mtpress.matching.matcher import Scheme
 from mtpress.models import family
@@ -26,6 +38,7 @@ from mtpress.progress import human_bytes
 from mtpress.relation import Kind, Relation, add_base_is
 from mtpress.rules.declaration import Declaration
 from mtpress.rules.names import refuse_misnamed
+from mtpress.rules.stored import PLAIN_DTYPES
 from mtpress.rules.subject import CONFIG, Subject
 
 MOST_UNKNOWN = 1000  # tensors of unknown names in what is still a checkpoint of this family with something left over
@@ -37,9 +50,9 @@ class GraftResult:
 
     replaced: tensors of the head that stood there with other bytes; added: that were not there under their names; kept: whose
     bytes were the base's already; removed: what else there was of a head; dequantized: modules that the base has in FP8, and
-    this checkpoint in BF16. config_files: those with new content. linked, rewritten: shards of the checkpoint; new: shards that it did not
-    have. base_relation: what the base is, by some of its matrices; None where it has a head alone. hard_links: files of the output that are
-    the checkpoint's own;
+    this checkpoint in BF16. own_head: in words, that a whole and finite head was replaced; empty where none was. config_files: those with
+    new content. linked, rewritten: shards of the checkpoint; new: shards that it did not have. base_relation: what the base is, by some of
+    its matrices; None where it has a head alone. hard_links: files of the output that are the checkpoint's own;
     links_said: that in words, empty where there are none.
     """
 
@@ -50,6 +63,7 @@ class GraftResult:
     kept: tuple[str, ...]
     removed: tuple[str, ...]
     dequantized: tuple[str, ...]
+    own_head: str
     config_files: tuple[str, ...]
     linked: tuple[str, ...]
     hard_links: tuple[str, ...]
@@ -78,12 +92,14 @@ def graft(
     base: str | Path,
     *,
     base_is: Kind | None = None,
+    replace_head: bool = False,
     copies: bool = False,
     silent: bool = False,
 ) -> GraftResult:
     """Makes `out` from `checkpoint` with the draft head of `base`; both may be Hub ids. copies: in place of hard links.
 
-    base_is: what the base is to the checkpoint, in place of what some of its matrices say.
+    base_is: what the base is to the checkpoint, in place of what some of its matrices say. replace_head: also a head that is whole, finite
+    and not the base's, which may have been trained with this body.
 
     InputError before anything is written where the head does not fit or the base has none that is whole and in BF16, and where
     there is nothing to do; ResourceError where the disk is too small. Nothing that looks finished stays behind.
@@ -118,6 +134,9 @@ def graft(
         for name, info in head.items()
         if name in source.tensors and _module(name) not in matrices and _is_same(source.tensors[name], info)
     )
+    own_head = _own_head(subject, head)
+    if own_head and not replace_head:
+        raise InputError(f"{source.path}: {own_head}; --replace-head puts the base's in its place")
     removed = tuple(name for name in there if name not in head)
     for name in (*removed, *strays):
         revised.drop(name)
@@ -135,6 +154,8 @@ def graft(
     origin |= {"relation": relation.as_json()} if relation is not None else {}
     how = "the base's, dequantized from FP8 to BF16" if matrices else "the base's, bit for bit"
     entries = {"draft_head": how, "dequantized": tuple(matrices), "base": origin, "removed": removed}
+    own_head = f"replaced by the base's: {own_head}" if own_head else ""
+    entries |= {"own_head": own_head} if own_head else {}
     done = revised.write(target, "graft", entries, copies=copies, silent=silent)
     return GraftResult(
         out=str(target),
@@ -144,6 +165,7 @@ def graft(
         kept=kept,
         removed=removed,
         dequantized=tuple(matrices),
+        own_head=own_head,
         config_files=tuple(files),
         linked=done.linked,
         hard_links=done.hard_links,
@@ -231,6 +253,33 @@ def _module(name: str) -> str:
 
 def _is_same(one: TensorInfo, other: TensorInfo) -> bool:
     return (one.dtype, one.shape) == (other.dtype, other.shape) and same_bytes(one, other)
+
+
+def _own_head(subject: Subject, head: Mapping[str, TensorInfo]) -> str:
+    """In words, that the checkpoint has all tensors of a head, under whatever prefix and file, finite, and not the base's; else empty."""
+    beside = {name: info for name, (_, info) in subject.unindexed_mtp.items()}
+    mine = {name: info for name, info in (beside | dict(subject.tensors)).items() if name in subject.model.MTP_TENSORS}
+    shapes = subject.model.mtp_shapes(subject.config)
+    if any(name not in mine or mine[name].dtype not in PLAIN_DTYPES or mine[name].shape != shape for name, shape in shapes.items()):
+        return ""
+    others = [name for name in shapes if not _is_same(mine[name], head[name])]
+    others = [name for name in others if not _has_values_of(mine[name], head[name])]
+    if not others or not all(_is_finite(mine[name]) for name in shapes):
+        return ""
+    return f"a draft head of its own, whole and finite, {len(others)} of {len(shapes)} tensors not the base's"
+
+
+def _has_values_of(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether the numbers are equal, each in its dtype of 16 or 32 bits."""
+    if one.dtype == other.dtype or other.dtype not in PLAIN_DTYPES:
+        return False
+    return bool((read_tensor(one).float() == read_tensor(other).float()).all())
+
+
+def _is_finite(info: TensorInfo) -> bool:
+    import torch
+
+    return all(bool(torch.frombuffer(piece, dtype=torch_dtype(info.dtype)).isfinite().all()) for piece in read_pieces(info))
 
 
 def _strays(subject: Subject) -> tuple[str, ...]:
@@ -326,12 +375,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
     parser.add_argument("--from", required=True, dest="base", metavar="BASE", help="the BF16 release whose draft head it gets")
     add_base_is(parser)
+    parser.add_argument(
+        "--replace-head",
+        action="store_true",
+        help="replace a draft head too that is whole, finite and not the base's: it may have been trained with this body",
+    )
     parser.add_argument("--copy", action="store_true", help="copy the files that do not change, in place of hard links to CKPT's own")
 
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: (exit code, result for --json)."""
-    result = graft(options.checkpoint, options.out, options.base, base_is=options.base_is, copies=options.copy, silent=options.json)
+    result = graft(
+        options.checkpoint,
+        options.out,
+        options.base,
+        base_is=options.base_is,
+        replace_head=options.replace_head,
+        copies=options.copy,
+        silent=options.json,
+    )
     if not options.json:
         show(result)
     return 0, result.as_json()
@@ -361,6 +423,8 @@ def show(result: GraftResult) -> None:
         if said:
             table.add_row(what, said)
     console.print(table)
+    if result.own_head:
+        console.print(result.own_head, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"warning: {warning}")
     if result.links_said:
