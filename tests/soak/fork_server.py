@@ -39,11 +39,15 @@ MAX_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Run:
-    """How a command line ended. code: None if a signal ended it. peak_bytes: VmHWM, counted from the fork on."""
+    """How a command line ended. code: None if a signal ended it. peak_bytes: VmHWM, counted from the fork on.
+
+    processor_seconds: of it and its children; other work on the machine does not lengthen them.
+    """
 
     code: int | None
     signal: int | None
     seconds: float
+    processor_seconds: float
     peak_bytes: int
     timed_out: bool
     stdout: str
@@ -159,6 +163,7 @@ def _watch(child: int, started: float, limit_s: float, kill_after_s: float | Non
         "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
         "seconds": time.monotonic() - started,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
         "peak_bytes": usage.ru_maxrss * 1024,  # the counter that /proc calls VmHWM, readable after the end too
         "timed_out": not ended and kill_after_s is None,
     }

@@ -192,7 +192,7 @@ def test_broken_inputs(tmp_path: Path, server: ForkServer, soak: bool) -> None:
         pair = (case.source, tmp_path / "base") if seed % 2 else (tmp_path / "base", case.source)
         out = tmp_path / "out"
         before = contents(case.source)
-        run = server.run(["graft", str(pair[0]), str(out), "--from", str(pair[1])], limit_s=MAX_SECONDS)
+        run = server.run(["graft", str(pair[0]), str(out), "--from", str(pair[1])], limit_s=6 * MAX_SECONDS)
         found = faults(run, out)
         if contents(case.source) != before:
             found.append("the input was touched")
@@ -216,8 +216,8 @@ def contents(directory: Path) -> dict[str, bytes | int]:
 
 def faults(run: Run, out: Path) -> list[str]:
     found = []
-    if run.timed_out or run.seconds > MAX_SECONDS:
-        found.append(f"took {run.seconds:.1f} s")
+    if run.timed_out or run.processor_seconds > MAX_SECONDS:
+        found.append(f"took {run.seconds:.1f} s, {run.processor_seconds:.1f} of a processor")
     if run.peak_bytes > MAX_BYTES:
         found.append(f"took {run.peak_bytes / 1e6:.0f} MB")
     lines = error_lines(run)
