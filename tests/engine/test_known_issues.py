@@ -8,7 +8,7 @@ from launches import NVFP4, card, engine, flags, launch, machine, model, tiny
 from packaging.version import Version
 from pydantic import ValidationError
 
-from mtpress.engine import thinking
+from mtpress.engine import hardware, thinking
 from mtpress.engine.known_issues import FACTS, Condition, KnownIssue, known_issues
 from mtpress.engine.launch import Launch
 from mtpress.engine.meaning import Meaning
@@ -124,6 +124,11 @@ CASES: dict[str, tuple[Call, tuple[Call, ...]]] = {
         ({"served": NVFP4}, {"on": "cpu"}, {"on": "cpu", "served": NVFP4, "plugins": ("other", "mtpress_nvfp4_cpu")}),
     ),
     "cpu-nvfp4-weight-only": ({"on": "cpu", "served": W4A16}, ({"on": "cpu", "served": NVFP4}, {"served": W4A16})),
+    "cpu-fp8-kv": (
+        {"on": AVX2, "kv_cache_dtype": "fp8"},
+        ({"on": AMX, "kv_cache_dtype": "fp8"}, {"on": AVX2, "kv_cache_dtype": "auto"}, {"kv_cache_dtype": "fp8"},
+         {"on": "cpu", "kv_cache_dtype": "fp8"}),
+    ),
 }  # fmt: skip
 
 
@@ -180,6 +185,22 @@ def test_what_else_is_refused(call: Call, word: str) -> None:
     with pytest.raises(InputError, match=word):
         launch(**call)
     assert any(word in text for text in launch(force=True, **call).warnings)
+
+
+@pytest.mark.parametrize(("flags", "refused"), [("avx avx2 fma", True), ("avx2 avx512f avx512bw", False), ("avx2 amx_tile", False)])
+def test_an_fp8_cache_on_a_cpu_without_its_kernel(flags: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, and declared by the checkpoint, whose own word goes under `auto`."""
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {flags}\n")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    here = replace(machine("cpu"), cpu_flags=hardware.read_hardware().cpu_flags)
+    declared = model(kv_cache_declared="fp8")
+    calls: tuple[Call, ...] = ({"kv_cache_dtype": "fp8"}, {"served": declared}, {"served": declared, "kv_cache_dtype": "auto"})
+    for call in calls:
+        assert any("AVX-512 or AMX" in text for text in launch(here, force=True, **call).warnings) == refused
+    assert not any("AVX-512 or AMX" in t for t in launch(here, force=True, served=declared, kv_cache_dtype="bfloat16").warnings)
+    if refused:
+        with pytest.raises(InputError, match=r"AVX-512 or AMX only.*--kv-cache-dtype auto"):
+            launch(here, kv_cache_dtype="fp8")
 
 
 def setting_of(made: Launch, flag: str) -> tuple[str | None, str]:
@@ -264,7 +285,7 @@ def test_files_and_flags_are_read_once_for_all_issues(monkeypatch: pytest.Monkey
     monkeypatch.setattr(thinking, "tokenizer_config", counting("tokenizer", thinking.tokenizer_config))
     monkeypatch.setattr(Meaning, "facts", counting("facts", Meaning.facts))
     launch()
-    assert asked == ["facts", "tokenizer"]
+    assert asked == ["tokenizer", "facts", "tokenizer"]  # the first for the template
     asked.clear()
     launch(version="0.28.0")  # two issues set something, which those further down see
-    assert (asked.count("facts"), asked.count("tokenizer")) == (3, 1)
+    assert (asked.count("facts"), asked.count("tokenizer")) == (3, 2)

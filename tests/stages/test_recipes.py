@@ -1,4 +1,6 @@
 import json
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ import yaml
 
 from mtpress.cli import main
 from mtpress.errors import InputError
-from mtpress.recipe import RECIPES_DIR, load_recipe, shipped
+from mtpress.recipe import RECIPES_DIR, load_recipe, parse_recipe, shipped
 from mtpress.stages.recipes import recipes
 
 
@@ -38,3 +40,13 @@ def test_a_file_of_ones_own_is_checked(tmp_path: Path) -> None:
     path.write_text(text.replace("mlp", "mpl"))
     with pytest.raises(InputError, match="'mpl' is not one of"):
         recipes(path)
+
+
+def test_the_readme_names_the_recipes_that_take_weight_only() -> None:
+    said = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").partition("--weight-only SCALE` by ")[2].partition(";")[0]
+    taken = set()
+    for name in shipped():
+        with suppress(InputError):
+            parse_recipe({**load_recipe(name).canonical(), "constant_input_scale": 0.004}, name)
+            taken.add(name)
+    assert set(re.findall(r"`([\w-]+)`", said)) == taken

@@ -35,13 +35,13 @@ def read_template(checkpoint: Path) -> Template:
 
     InputError for one that does not end or eats memory: every request would do that to the server.
     """
-    file, source = FILE, _text(checkpoint / FILE)
+    file, source, config = FILE, _text(checkpoint / FILE), tokenizer_config(checkpoint)
     if source is None:
-        file, inside = TOKENIZER_CONFIG, tokenizer_config(checkpoint).get("chat_template")
+        file, inside = TOKENIZER_CONFIG, config.get("chat_template")
         source = inside if isinstance(inside, str) else None
     if source is None:
         return Template(None, None, False)
-    tokens: dict[str, Any] = dict(named_tokens(tokenizer_config(checkpoint)))
+    tokens: dict[str, Any] = dict(named_tokens(config))
     return Template(file, _default(source, tokens, checkpoint / file), ON_TAG in source)
 
 
