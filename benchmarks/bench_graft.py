@@ -95,7 +95,7 @@ def bench(scratch: Path, layers: int, width: str, rounds: int) -> dict[str, Any]
     found: dict[str, Any] = {"checkpoint_bytes": Checkpoint.open(quantized).num_bytes, "layers": layers, "width": width}
     for case, source in {"head lost": lost, "wrong head among the body's tensors": quantized}.items():
         out = scratch / "out"
-        runs = tried(rounds, source, base, out, lambda: mtpress("graft", source, scratch / "out", "--from", base))  # noqa: B023
+        runs = tried(rounds, source, base, out, lambda: mtpress("graft", source, scratch / "out", "--from", base, "--replace-head"))  # noqa: B023
         said = json.loads(runs[-1].stdout)
         facts = {key: said[key] for key in ("linked", "rewritten", "new", "bytes_written", "bytes_linked")}
         found[case] = {"seconds": [run.seconds for run in runs], "peak_bytes": max(run.peak_bytes for run in runs), **facts}
