@@ -49,6 +49,13 @@ def test_tables_lines_and_titles(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\\nand a line" in out
 
 
+@pytest.mark.parametrize("columns", ["0", "1"])
+def test_a_narrow_terminal_still_shows_words(columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    terminal.console().print("NOT SOUND: 1 error")
+    assert capsys.readouterr().out == "NOT SOUND: 1 error\n"
+
+
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20))
 def test_json_is_the_same_document(text: str) -> None:
     assert not RAW.search(json_text({text: [text]}))

@@ -16,6 +16,7 @@ from mtpress.json_files import json_string
 if TYPE_CHECKING:
     from rich.console import Console
 
+LEAST_WIDTH = 40  # COLUMNS=0 would print empty lines
 # Controls of ASCII and Latin-1 but for the line feed; marks of direction and joining; other separators of lines; tags and the like.
 INVISIBLE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -41,7 +42,9 @@ def console() -> "Console":
         def render_str(self, text: str, **how: Any) -> Text:
             return super().render_str(visible(text), **how)
 
-    return Face(markup=False, emoji=False, highlight=False)
+    face = Face(markup=False, emoji=False, highlight=False)
+    face.width = max(face.width, LEAST_WIDTH)
+    return face
 
 
 def quoted(token: str) -> str:
