@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mtpress import __version__
-from mtpress.engine.api_key import without_secrets_in
+from mtpress.engine.api_key import without_login, without_secrets_in
 from mtpress.errors import MtpressError, ResourceError, of_the_machine
 from mtpress.terminal import json_text, say, visible
 
@@ -178,6 +178,7 @@ class _Signals:
 
 
 def _fail(stage: str | None, message: str, code: int, as_json: bool) -> int:
+    message = without_login(message)  # an address may stand where a path is to
     if as_json:
         with contextlib.suppress(OSError, MtpressError):  # who reads may be gone
             document: dict[str, Any] = {"error": message, "exit_code": code}

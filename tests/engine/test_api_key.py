@@ -2,6 +2,7 @@
 
 import pytest
 
+from mtpress.cli import main
 from mtpress.engine.api_key import secret_flag, split_login, without_login, without_secrets
 from mtpress.errors import InputError
 
@@ -74,6 +75,15 @@ def test_a_login_is_for_the_header_alone() -> None:
     assert split_login("http://host:1/v1") == ("http://host:1/v1", None)
     assert split_login("http://us%40er:p%2Fw@host:1/v1") == ("http://host:1/v1", "Basic dXNAZXI6cC93")
     assert without_login("GET http://u:p@h/ and https://q@i failed") == "GET http://h/ and https://i failed"
-    with pytest.raises(InputError, match=r"write / .* as %2F") as raised:
-        split_login(f"http://user:a/{SECRET}@host")
-    assert SECRET not in str(raised.value)
+    for address in (f"http://user:a/{SECRET}@host", f"user:{SECRET}@host", f"//user:{SECRET}@host"):
+        with pytest.raises(InputError, match=r"write / .* as %2F") as raised:
+            split_login(address)
+        assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["eval"], ["inspect"]])
+def test_a_login_in_the_place_of_a_path_is_not_shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--base", "nowhere"] if arguments == ["eval"] else []
+    assert main([*arguments, f"https://user:{SECRET}@host/x", *more, "--json"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "host/x" in said and SECRET not in said

@@ -20,7 +20,7 @@ KEY_VARIABLES = ("MTPRESS_API_KEY", API_KEY)
 SECRET_VARIABLES = {"--api-key": API_KEY, "--hf-token": "HF_TOKEN"}
 STORED_TOKEN = "--hf-token"  # without a value it is no secret: it means the token that is stored
 SHORTEST = {"--api-key": "--api-k", "--hf-token": "--hf-t"}
-LOGIN = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)\S*@", re.IGNORECASE)
+LOGIN = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://?)\S*@", re.IGNORECASE)  # a path has one slash of it
 
 
 def given_key(argument: str | None) -> str | None:
@@ -92,7 +92,9 @@ def split_login(address: str) -> tuple[str, str | None]:
     found = re.fullmatch(r"(https?://)([^/?#]*)@([^@]*)", address, re.IGNORECASE)
     if found is None:
         if "@" in address:
-            raise InputError(f"{without_login(address)}: its user and password cannot be read; write / ? # @ in them as %2F %3F %23 %40")
+            raise InputError(
+                f"{address.rpartition('@')[2]}: its user and password cannot be read; write / ? # @ in them as %2F %3F %23 %40"
+            )
         return address, None
     scheme, login, host = found.groups()
     user, _, password = login.partition(":")

@@ -59,7 +59,7 @@ class Client:
                 trust_env=False,  # a proxy of the environment has no business between here and the engine
             )
         except httpx2.InvalidURL:
-            raise InputError(f"{address!r} is not the address of a server; write it as http://127.0.0.1:8000") from None
+            raise InputError(f"{address.partition('?')[0]!r} is not the address of a server; write it as http://127.0.0.1:8000") from None
         except UnicodeEncodeError:
             raise InputError("the API key holds characters that no HTTP header can carry; use plain ASCII") from None
         self._model: str | None = None
