@@ -14,7 +14,7 @@ from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, TensorInfo
 from mtpress.checkpoint_writer import CheckpointWriter, split_into_shards
 from mtpress.errors import InputError, ResourceError
 from mtpress.journal import JOURNAL_NAME
-from mtpress.shard_writer import OutputTensor, shard_header
+from mtpress.shard_writer import OutputTensor, disk_failure, shard_header
 
 TENSORS = {
     "z.weight": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -275,6 +275,21 @@ def test_linked_shards_are_the_same_files_and_indexed(written: Path, tmp_path: P
     index = json.loads((tmp_path / "linked" / INDEX_NAME).read_text())
     assert index["weight_map"].keys() == {"n", *TENSORS} and index["weight_map"]["z.weight"] == "model-1.safetensors"
     assert index["metadata"]["total_size"] == 4 + sum(tensor.nbytes for tensor in TENSORS.values())
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "free space or choose another disk"),
+        (errno.EIO, "free space or choose another disk"),
+        (errno.EACCES, "change the permissions"),
+        (errno.EROFS, "name a place that can be written"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.ENOENT, "choose another disk"),
+    ],
+)
+def test_what_to_try_fits_what_the_disk_says(number: int, hint: str) -> None:
+    assert hint in str(disk_failure(Path("out"), OSError(number, os.strerror(number))))
 
 
 def test_whoever_waits_for_a_step_hears_of_a_full_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints import write_small
 from mtpress import revision
 from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from mtpress.cli import main
 from mtpress.errors import InputError, ResourceError
 from mtpress.models.qwen3_5 import MTP_TENSORS
 from mtpress.revision import Revision
@@ -244,6 +245,23 @@ def test_what_cannot_be_linked_is_copied(number: int, source: Path, tmp_path: Pa
     assert not linked(tmp_path / "out" / FIRST, source / FIRST)
     recorded = json.loads((tmp_path / "out" / "mtpress.json").read_text())["output_sha256"]
     assert recorded[FIRST] == digests(source)[FIRST]
+
+
+@pytest.mark.parametrize("stage", ["repair", "graft", "convert"])
+def test_copy_links_nothing(stage: str, source: Path, base: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"graft": ["--from", str(base.path)], "convert": ["--text-only"]}.get(stage, [])
+    if stage == "repair":
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"architectures": ["X"]}))
+    before = digests(source)
+    for name, options in (("linked", more), ("copied", [*more, "--copy"])):
+        assert main([stage, str(source), str(tmp_path / name), *options]) == 0, capsys.readouterr().err
+    assert (tmp_path / "linked" / FIRST).stat().st_nlink == 2
+    assert [path.name for path in (tmp_path / "copied").rglob("*") if path.is_file() and path.stat().st_nlink != 1] == []
+    assert json.loads((tmp_path / "copied/mtpress.json").read_text())["hard_links"] == []
+    records = {"mtpress.json"}
+    made, copies = ({file: sha for file, sha in digests(tmp_path / name).items() if file not in records} for name in ("linked", "copied"))
+    assert made == copies and digests(source) == before
 
 
 def test_a_link_that_fails_otherwise_is_a_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -356,7 +356,7 @@ class Checkpoint:
         is stored twice the index decides, the other one is in `shards` alone; InputError where it does not, and for torn files.
         """
         path, config = cls._config(path_or_id)
-        files = sorted(file for file in path.glob("*.safetensors") if not file.is_dir())
+        files = sorted(file for file in path.iterdir() if file.name.endswith(".safetensors") and not file.is_dir())
         if not files:
             raise InputError(f"{path}: no *.safetensors file; only safetensors checkpoints are read")
         try:

@@ -24,6 +24,7 @@ WHAT_TO_TRY = {
     errno.EISDIR: "name a file",
     errno.ENOSPC: "free space or choose another disk",
     errno.EDQUOT: "free space or choose another disk",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or choose another disk",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EAGAIN: "raise the limit of processes (ulimit -u), or end some",
 }

@@ -7,6 +7,7 @@ Computing, hashing and writing overlap: one thread hashes what is queued, anothe
 end of a step and then adds its line to the journal. At most `max_queued_bytes` wait in memory.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
 from mtpress.disk import StagedFile, read_pieces
-from mtpress.errors import ResourceError
+from mtpress.errors import WHAT_TO_TRY, ResourceError
 from mtpress.journal import Finished, Journal, PartialError
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def shard_header(tensors: Sequence[OutputTensor], metadata: Mapping[str, str]) -
 
 
 def disk_failure(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another disk")
+    known = {number: hint for number, hint in WHAT_TO_TRY.items() if number != errno.ENOENT}  # of what is read
+    hint = known.get(error.errno or 0, "free space or choose another disk")
+    return ResourceError(f"{path}: cannot be written ({error.strerror or error}); {hint}")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _shards(path: Path, opened: Checkpoint | None) -> tuple[tuple[Shard, ...], d
     known = {shard.path: shard for shard in opened.shards} if opened is not None else {}
     named = set(_weight_map(path).values()) | ({"model.safetensors"} if not (path / INDEX_NAME).exists() else set())
     shards, left_out = [], {}
-    for file in sorted(file for file in path.glob("*.safetensors") if not file.is_dir()):
+    for file in sorted(file for file in path.iterdir() if file.name.endswith(".safetensors") and not file.is_dir()):
         try:
             shards.append(known.get(file) or read_shard(file))
         except InputError as error:
