@@ -39,7 +39,7 @@ entry()
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "")
 
 
-@pytest.mark.parametrize("stage", ["check CKPT", "check CKPT --json", "recipes", "recipes --json", "inspect CKPT"])
+@pytest.mark.parametrize("stage", ["check CKPT", "check CKPT --json", "recipes", "recipes --json", "inspect CKPT", "--version"])
 def test_a_full_stdout_is_one_line(stage: str, small_bf16: Path) -> None:
     done = shell(f"{COMMAND} {stage.replace('CKPT', str(small_bf16))} > /dev/full")
     assert done.returncode == 2

@@ -86,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         _Signals.take_over()
-        code, result = run_stage(arguments)
+        try:
+            code, result = run_stage(arguments)
+        except SystemExit:
+            sys.stdout.flush()  # --help and --version, which may go nowhere
+            raise
         if "--json" in arguments:
             print(json_text(result, indent=2))
         sys.stdout.flush()
