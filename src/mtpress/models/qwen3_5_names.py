@@ -30,6 +30,8 @@ WRAPPERS = frozenset({
     "modules_to_save", "original_module", "default", "transformer_layer", "mtp_model_layer", "parametrizations",
 })  # fmt: skip
 OF_A_LEAF = frozenset({"data", "original"})  # behind the tensor's own name: torch's parametrizations, and parameters saved by attribute
+PARAMETRIZED = re.compile(r".*\bparametrizations\.\w+\.")  # a weight of several tensors is computed from them, and is none of them
+PARAMETERS = frozenset({"A_log", "dt_bias"})  # of the mixer itself; a trainer may hold each in a module, whose weight it is
 PREFIX_WORDS = frozenset({"model", "language_model", "base_model", "text_model"})  # before the layers, and of no meaning there
 OTHER_PARTS = re.compile(r"lora_|exp_avg|optimizer|momentum|adapter|grad$")  # what is no weight of the model, wherever it stands
 
@@ -115,8 +117,10 @@ def renaming(tensors: Mapping[str, Stored], config: Mapping[str, Any], architect
     """Which stored tensors stand under names that are not the family's, and which names these are."""
     shapes = _shapes(config)
     groups: dict[tuple[str, ...], list[_Found]] = defaultdict(list)
+    parametrized = Counter(match[0] for name in tensors if (match := PARAMETRIZED.match(name)))
     for name in tensors:
-        found = _read(name)
+        computed = (match := PARAMETRIZED.match(name)) is not None and parametrized[match[0]] > 1
+        found = _read(name) if not computed else None
         if found is not None:
             groups[found.before].append(found)
     wanted: dict[str, tuple[Kind, str]] = {}
@@ -163,13 +167,13 @@ def _engine_name(name: str, architecture: str) -> str:
 def _read(name: str) -> _Found | None:
     """The longest end of a name that is the family's; first with wrappers taken out, then with every word that the family lacks."""
     *parts, last = name.split(".")
-    if last in OF_A_LEAF and parts and parts[-1] in ("weight", "bias"):
+    if (last in OF_A_LEAF and parts and parts[-1] in ("weight", "bias")) or (last == "weight" and parts and parts[-1] in PARAMETERS):
         last = parts.pop()
     if not parts or len(parts) > 40 or any(OTHER_PARTS.match(part) for part in name.split(".")):
         return None
     bare = [part for part in parts if part not in WRAPPERS]
-    if (found := _longest(name, [*bare, last], guessed=False)) is not None:
-        return found
+    if (found := _longest(name, [*bare, last], guessed=False)) is not None or {"weight", "bias"} & {*bare}:
+        return found  # what stands behind a tensor's own name is a part of it, or something else
     start = next((i for i, part in enumerate(bare) if part in WORDS), len(bare))
     known = [part for part in bare[start:] if part in WORDS or re.fullmatch(INDEX, part)]
     return _longest(name, [*bare[:start], *known, last], guessed=True) if len(known) < len(bare[start:]) else None
@@ -206,7 +210,7 @@ def _head_end(end: str, *, below_mtp: bool = False) -> str | None:
     inner = found[2] if found else module
     if (found or below_mtp) and f"layers.0.{inner}" in HEAD_MODULES:
         return f"{MTP_PREFIX}layers.0.{inner}.{last}"
-    if inner in HEAD_WORDS or (not found and inner in HEAD_MODULES):
+    if inner in {*HEAD_WORDS, *HEAD_MODULES}:
         return f"{MTP_PREFIX}{HEAD_WORDS.get(inner, inner)}.{last}"
     return f"{SHARED_WORDS[inner]}.{last}" if inner in SHARED_WORDS else None
 

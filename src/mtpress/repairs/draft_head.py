@@ -16,17 +16,17 @@ HOW_IT_DRAFTS = "it was not trained with this body, so fewer of its drafts may b
 
 
 def head_from_base(ctx: Context, *, whole: bool = False) -> Iterator[Fix | Left]:
-    """What is absent or packed of the head; what is stored of it in its shape and in 16 or 32 bits stays, unless all of it is asked for."""
+    """What is absent or packed of the head; what is stored of it in 16 or 32 bits stays, unless all of it is asked for."""
+    subject = ctx.subject
+    shapes = subject.model.mtp_shapes(subject.config)
+    own = {n for n in shapes if (i := subject.tensors.get(n)) and i.dtype in PLAIN_DTYPES and not whole}
+    if own_names := may_be(subject, shapes):
+        yield told(own_names)
+        return
     if ctx.base is None:
         yield needs_base("the draft head")
         return
-    subject = ctx.subject
-    shapes = subject.model.mtp_shapes(subject.config)
-    own = {n for n, shape in shapes.items() if (i := subject.tensors.get(n)) and i.shape == shape and i.dtype in PLAIN_DTYPES and not whole}
     found = {name: base_tensor(ctx, name, shape) for name, shape in shapes.items() if name not in own}
-    if own_names := may_be(subject, found):
-        yield told(own_names)
-        return
     if lacking := [name for name, info in found.items() if info is None]:
         yield Left(f"the base has no draft head that fits: {lacking[0]} is missing or of another shape", OTHER_BASE)
         return

@@ -52,7 +52,7 @@ def open_broken(path_or_id: str | Path, base: Checkpoint | None) -> Opened:
     subject = Subject(opened) if opened is not None and problem is None else None
     leftovers = {name: f"holds {why}" for name, why in subject.leftovers.items()} if subject is not None else {}
     stored = _tensors(path, shards, _weight_map(path), leftovers)
-    shards, foreign = _with_a_place(shards, stored)
+    shards, foreign = _with_a_place(shards, stored, set(_weight_map(path).values()))
     kept = {shard.path for shard in shards}
     tensors = {name: info for name, info in stored.items() if info.file in kept}
     index = opened.index if opened is not None else None
@@ -126,14 +126,18 @@ def _heads_beside(subject: Subject, leftovers: Mapping[str, str]) -> dict[str, T
     return {name: info for name, (file, info) in found if file in leftovers or file in subject.heads_in_folders}
 
 
-def _with_a_place(shards: tuple[Shard, ...], stored: Mapping[str, TensorInfo]) -> tuple[tuple[Shard, ...], dict[str, str]]:
-    """The shards of which some tensor counts and is called as in a model of the family; the others by name."""
+def _with_a_place(
+    shards: tuple[Shard, ...], stored: Mapping[str, TensorInfo], indexed: set[str]
+) -> tuple[tuple[Shard, ...], dict[str, str]]:
+    """The shards of which some tensor counts and is called as in a model of the family, or that engines load; the others by name.
+
+    indexed: the files that the index names; none where there is no index, and then engines load all.
+    """
 
     def has_a_place(info: TensorInfo) -> bool:
-        name = info.name
-        known = component(name) != "other" or any(part in name for part in PARTS)
-        return known and stored.get(name) == info
+        return component(info.name) != "other" or any(part in info.name for part in PARTS)
 
-    kept = tuple(shard for shard in shards if any(map(has_a_place, shard.tensors)))
+    loaded = {shard.path.name for shard in shards if not indexed or shard.path.name in indexed}
+    kept = tuple(s for s in shards if any(stored.get(i.name) == i for i in s.tensors if s.path.name in loaded or has_a_place(i)))
     others = {shard.path.name for shard in shards} - {shard.path.name for shard in kept}
     return kept, dict.fromkeys(sorted(others), "holds no tensor that has a place in the model")

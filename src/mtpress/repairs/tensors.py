@@ -11,7 +11,7 @@ from mtpress.repairs.base_files import base_tensor
 from mtpress.repairs.bf16 import in_bf16, is_bf16, whole_matrix
 from mtpress.repairs.declaration import declare, stored_bits
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
-from mtpress.repairs.unplaced import ITS_NAME, may_be, told
+from mtpress.repairs.unplaced import ITS_NAME, NO_WEIGHT, absent, has_more_rows, may_be, told
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
 from mtpress.rules.subject import Subject
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 BF16_BITS = 8  # of its significand
 PIECE_VALUES = 4 << 20
-ITS_LAYOUT = "its right layout: turn it in the checkpoint, then repair again"
+MERGED = "merging it into the weights it belongs to; or, where the model does without it, taking it out of the checkpoint"
+ITS_LAYOUT = "its right layout: turn or split it in the checkpoint, then repair again"
 
 
 def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | Left]:
@@ -66,7 +67,7 @@ def tensor_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 
 def tensor_unexpected(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    """Drops them, unless they are whole layers: then it is config.json that is wrong."""
+    """Drops what is no weight: by its name, or as all of its numbers are 0. Anything else may be its author's work and stays."""
     subject = ctx.subject
     num_layers = len(subject.model.layer_types(subject.config))
     beyond = {i for name in finding.where if (i := subject.model.layer_index(name)) is not None and i >= num_layers}
@@ -77,17 +78,28 @@ def tensor_unexpected(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
             "restore config.json: mtpress repair CKPT OUT --base SRC",
         )
         return
-    missing = [name for name in (*subject.called_for, *subject.model.mtp_shapes(subject.config)) if name not in subject.tensors]
-    if own := may_be(subject, missing):
+    own = may_be(subject, absent(subject))
+    names = [name for name in finding.where if name in subject.tensors]
+    dropped = [name for name in names if NO_WEIGHT.search(name) or (not own and _holds_nothing(ctx, name))]
+    for name in dropped:
+        ctx.overlay.drop(name)
+    if dropped:
+        yield Fix(f"dropped: {', '.join(dropped[:3])}{', …' if len(dropped) > 3 else ''}")
+    stay = [name for name in names if name not in dropped]
+    if stay and own:
         first, *more = dict.fromkeys(own.values())
         others = f", and {len(more)} more" if more else ""
         yield Left(f"{first} may be a tensor that is missing ({next(iter(own))}){others}: nothing is dropped", ITS_NAME)
-        return
-    names = [name for name in finding.where if name in subject.tensors]
-    for name in names:
-        ctx.overlay.drop(name)
-    if names:
-        yield Fix(f"dropped: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
+    elif stay:
+        others = f" and {len(stay) - 1} more have" if len(stay) > 1 else " has"
+        yield Left(f"{stay[0]}{others} no place in the model and may be its author's work: nothing is dropped", MERGED)
+
+
+def _holds_nothing(ctx: Context, name: str) -> bool:
+    """Whether all numbers of a tensor are 0; a dry run takes it so."""
+    if ctx.overlay.is_computed(name):
+        return False
+    return not ctx.may_read or not any(bool(piece.any()) for piece in _pieces(ctx.overlay.places[name].info))
 
 
 def weight_dtype(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
@@ -223,15 +235,19 @@ def weight_shape(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
     laid = [name for name in finding.where if name not in (*turned, *flat) and _as_many(ctx, name)]
     if laid:
         yield Left(f"{laid[0]} has as many numbers as config.json calls for, in another layout (turned, perhaps): it stays", ITS_LAYOUT)
-    if rest := tuple(name for name in finding.where if name not in (*alone, *turned, *flat, *laid)):
+    wide = [name for name in finding.where if has_more_rows(subject.tensors[name], subject.called_for.get(name))]
+    if wide:
+        yield Left(f"{wide[0]} has more rows than config.json calls for, of other tensors or tokens, perhaps: it stays", ITS_LAYOUT)
+    if rest := tuple(name for name in finding.where if name not in (*alone, *turned, *flat, *laid, *wide)):
         yield from from_base(ctx, rest, f"{rest[0]} in its shape")
 
 
 def _as_many(ctx: Context, name: str) -> bool:
     """Whether a tensor in 16 or 32 bits holds as many numbers as it should, in another shape."""
     info, shape = ctx.subject.tensors[name], ctx.subject.called_for.get(name)
-    plain = shape is not None and info.dtype in PLAIN_DTYPES and not ctx.overlay.is_computed(name)
-    return plain and shape is not None and info.shape != shape and math.prod(info.shape) == math.prod(shape)
+    if shape is None or info.dtype not in PLAIN_DTYPES or ctx.overlay.is_computed(name):
+        return False
+    return info.shape != shape and math.prod(info.shape) == math.prod(shape)
 
 
 def _as_called_for(ctx: Context, name: str) -> bool:
@@ -284,7 +300,8 @@ def k_not_divisible(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
 
 REPAIRS = (
     Repair("tensor-missing", "put from the base in BF16 (`--base`), with the shards that the engine fuses it with", tensor_missing),
-    Repair("tensor-unexpected", "dropped; layers that are whole are left, as then config.json is wrong", tensor_unexpected, Turn.DROPS),
+    Repair("tensor-unexpected", "dropped where it is no weight: by its name (an optimizer's state, a buffer), or as all of its "
+           "numbers are 0; anything else is left, with what it may be", tensor_unexpected, Turn.DROPS),
     Repair("weight-dtype", "scales are cast where no value changes; quantized embeddings are dequantized to BF16; others are put from the "
            "base (`--base`)", weight_dtype),
     Repair("weight-precision", "cast where every value is a BF16 number; else left, with what rounding changes",

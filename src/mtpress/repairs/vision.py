@@ -10,15 +10,15 @@ from mtpress.rules.rule import Finding, count
 
 
 def vision_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
+    shapes = ctx.subject.model.vision_shapes(ctx.subject.config)
+    if own := may_be(ctx.subject, shapes):
+        yield told(own)
+        return
     if ctx.base is None:
         yield Left(
             "the vision tower can only come from the source",
             'run it again with --base SRC; if it was taken out on purpose, "language_model_only": true in config.json says so',
         )
-        return
-    shapes = ctx.subject.model.vision_shapes(ctx.subject.config)
-    if own := may_be(ctx.subject, shapes):
-        yield told(own)
         return
     found = {name: base_tensor(ctx, name, shape) for name, shape in shapes.items()}
     if lacking := [name for name, info in found.items() if info is None]:

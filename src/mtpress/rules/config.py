@@ -12,7 +12,7 @@ from mtpress.rules.subject import CONFIG, Subject
 TEXT_MODEL_TYPE = "qwen3_5_text"
 OTHER_TASKS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|RewardModel|ForEmbedding|ValueHead")
 OTHER_HEADS = re.compile(r"^(?:.*\.)?(score|classifier|v_head|value_head|reward_head)\.")
-ADAPTER = re.compile(r"\.lora_(A|B|embedding_[AB])\.")
+ADAPTER = re.compile(r"[._](lora_(?!scal)\w+|lokr_\w+|hada_\w+|ia3_l|b?oft_\w+|vera_\w+|adapters?)(\.|$)")
 BITSANDBYTES = re.compile(r"\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+|SCB)$")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from mtpress.matching import Scheme
 from mtpress.rules import stored
+from mtpress.rules.config import ADAPTER
 from mtpress.rules.rule import Problem, Rule, count
 from mtpress.rules.stored import (
     GLOBAL_SCALE,
@@ -65,22 +66,34 @@ def tensor_missing(subject: Subject) -> Iterator[Problem]:
         yield Problem(f"missing in every form: {count(len(missing), 'tensor')} that config.json calls for", tuple(missing))
 
 
-def tensor_unexpected(subject: Subject) -> Iterator[Problem]:
-    if subject.prefix is None or not subject.called_for:
-        return
+def unexpected(subject: Subject, *, all_of_them: bool = False) -> list[str]:
+    """Stored tensors that config.json does not call for.
+
+    all_of_them: biases of unknown modules too, which engines pass over, and what claims a name with others, which rules/names.py says.
+    """
     modules = {subject.model.module_of(name) for name in subject.called_for}
     extra = []
-    for name in (*subject.tensors, *sorted(subject.loaded_beside)):
+    for name in (*subject.tensors, *sorted(subject.loaded_beside)) if modules else ():
         module, _, suffix = name.rpartition(".")
-        if name in subject.called_for or name == "lm_head.weight" or name.endswith((*PASSED_OVER, *ROTARY)):
+        if name in subject.called_for or name == "lm_head.weight":
+            continue
+        if name.endswith((*PASSED_OVER, *ROTARY)) and not (all_of_them and suffix == "bias" and module not in modules):
             continue
         if module in modules and (suffix in SUFFIXES.get(subject.form(module), ()) or suffix in SCALE_SUFFIXES):
             continue  # of its format; scale-orphan says where it is not
-        if name in subject.names.rivals or (name in subject.stored_vision and not subject.is_vl):
+        if (name in subject.names.rivals and not all_of_them) or (name in subject.stored_vision and not subject.is_vl):
             continue  # rules/names.py and vision-in-text-model say it
         extra.append(name)
-    if extra:
-        yield Problem(f"{count(len(extra), 'tensor')} that config.json does not call for", tuple(extra))
+    return extra
+
+
+def tensor_unexpected(subject: Subject) -> Iterator[Problem]:
+    if subject.prefix is None:
+        return
+    if extra := unexpected(subject):
+        adapter = next(filter(ADAPTER.search, extra), None)
+        remedy = f"{adapter} is of an adapter: merge it into the model" if adapter is not None else ""
+        yield Problem(f"{count(len(extra), 'tensor')} that config.json does not call for", tuple(extra), remedy)
 
 
 def weight_dtype(subject: Subject) -> Iterator[Problem]:
@@ -253,7 +266,8 @@ RULES = (
         "tensor-unexpected",
         "error",
         "A tensor has no place in the model: vLLM stops with a ValueError.",
-        "drop it: mtpress repair CKPT OUT",
+        "where it is a weight, give it the name that the model has for it, or merge it: mtpress repair CKPT OUT says what it may be, and "
+        "drops what is no weight",
         tensor_unexpected,
     ),
     Rule(

@@ -76,7 +76,7 @@ RULES = (
         "vision-in-text-model",
         "error",
         "Vision tensors in a checkpoint that is built without a tower: vLLM stops with a ValueError.",
-        "drop them: mtpress repair CKPT OUT, or restore config.json: mtpress repair CKPT OUT --base SRC",
+        "restore config.json: mtpress repair CKPT OUT --base SRC; or take them out, where the model is meant to be without them",
         vision_in_text_model,
     ),
     Rule(
