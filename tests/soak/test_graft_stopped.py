@@ -45,7 +45,7 @@ class Graft:
     seconds: float
 
     def arguments(self, out: Path) -> list[str]:
-        return ["graft", str(self.source), str(out), "--from", str(self.base)]
+        return ["graft", str(self.source), str(out), "--from", str(self.base), "--replace-head"]
 
     def inputs(self) -> dict[str, str]:
         return {f"{path.name}/{name}": digest for path in (self.source, self.base) for name, digest in hashes(path).items()}
@@ -175,7 +175,7 @@ def test_broken_inputs(tmp_path: Path, server: ForkServer, soak: bool) -> None:
     revised = Revision(Checkpoint.open_stored(donor.source))
     revised.compute(OutputTensor("mtp.norm.weight", "BF16", (64,)), lambda: torch.ones(64, dtype=torch.bfloat16))
     revised.write(tmp_path / "base", "change", {}, silent=True)
-    run = server.run(["graft", str(sound.source), str(tmp_path / "out"), "--from", str(tmp_path / "base")])
+    run = server.run(["graft", str(sound.source), str(tmp_path / "out"), "--from", str(tmp_path / "base"), "--replace-head"])
     assert run.code == 0, run.stderr
     shutil.rmtree(tmp_path / "out")
     ways = [way for way in all_ways() if way.kind not in ("samples", "recipe")]
@@ -192,7 +192,7 @@ def test_broken_inputs(tmp_path: Path, server: ForkServer, soak: bool) -> None:
         pair = (case.source, tmp_path / "base") if seed % 2 else (tmp_path / "base", case.source)
         out = tmp_path / "out"
         before = contents(case.source)
-        run = server.run(["graft", str(pair[0]), str(out), "--from", str(pair[1])], limit_s=6 * MAX_SECONDS)
+        run = server.run(["graft", str(pair[0]), str(out), "--from", str(pair[1]), "--replace-head"], limit_s=6 * MAX_SECONDS)
         found = faults(run, out)
         if contents(case.source) != before:
             found.append("the input was touched")
