@@ -249,7 +249,7 @@ def test_what_cannot_be_linked_is_copied(number: int, source: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("stage", ["repair", "graft", "convert"])
 def test_copy_links_nothing(stage: str, source: Path, base: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = {"graft": ["--from", str(base.path)], "convert": ["--text-only"]}.get(stage, [])
+    more = {"graft": ["--from", str(base.path), "--replace-head"], "convert": ["--text-only"]}.get(stage, [])
     if stage == "repair":
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"architectures": ["X"]}))
