@@ -24,9 +24,9 @@ check: $(STAMP)
 
 # What has a longer form than `make test` gives it: hundreds of kills, every broken class in the engine.
 soak: $(STAMP)
-	MTPRESS_SOAK=1 $(VENV)/bin/python -m pytest -q -s tests/soak tests/oracles/test_transformers_path.py \
+	MTPRESS_SOAK=1 $(VENV)/bin/python -m pytest -q -s tests/soak tests/oracles/test_transformers_path.py tests/oracles/test_modelopt_parity.py \
 		tests/engine/test_acceptance.py tests/engine/test_server.py tests/engine/test_check_engine.py tests/engine/test_second_hand.py \
-		tests/engine/test_refusals.py tests/engine/test_matching.py tests/engine/test_linears.py tests/repairs/test_fine_tunes_broken.py
+		tests/engine/test_refusals.py tests/engine/test_matching.py tests/engine/test_linears.py tests/repairs/test_fine_tunes_broken.py tests/rules/test_any_config.py
 
 engine: $(STAMP)
 	$(VENV)/bin/python locks/make_env.py engine

@@ -22,7 +22,7 @@ SOAK = os.environ.get("MTPRESS_SOAK") == "1"
 IN_SHORT = ("nvfp4-kvfp8-vlm", "nvfp4-mtp-text", "nvfp4-mtp-vlm")
 # INT4 is asked in test_second_hand.py, beside the INT4 of others
 RECIPES = {name: recipe for name in shipped() if (recipe := load_recipe(name)).format == "nvfp4" and (SOAK or name in IN_SHORT)}
-WITHOUT_DRAFTS = [BF16, *RECIPES] if SOAK else [BF16, "nvfp4-mtp-vlm"]
+WITHOUT_DRAFTS = [BF16, *RECIPES] if SOAK else ["nvfp4-mtp-vlm"]
 WITH_VISION = [name for name, recipe in RECIPES.items() if recipe.vision == "keep"]
 WITH_FP8_KV = [name for name, recipe in RECIPES.items() if recipe.kv_cache == "fp8_cast"]
 

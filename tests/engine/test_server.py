@@ -1,5 +1,5 @@
 """The server around an engine: it comes up, it goes, and whatever dies, nothing is left. With a fake engine that dies in every
-way in a second, and with the real one on the built-in model, of which this file starts three (five with MTPRESS_SOAK=1).
+way in a second, and with the real one on the built-in model, of which this file starts two (five with MTPRESS_SOAK=1).
 """
 
 import contextlib
@@ -396,7 +396,8 @@ LOADING = {"API server": "Initializing a V1 LLM engine", "EngineCore": "world_si
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("victim", [pytest.param("API server", marks=IN_SOAK), "EngineCore"])
+@IN_SOAK
+@pytest.mark.parametrize("victim", ["API server", "EngineCore"])
 def test_a_process_of_the_real_engine_killed_while_it_loads(victim: str, engine_python: Path, tmp_path: Path) -> None:
     server = Server(real_launch(engine_python), tmp_path / "engine.log", say=silent)
     family = Family(server.launch.port)

@@ -8,6 +8,7 @@ the largest of many noisy activations is noisy too.
 """
 
 import json
+import os
 import random
 import string
 import subprocess
@@ -84,7 +85,9 @@ def run(python: Path, *arguments: str | Path) -> None:
     assert done.returncode == 0, f"{arguments[0]}:\n{done.stderr[-4000:]}"
 
 
-CASES = [("wide", "bf16"), ("deep, tied", "bf16"), ("deep, tied", "nvfp4"), ("mtpress-tiny", "bf16")]
+CASES = [("deep, tied", "nvfp4"), ("mtpress-tiny", "bf16")]
+if os.environ.get("MTPRESS_SOAK"):  # each is most of a minute
+    CASES += [("wide", "bf16"), ("deep, tied", "bf16")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{title}, in_proj_ab {ab}" for title, ab in CASES])

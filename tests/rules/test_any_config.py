@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from mtpress.stages.check import check
 FILES = ("config.json", "hf_quant_config.json", "tokenizer_config.json", "generation_config.json", INDEX_NAME)
 VALUES: tuple[Any, ...] = (None, -1, 10**30, "x", [], [["a"], None], {"a": 1})
 REMOVED = object()
+SOAK = bool(os.environ.get("MTPRESS_SOAK"))  # all values in every place; otherwise half of them in each
 
 
 def places(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -53,8 +55,9 @@ def test_no_value_is_too_odd(name: str, small_nvfp4: dict[str, Path], tmp_path: 
 def num_findings(path: Path, name: str, content: Any, wheres: Iterable[tuple[Any, ...]]) -> int:
     """How many findings check has over all contents of a file that hold something odd in one place."""
     found = 0
-    for at in wheres:
-        for value in (*VALUES, REMOVED):
+    odd = (*VALUES, REMOVED)
+    for number, at in enumerate(wheres):
+        for value in odd if SOAK else odd[number % 2 :: 2]:
             (path / name).write_text(json.dumps(replaced(content, at, value)))
             try:
                 found += len(check(path).findings)
