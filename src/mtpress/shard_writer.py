@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtpress.checkpoint import DTYPE_BITS, TensorInfo, bytes_of, torch_dtype
 from mtpress.disk import StagedFile, read_pieces
-from mtpress.errors import WHAT_TO_TRY, ResourceError
+from mtpress.errors import WHAT_TO_TRY, InputError, ResourceError
 from mtpress.journal import Finished, Journal, PartialError
 
 if TYPE_CHECKING:
@@ -77,7 +77,34 @@ class StepEnd:
     states: dict[str, str]
 
 
-Queued = tuple[str, memoryview | TensorInfo | StepEnd | None]
+@dataclass(frozen=True)
+class Copied:
+    """Queued for a tensor that is copied. finite: NaN and infinity in it are refused."""
+
+    info: TensorInfo
+    finite: bool
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes; InputError at a number that is not finite. What is rounded on the way (`info.stored`) refuses them itself."""
+        looked_at = self.finite and self.info.stored is None and self.info.dtype in ("BF16", "F16", "F32")
+        for piece in read_pieces(self.info):
+            if looked_at and not _is_finite(piece, self.info.dtype):
+                raise not_finite(self.info.name)
+            yield piece
+
+
+def _is_finite(piece: memoryview, dtype: str) -> bool:
+    import torch
+
+    return bool(torch.frombuffer(piece, dtype=torch_dtype(dtype)).isfinite().all())
+
+
+def not_finite(name: str) -> InputError:
+    """Of a tensor of the source that quantize reads."""
+    return InputError(f"{name} holds NaN or infinite values; the source is damaged, fetch it again")
+
+
+Queued = tuple[str, memoryview | Copied | StepEnd | None]
 
 
 class ShardWriter:
@@ -148,15 +175,15 @@ class ShardWriter:
         self._next += 1
         return file, planned
 
-    def copy(self, info: TensorInfo, name: str | None = None) -> None:
+    def copy(self, info: TensorInfo, name: str | None = None, *, finite: bool = False) -> None:
         """Queues the next planned tensor as a copy of a stored one, bit for bit; it never is in memory whole.
 
-        name: what it is called from now on, if not as it is stored.
+        name: what it is called from now on, if not as it is stored. finite: InputError, here or later, where it holds NaN or infinity.
         """
         file, planned = self._take(name or info.name)
         assert (info.dtype, info.shape) == (planned.dtype, planned.shape), f"{info.name}: copied where another layout was planned"
         self._raise_failure()
-        self._queue.put((file, info))
+        self._queue.put((file, Copied(info, finite)))
 
     def write(self, name: str, tensor: "torch.Tensor") -> None:
         """Queues the next planned tensor; its memory must not change afterwards."""
@@ -252,12 +279,12 @@ class ShardWriter:
                     finished = Finished(data.step, data.num_tensors, self._file.end, digest.copy().hexdigest(), data.sources, data.states)
                     self._file.then(partial(self._settle, self._file.file, file, finished, data.settle), self._fail)
                     continue
-                for piece in read_pieces(data) if isinstance(data, TensorInfo) else in_pieces(data):
+                for piece in data.pieces() if isinstance(data, Copied) else in_pieces(data):
                     if self._failure is not None:
                         return
                     digest.update(piece)
                     self._file.append(piece)
-                if not isinstance(data, TensorInfo):
+                if not isinstance(data, Copied):
                     with self._room:
                         self._queued_bytes -= len(data)
                         self._room.notify_all()

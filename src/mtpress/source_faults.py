@@ -8,6 +8,7 @@ from mtpress.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.recipe import Recipe
+from mtpress.rules.files import shard_unindexed
 from mtpress.rules.registry import STATIC_RULES
 from mtpress.rules.rule import apply
 from mtpress.rules.subject import Subject
@@ -38,8 +39,13 @@ def without_head(source: Checkpoint) -> bool:
 
 
 def notes(source: Checkpoint, recipe: Recipe) -> list[str]:
-    """What an output will lack because the source does, with the remedy."""
-    said = []
+    """What an output will lack because the source does, or because no index names it, with the remedy."""
+    subject = Subject(source)
+    said = [
+        f"LEFT OUT: {problem.message}; mtpress repair SRC NEW takes in what has a place, an adapter must be merged first"
+        for problem in shard_unindexed(subject)
+        if problem.where[0] not in subject.leftovers
+    ]
     if without_head(source):
         said.append(
             "WITHOUT DRAFT HEAD: the source declares none and holds none, so the output cannot draft; "

@@ -35,7 +35,7 @@ from mtpress.rounding import fp8 as rounding_fp8
 from mtpress.rounding.hessian import group_scales as group_scales_by_hessian
 from mtpress.rounding.max import round_group
 from mtpress.rounding.scale_search import GroupScales, nearest_codes
-from mtpress.shard_writer import ShardWriter
+from mtpress.shard_writer import ShardWriter, not_finite
 from mtpress.source_guard import SourceGuard
 
 Tensors = Mapping[str, torch.Tensor]
@@ -120,7 +120,7 @@ def run(
                 lap("forward")
             for job in step.jobs:
                 if job.kind == "keep":
-                    writer.copy(job.sources[0])
+                    writer.copy(job.sources[0], finite=True)
                 elif job.kind == "quantize":
                     tensors = whole or next(weights)
                     lap("read")
@@ -278,7 +278,7 @@ def _modules(job: Job) -> list[str]:
 
 
 def damaged(module: str) -> InputError:
-    return InputError(f"{module}.weight holds NaN or infinite values; the source is damaged, fetch it again")
+    return not_finite(f"{module}.weight")
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,23 @@ def test_int4_says_which_matrix_cannot_be_rounded(rounding: str, damage: float, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_kept_tensor_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    model = copy_model(tmp_path / "damaged")
+    stored = load_file(model / "model.safetensors")
+    stored["mtp.fc.weight"][5, 7] = float("nan")
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"mtp\.fc\.weight holds NaN or infinite values"):
+        quantize(model, tmp_path / "out", "int4-mtp-vlm", silent=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
+
+
+def test_a_file_that_no_index_names_is_said_to_be_left_out(tmp_path: Path) -> None:
+    model = copy_model(tmp_path / "model")
+    save_file({"base_model.model.layers.0.lora_A.weight": torch.ones(1)}, model / "adapter_model.safetensors", {"format": "pt"})
+    notes = quantize(model, tmp_path / "out", "int4-mtp-vlm", dry_run=True, silent=True).notes
+    assert any(note.startswith("LEFT OUT: ") and "adapter_model.safetensors" in note for note in notes)
+
+
 def test_the_record_has_the_losses_of_every_layer(built: dict[str, Path]) -> None:
     record = json.loads((built["int4-autoround-mtp"] / "mtpress.json").read_text())
     assert list(record["losses"]) == ["0", "1", "2", "3"]

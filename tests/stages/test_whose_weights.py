@@ -227,6 +227,18 @@ def test_nothing_is_taken_from_a_stranger(tiny: Path, tmp_path: Path, capsys: py
     assert stored(tmp_path / "out").keys() == load_file(tiny / "model.safetensors").keys()
 
 
+def test_repair_tells_of_tokens_that_moved_without_their_rows(tiny: Path, tmp_path: Path) -> None:
+    broken = put(tmp_path / "broken", FINE_TUNES["trained"](load_file(tiny / "model.safetensors")), tiny, PROCESSORS)
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    one, other = list(vocab)[400:402]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = repair(broken, tmp_path / "out", tiny, silent=True)
+    assert result.written and not result.sound
+    assert "tokens-moved" in {outcome.finding.id for outcome in result.left}
+
+
 def test_base_is_goes_with_a_base(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in (["check", str(tiny)], ["repair", str(tiny), str(tmp_path / "out")]):
         assert main([*stage, "--base-is", "source"]) == 2

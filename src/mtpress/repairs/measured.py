@@ -31,7 +31,7 @@ def present_names(overlay: Overlay) -> dict[str, str]:
 def remapped(found: Comparison, overlay: Overlay) -> Comparison:
     """Of what stays, by its present names."""
     now = present_names(overlay)
-    made = Comparison(relation=found.relation, differences=found.differences)
+    made = Comparison(relation=found.relation, differences=found.differences, moved_tokens=found.moved_tokens)
     for item in _measured():
         before = getattr(found, item)
         if isinstance(before, dict):
@@ -42,8 +42,8 @@ def remapped(found: Comparison, overlay: Overlay) -> Comparison:
 
 
 def together(one: Comparison, other: Comparison) -> Comparison:
-    """Two comparisons of different tensors; files and relation are those of the second."""
-    made = Comparison(relation=other.relation, differences=other.differences)
+    """Two comparisons of different tensors; files, moved tokens and relation are those of the second."""
+    made = Comparison(relation=other.relation, differences=other.differences, moved_tokens=other.moved_tokens)
     for item in _measured():
         before, after = getattr(one, item), getattr(other, item)
         joined: Any = list(dict.fromkeys([*before, *after])) if isinstance(before, list) else before | after
@@ -53,4 +53,4 @@ def together(one: Comparison, other: Comparison) -> Comparison:
 
 def _measured() -> list[str]:
     """The fields that are by tensor or module."""
-    return [item.name for item in fields(Comparison) if item.name not in ("relation", "differences")]
+    return [item.name for item in fields(Comparison) if item.name not in ("relation", "differences", "moved_tokens")]

@@ -18,6 +18,7 @@ from mtpress.checkpoint import Checkpoint
 from mtpress.comparison import compare, relate
 from mtpress.errors import InputError
 from mtpress.models.qwen3_5 import module_of
+from mtpress.moved_tokens import moved_tokens
 from mtpress.output_place import refuse_place
 from mtpress.own_files import refuse_foreign_files
 from mtpress.progress import human_bytes
@@ -194,6 +195,7 @@ def judged(out: Path, ctx: Context) -> list[Finding]:
     modules = {module_of(name) for name in new} & set(subject.quantized)
     changed = {name: info for name, info in made.tensors.items() if name in new or module_of(name) in modules}
     fresh = compare(Subject(replace(made, tensors=changed if ctx.measured is not None else {})), ctx.base, silent=True)
+    fresh.moved_tokens = moved_tokens(subject, ctx.base)  # by the embeddings, which may be none of `changed`
     if ctx.comparison is None:
         return findings + list(apply(FILE_RULES, fresh))
     whole = together(ctx.comparison, fresh)
