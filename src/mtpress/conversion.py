@@ -1,46 +1,38 @@
-"""Which tensor of an NVFP4 checkpoint becomes which in the other layout, modelopt's or compressed-tensors'.
+"""Which tensor of a checkpoint in NVFP4, FP8 or both becomes which in the other layout, modelopt's or compressed-tensors'.
 
-In: a checkpoint and the layout it is to have. Out: a `Conversion`: its NVFP4 linears, and of fused linears with unequal global
-scales what one scale costs; then the changes, put into a Revision. Leaves out: the config files and the order of work
-(stages/convert.py), the arithmetic (formats/compressed_tensors.py, formats/nvfp4_rescale.py).
+In: a checkpoint and the layout it is to have. Out: a `Conversion`: its quantized linears, and of fused linears with unequal global
+scales what one scale costs; then the changes, put into a Revision. Leaves out: which kind each linear is (conversion_kinds.py), the
+config files and the order of work (stages/convert.py), the arithmetic (formats/compressed_tensors.py, formats/nvfp4_rescale.py).
 
-Codes and block scales go over byte for byte; only fused linears whose members do not share one global scale get new block scales,
-because an engine would take one global scale for all of them and multiply the others' weights by the ratio.
+Codes and block scales go over byte for byte; only fused NVFP4 linears whose members do not share one global scale get new block scales,
+because an engine would take one global scale for all of them and multiply the others' weights by the ratio. The members of a fused FP8
+linear keep their scales: vLLM makes them equal in the same way in both layouts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 
-from mtpress.checkpoint import Checkpoint, TensorInfo, read_tensor
+from mtpress.checkpoint import Checkpoint, TensorInfo, read_tensor, torch_dtype
+from mtpress.conversion_kinds import FP8_SCALE_DTYPES, KINDS, SCALAR_SHAPE, Layout, fp8_scale_shape, kinds_of, layout_of, title
 from mtpress.errors import InputError
-from mtpress.formats import compressed_tensors, nvfp4
+from mtpress.formats import compressed_tensors, fp8, nvfp4
+from mtpress.formats.mixed_precision import NVFP4
 from mtpress.formats.nvfp4_rescale import Member, best_shared_scale, energies, reexpress
 from mtpress.models.qwen3_5 import FUSED
 from mtpress.revision import Revision
-from mtpress.rules.declaration import TITLES, Format
-from mtpress.rules.stored import KV_SCALES, Form
-from mtpress.rules.stored import TITLES as FORM_TITLES
+from mtpress.rules.stored import KV_SCALES
 from mtpress.rules.subject import Subject
 from mtpress.shard_writer import OutputTensor
-
-Layout = Literal["modelopt", "compressed-tensors"]
-LAYOUTS: tuple[Layout, ...] = ("modelopt", "compressed-tensors")
-FORM_OF: dict[Layout, Form] = {"modelopt": "nvfp4", "compressed-tensors": "nvfp4-pack-quantized"}
-DECLARED_AS: dict[Layout, Format] = {"modelopt": "nvfp4", "compressed-tensors": "compressed-tensors"}
-TITLE_OF: dict[Layout, str] = {"modelopt": "modelopt NVFP4", "compressed-tensors": "compressed-tensors NVFP4"}
-WHAT = "convert goes between modelopt NVFP4 and compressed-tensors NVFP4"
 
 # Role → suffix in each layout. A role has the name that modelopt's suffix has.
 SUFFIX: dict[Layout, dict[str, str]] = {
     "modelopt": {role: role for role in compressed_tensors.OF_MODELOPT},
     "compressed-tensors": compressed_tensors.OF_MODELOPT,
 }
-SCALAR_SHAPE: dict[Layout, tuple[int, ...]] = {"modelopt": (), "compressed-tensors": (1,)}
 KV_MODULE: dict[Layout, dict[str, str]] = {
     "modelopt": {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"},
     "compressed-tensors": {"k_scale": "k_scale", "v_scale": "v_scale"},
@@ -51,12 +43,14 @@ NEGLIGIBLE = 2.0**-22
 
 @dataclass(frozen=True)
 class Linear:
-    """An NVFP4 linear as it is stored. scalars: scale_2 and input_scale in modelopt's sense, stored: as they stand."""
+    """A quantized linear as it is stored, its tensors by role. kind: of conversion_kinds.py. scalars: of NVFP4, scale_2 and input_scale
+    in modelopt's sense, stored: as they stand."""
 
     module: str
+    kind: str
     tensors: dict[str, TensorInfo]
-    stored: dict[str, float]
-    scalars: dict[str, float]
+    stored: dict[str, float] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,44 +73,29 @@ class Rescaled:
 
 @dataclass
 class Conversion:
-    """What is converted. weight_only: activations stay in 16 bits. unequal_inputs: fused linears with unequal input scales."""
+    """What is converted. unequal_inputs: fused NVFP4 linears with unequal input scales."""
 
     subject: Subject
     source: Layout
     to: Layout
-    weight_only: bool
     linears: dict[str, Linear]
     rescaled: list[Rescaled] = field(default_factory=list)
     unequal_inputs: list[str] = field(default_factory=list)
     reciprocals: list[float] = field(default_factory=list)  # every number of which one is taken
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """Module → kind, in natural order."""
+        return {module: linear.kind for module, linear in self.linears.items()}
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether the activations of all linears stay in 16 bits."""
+        return set(self.kinds.values()) == {"nvfp4_w4a16"}
+
+    @property
     def kv_cache_fp8(self) -> bool:
         return self.subject.declared is not None and self.subject.declared.kv_cache == "fp8"
-
-
-def layout_of(subject: Subject) -> Layout:
-    """The layout of a checkpoint's quantized linears; InputError where they have none of the two, or the config contradicts them."""
-    path, declared = subject.path, subject.declared
-    forms = {subject.form(module) for module in subject.quantized}
-    if not forms:
-        raise InputError(f"{path}: holds nothing quantized; {WHAT}, mtpress quantize makes NVFP4 of BF16")
-    layouts = [layout for layout, form in FORM_OF.items() if form in forms]
-    if len(forms) > 1 or not layouts:
-        said = " and ".join(sorted(FORM_TITLES[form] for form in forms))
-        others = [module for module in subject.quantized if subject.form(module) not in FORM_OF.values()]
-        which = f" ({others[0]} and {len(others) - 1} more are no NVFP4)" if others and len(forms) > 1 else ""
-        raise InputError(f"{path}: holds {said}{which}; {WHAT}, without touching a 4-bit code")
-    layout = layouts[0]
-    if declared is not None and declared.format != DECLARED_AS[layout]:
-        raise InputError(
-            f"{path}: {declared.file} declares {TITLES[declared.format]}, {TITLE_OF[layout]} is stored; try mtpress repair CKPT OUT first"
-        )
-    if declared is not None and layout == "compressed-tensors" and (odd := compressed_tensors.departure(declared.content)):
-        raise InputError(f"{path}: {declared.file} declares {odd}; {WHAT}")
-    if declared is not None and declared.kv_cache not in ("auto", "fp8"):
-        raise InputError(f"{path}: {declared.file} declares a KV cache in {declared.kv_cache}; convert carries over an FP8 one")
-    return layout
 
 
 def plan_conversion(subject: Subject, to: Layout, *, without: str | None = None, rescale: bool = False) -> Conversion:
@@ -127,14 +106,19 @@ def plan_conversion(subject: Subject, to: Layout, *, without: str | None = None,
     """
     source = layout_of(subject)
     if source == to:
-        raise InputError(f"{subject.path}: is {TITLE_OF[to]} already; leave --to out, or name the other layout")
-    weight_only = is_weight_only(subject, source)
+        raise InputError(f"{subject.path}: is {title(subject, to)} already; leave --to out, or name the other layout")
     modules = [module for module in subject.quantized if not (without and f"{module}.".startswith(without))]
     if not modules:
         raise InputError(f"{subject.path}: nothing quantized is outside the vision tower; leave --to out")
-    linears = {module: _linear(subject, module, source, weight_only) for module in modules}
-    conversion = Conversion(subject, source, to, weight_only, linears)
+    kinds = kinds_of(subject, source, modules)
+    linears = {
+        module: _nvfp4_linear(subject, module, source, kind) if kind in NVFP4 else _fp8_linear(subject, module, source, kind)
+        for module, kind in kinds.items()
+    }
+    conversion = Conversion(subject, source, to, linears)
     for name, members in _fused(subject, linears):
+        if members[0].kind not in NVFP4:
+            continue
         if len({member.scalars[nvfp4.SCALE_2] for member in members}) > 1:
             conversion.rescaled.append(_share(subject, name, members))
         if len({member.scalars.get(nvfp4.INPUT_SCALE) for member in members}) > 1:
@@ -149,49 +133,61 @@ def plan_conversion(subject: Subject, to: Layout, *, without: str | None = None,
     return conversion
 
 
-def is_weight_only(subject: Subject, layout: Layout) -> bool:
-    """Whether activations stay in 16 bits: by the declaration, without one by whether any input scale is stored."""
-    declared = subject.declared
-    if declared is None:
-        suffix = SUFFIX[layout][nvfp4.INPUT_SCALE]
-        return not any(suffix in subject.modules[module] for module in subject.quantized)
-    if layout == "compressed-tensors":
-        return all(group.get("input_activations") is None for group in declared.groups)
-    return declared.weight_only
-
-
-def _linear(subject: Subject, module: str, layout: Layout, weight_only: bool) -> Linear:
+def _nvfp4_linear(subject: Subject, module: str, layout: Layout, kind: str) -> Linear:
     """One linear, all its tensors looked at by header and its scalars read."""
     suffixes, found = SUFFIX[layout], subject.modules[module]
-    allowed = {*suffixes.values(), "bias", *KV_SCALES}
-    if odd := sorted(found.keys() - allowed):
-        raise InputError(f"{subject.path}: {module}.{odd[0]} is no part of {TITLE_OF[layout]}, which the other layout has no place for")
-    needed = [role for role in suffixes if not (weight_only and role == nvfp4.INPUT_SCALE)]
-    if missing := [suffixes[role] for role in needed if suffixes[role] not in found]:
-        raise InputError(f"{subject.path}: {module} has no {missing[0]}; mtpress check names all that is missing")
+    needed = [role for role in suffixes if not (kind == "nvfp4_w4a16" and role == nvfp4.INPUT_SCALE)]
+    _refuse_odd(subject, module, f"{layout} NVFP4", allowed=suffixes.values(), needed=[suffixes[role] for role in needed])
     tensors = {role: found[suffix] for role, suffix in suffixes.items() if suffix in found}
     shape = tensors[nvfp4.WEIGHT].shape
     n, k = shape if len(shape) == 2 else (0, 0)
     for role, (dtype, wanted) in nvfp4.output_tensors((n, 2 * k)).items():
-        info = tensors.get(role)
-        if info is not None and (info.dtype != dtype or (info.shape != wanted and not (wanted == () and info.shape == (1,)))):
-            raise InputError(f"{subject.path}: {info.name} is {info.dtype} {list(info.shape)}, must be {dtype} {list(wanted)}")
-    stored = {role: read_tensor(tensors[role]).item() for role in compressed_tensors.RECIPROCAL if role in tensors}
-    scalars = {role: _in_modelopt(value, layout) for role, value in stored.items()}
-    for role, value in stored.items():
-        if not (value > 0 and math.isfinite(value) and 0 < _reciprocal(value) < math.inf):
-            raise InputError(
-                f"{subject.path}: {tensors[role].name} is {value:.3g}, a scale must be positive and have a reciprocal in float32"
-            )
-    return Linear(module, tensors, stored, scalars)
+        if role in tensors:
+            _refuse_unless(subject, tensors[role], (dtype,), (wanted, *([(1,)] if wanted == () else [])))
+    stored = {role: _scalar(subject, tensors[role]) for role in compressed_tensors.RECIPROCAL if role in tensors}
+    scalars = {role: value if layout == "modelopt" else _reciprocal(value) for role, value in stored.items()}
+    return Linear(module, kind, tensors, stored, scalars)
+
+
+def _fp8_linear(subject: Subject, module: str, layout: Layout, kind: str) -> Linear:
+    found = subject.modules[module]
+    roles = (fp8.WEIGHT, fp8.SCALE, *([fp8.INPUT_SCALE] if kind == "fp8" else []))
+    _refuse_odd(subject, module, f"{layout} FP8 of its kind", allowed=roles, needed=roles)
+    tensors = {role: found[role] for role in roles}
+    n, k = tensors[fp8.WEIGHT].shape
+    halves = FP8_SCALE_DTYPES[layout]
+    _refuse_unless(subject, tensors[fp8.WEIGHT], ("F8_E4M3",), ((n, k),))
+    shapes = ((), (1,)) if kind == "fp8" else (fp8_scale_shape(kind, layout, n, k),)
+    _refuse_unless(subject, tensors[fp8.SCALE], halves, shapes)
+    if kind == "fp8":
+        _refuse_unless(subject, tensors[fp8.INPUT_SCALE], halves, ((), (1,)))
+        for role in (fp8.SCALE, fp8.INPUT_SCALE):
+            _scalar(subject, tensors[role])
+    return Linear(module, kind, tensors)
+
+
+def _refuse_odd(subject: Subject, module: str, what: str, *, allowed: Iterable[str], needed: Iterable[str]) -> None:
+    found = subject.modules[module]
+    if odd := sorted(found.keys() - {*allowed, "bias", *KV_SCALES}):
+        raise InputError(f"{subject.path}: {module}.{odd[0]} is no part of {what}, which the other layout has no place for")
+    if missing := [suffix for suffix in needed if suffix not in found]:
+        raise InputError(f"{subject.path}: {module} has no {missing[0]}; mtpress check names all that is missing")
+
+
+def _refuse_unless(subject: Subject, info: TensorInfo, dtypes: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> None:
+    if info.dtype not in dtypes or info.shape not in shapes:
+        raise InputError(f"{subject.path}: {info.name} is {info.dtype} {list(info.shape)}, must be {dtypes[0]} {list(shapes[0])}")
+
+
+def _scalar(subject: Subject, info: TensorInfo) -> float:
+    value = float(read_tensor(info).item())
+    if not (value > 0 and math.isfinite(value) and 0 < _reciprocal(value) < math.inf):
+        raise InputError(f"{subject.path}: {info.name} is {value:.3g}, a scale must be positive and have a reciprocal in float32")
+    return value
 
 
 def _reciprocal(value: float) -> float:
     return float(compressed_tensors.reciprocal(torch.tensor(value)))
-
-
-def _in_modelopt(value: float, layout: Layout) -> float:
-    return value if layout == "modelopt" or value == 0 else _reciprocal(value)
 
 
 def _fused(subject: Subject, linears: dict[str, Linear]) -> Iterator[tuple[str, list[Linear]]]:
@@ -204,7 +200,13 @@ def _fused(subject: Subject, linears: dict[str, Linear]) -> Iterator[tuple[str, 
                 raise InputError(
                     f"{subject.path}: {lacking[0]} is not quantized and others of {base}.{fused} are; no engine loads that, quantize again"
                 )
-            yield f"{base}.{fused}", [linears[module] for module in modules]
+            members = [linears[module] for module in modules]
+            if other := next((member for member in members if member.kind != members[0].kind), None):
+                raise InputError(
+                    f"{subject.path}: {other.module} is {KINDS[other.kind]} and {members[0].module} {KINDS[members[0].kind]}; no engine "
+                    f"loads two formats in one {fused}, quantize again"
+                )
+            yield f"{base}.{fused}", members
 
 
 def _share(subject: Subject, name: str, members: list[Linear]) -> Rescaled:
@@ -226,6 +228,9 @@ def apply(conversion: Conversion, revision: Revision) -> None:
     shared = {module: rescaled.scale_2 for rescaled in conversion.rescaled for module in rescaled.scales_2}
     to = SUFFIX[conversion.to]
     for module, linear in conversion.linears.items():
+        if linear.kind not in NVFP4:
+            _apply_fp8(linear, conversion.to, revision)
+            continue
         scalars = dict(linear.scalars)
         if module in shared:
             own, scalars[nvfp4.SCALE_2] = scalars[nvfp4.SCALE_2], shared[module]
@@ -234,7 +239,7 @@ def apply(conversion: Conversion, revision: Revision) -> None:
         weight = linear.tensors[nvfp4.WEIGHT]
         revision.rename(weight.name, f"{module}.{to[nvfp4.WEIGHT]}")
         for role, value in scalars.items():
-            if conversion.weight_only and role == nvfp4.INPUT_SCALE:
+            if linear.kind == "nvfp4_w4a16" and role == nvfp4.INPUT_SCALE:
                 revision.drop(linear.tensors[role].name)  # no engine reads it there
                 continue
             if conversion.to == "compressed-tensors":
@@ -245,6 +250,21 @@ def apply(conversion: Conversion, revision: Revision) -> None:
             tensor = OutputTensor(f"{module}.{to[role]}", "F32", SCALAR_SHAPE[conversion.to])
             revision.replace(linear.tensors[role].name, tensor, partial(torch.full, tensor.shape, value, dtype=torch.float32))
     _move_kv_scales(conversion, revision)
+
+
+def _apply_fp8(linear: Linear, to: Layout, revision: Revision) -> None:
+    """The scales in the shape that the layout has for them, and in a dtype that it takes."""
+    n, k = linear.tensors[fp8.WEIGHT].shape
+    for role in linear.tensors.keys() - {fp8.WEIGHT}:
+        info = linear.tensors[role]
+        shape = fp8_scale_shape("fp8" if role == fp8.INPUT_SCALE else linear.kind, to, n, k)
+        dtype = info.dtype if info.dtype in FP8_SCALE_DTYPES[to] else FP8_SCALE_DTYPES[to][0]
+        if (info.dtype, info.shape) != (dtype, shape):
+            revision.replace(info.name, OutputTensor(info.name, dtype, shape), partial(_scale_as, info, torch_dtype(dtype), shape))
+
+
+def _scale_as(info: TensorInfo, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return read_tensor(info).to(dtype).reshape(shape)
 
 
 def _block_scales(info: TensorInfo, own: float, shared: float) -> torch.Tensor:

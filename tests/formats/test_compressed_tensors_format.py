@@ -64,10 +64,17 @@ def in_group(**keys: Any) -> dict[str, Any]:
     return config
 
 
-def two_groups() -> dict[str, Any]:
-    config = in_group()
-    config["config_groups"]["group_1"] = config["config_groups"]["group_0"] | {"input_activations": None}
-    return config
+def several_groups() -> dict[str, Any]:
+    groups = [
+        compressed_tensors.nvfp4_group(["re:.*mlp.*"], weight_only=True),
+        compressed_tensors.nvfp4_group(["re:.*attn.*"]),
+        compressed_tensors.fp8_group(["lm_head"], "tensor", static=True),
+    ]
+    return compressed_tensors.grouped_config(groups, [])
+
+
+def test_groups_of_several_formats_do_not_depart() -> None:
+    assert compressed_tensors.departure(several_groups()) is None
 
 
 @pytest.mark.parametrize(
@@ -78,13 +85,12 @@ def two_groups() -> dict[str, Any]:
         (changed(config_groups={"group_0": None}), "no config_groups"),
         (changed(transform_config={"config_groups": {"a": 1}}), "a transform_config"),
         (changed(sparsity_config={"format": "dense"}), "a sparsity_config"),
-        (in_group(weights=None), "weights in group_0 that are not NVFP4"),
+        (in_group(weights=None), "weights in group_0 that are neither NVFP4 nor FP8"),
         (in_group(weights={"num_bits": 4, "type": "int", "group_size": 128, "strategy": "group", "symmetric": True}), "weights in group_0"),
         (in_group(input_activations={"num_bits": 8, "type": "float"}), "input_activations in group_0"),
         (in_group(output_activations={"num_bits": 8}), "output_activations in group_0"),
-        (two_groups(), "groups with and without input_activations"),
         (changed(kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True}), "strategy 'attn_head'"),
     ],
 )
-def test_what_departs_from_nvfp4_is_named(config: dict[str, Any], said: str) -> None:
+def test_what_departs_from_nvfp4_and_fp8_is_named(config: dict[str, Any], said: str) -> None:
     assert said in (compressed_tensors.departure(config) or "")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import PREFIX, Edit
-from mtpress import conversion
+from mtpress import conversion_kinds
 from mtpress.checkpoint import Checkpoint
 from mtpress.cli import main
 from mtpress.errors import InputError
@@ -84,7 +84,7 @@ def small(small_nvfp4: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_the_choices_are_the_layouts() -> None:
-    assert stage.CHOICES == conversion.LAYOUTS
+    assert stage.CHOICES == conversion_kinds.LAYOUTS
 
 
 def test_codes_and_block_scales_keep_their_bytes(tiny: Path, converted: tuple[Path, ConvertResult]) -> None:
@@ -387,7 +387,7 @@ def test_a_fused_linear_of_two_kinds_is_refused(small: Path, tmp_path: Path) -> 
 
 
 def test_what_is_no_nvfp4_is_refused(small: Path, small_bf16: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds nothing quantized; convert goes between modelopt NVFP4 and compressed-tensors NVFP4"):
+    with pytest.raises(InputError, match="holds nothing quantized; convert goes between modelopt and compressed-tensors, of NVFP4 and FP8"):
         convert(small_bf16, tmp_path / "out", CT, silent=True)
     with pytest.raises(InputError, match="is modelopt NVFP4 already"):
         convert(small, tmp_path / "out", MODELOPT, silent=True)
@@ -399,7 +399,7 @@ def test_what_is_no_nvfp4_is_refused(small: Path, small_bf16: Path, tmp_path: Pa
             del edit.tensors[f"{module}.weight"]
 
     edited(small, to_int4)
-    with pytest.raises(InputError, match=r"holds GPTQ/AutoRound INT4; convert goes between .*, without touching a 4-bit code"):
+    with pytest.raises(InputError, match=r"holds GPTQ/AutoRound INT4; convert goes between .*, without touching a code"):
         convert(small, tmp_path / "out", CT, silent=True)
 
 

@@ -109,7 +109,7 @@ def grouped_config(groups: Sequence[Mapping[str, Any]], ignore: Sequence[str], k
 
 
 def departure(config: Mapping[str, Any]) -> str | None:
-    """What in a compressed-tensors quantization_config is not NVFP4 as vLLM takes it, in a few words; None where nothing is."""
+    """What in a compressed-tensors quantization_config is neither NVFP4 nor FP8 as vLLM takes them, in a few words; None if nothing is."""
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(group, Mapping) for group in groups.values()):
         return "no config_groups"
@@ -117,16 +117,14 @@ def departure(config: Mapping[str, Any]) -> str | None:
         if config.get(key):
             return f"a {key}"
     for name, group in groups.items():
-        numbers = {"weights": group.get("weights"), "input_activations": group.get("input_activations")}
+        weights, inputs = group.get("weights"), group.get("input_activations")
         if group.get("output_activations"):
             return f"output_activations in {name}"
-        for key, number in numbers.items():
-            if number is None and key == "input_activations":
-                continue
-            if not isinstance(number, Mapping) or not _is_nvfp4(number):
-                return f"{key} in {name} that are not NVFP4"
-    if len({group.get("input_activations") is None for group in groups.values()}) > 1:
-        return "groups with and without input_activations"
+        fits = next((fits for fits in (_is_nvfp4, _is_fp8) if isinstance(weights, Mapping) and fits(weights)), None)
+        if fits is None:
+            return f"weights in {name} that are neither NVFP4 nor FP8"
+        if inputs is not None and not (isinstance(inputs, Mapping) and fits(inputs)):
+            return f"input_activations in {name} of another format than its weights"
     scheme = config.get("kv_cache_scheme")
     if isinstance(scheme, Mapping) and (scheme.get("strategy") != "tensor" or scheme.get("symmetric") is not True):
         return f"a kv_cache_scheme with strategy {str(scheme.get('strategy'))[:20]!r}"
@@ -136,3 +134,7 @@ def departure(config: Mapping[str, Any]) -> str | None:
 def _is_nvfp4(number: Mapping[str, Any]) -> bool:
     wanted = {"num_bits": 4, "type": "float", "group_size": nvfp4.GROUP_SIZE, "strategy": "tensor_group", "symmetric": True}
     return all(number.get(key) == value for key, value in wanted.items())
+
+
+def _is_fp8(number: Mapping[str, Any]) -> bool:
+    return number.get("num_bits") == 8 and number.get("type") == "float" and number.get("symmetric", True) is True

@@ -1,10 +1,11 @@
-"""convert: an NVFP4 checkpoint in modelopt's layout → the same in compressed-tensors', or back; a VLM checkpoint → text only.
+"""convert: a checkpoint in NVFP4, FP8 or both in modelopt's layout → the same in compressed-tensors', or back; a VLM one → text only.
 
 In: a finished checkpoint. Out: a new directory and a `ConvertResult`. Leaves out: which tensor becomes which (conversion.py), how
 shards are linked and rewritten (revision.py). Codes and block scales keep their bytes; what does not is counted in the result.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from mtpress.rules.vision import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
 from mtpress.terminal import say
 
 if TYPE_CHECKING:
-    from mtpress.conversion import Conversion, Layout
+    from mtpress.conversion import Conversion
+    from mtpress.conversion_kinds import Layout
     from mtpress.revision import Revision
 
-CHOICES = ("modelopt", "compressed-tensors")  # conversion.py has them too, with torch; the tests hold them together
+CHOICES = ("modelopt", "compressed-tensors")  # conversion_kinds.py has them too, with torch; the tests hold them together
 SHOWN = 3  # fused linears that are told one by one
 PROCESSOR_FILES = (PROCESSOR, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
 
@@ -37,6 +39,7 @@ class ConvertResult:
     come back to the last bit when converted back, and the largest relative difference of the others (one ulp). rescaled: fused
     linears that got one global scale, with what that cost each member. unequal_input_scales: fused linears whose members' differ;
     vLLM takes the largest of modelopt's and the smallest of compressed-tensors'. ignore: what the config names as kept in 16 bits.
+    kinds: how many linears of each kind (conversion_kinds.py) are converted. weight_only: all of them are W4A16.
     hard_links: files that are the checkpoint's own; links_said: that in words, empty where there are none.
     """
 
@@ -46,6 +49,7 @@ class ConvertResult:
     weight_only: bool | None
     text_only: bool
     num_converted: int
+    kinds: dict[str, int]
     num_dropped: int
     reciprocals: dict[str, Any]
     rescaled: tuple[dict[str, Any], ...]
@@ -115,6 +119,7 @@ def convert(
         "weight_only": planned.weight_only if planned else None,
         "text_only": text_only,
         "num_converted": len(planned.linears) if planned else 0,
+        "kinds": dict(Counter(planned.kinds.values())) if planned else {},
         "num_dropped": len(dropped),
         "reciprocals": _statistics(planned.reciprocals if planned else []),
         "rescaled": tuple(asdict(found) for found in planned.rescaled) if planned else (),
@@ -137,7 +142,7 @@ def convert(
 
 
 def _layout(to: str | None) -> "Layout | None":
-    from mtpress.conversion import LAYOUTS
+    from mtpress.conversion_kinds import LAYOUTS
 
     for layout in LAYOUTS:
         if to == layout:
@@ -185,29 +190,28 @@ def _write_configs(subject: Subject, revision: "Revision", planned: "Conversion 
 
 def _declarations(config: Mapping[str, Any], planned: "Conversion", kept: Sequence[str]) -> dict[str, dict[str, Any]]:
     """config.json, and for modelopt hf_quant_config.json, in the new layout; every other key as it was."""
-    from mtpress.formats import compressed_tensors, nvfp4
+    from mtpress.conversion_kinds import compressed_tensors_groups
+    from mtpress.formats import compressed_tensors, mixed_precision, nvfp4
 
     old = ("quantization_config", "compression_config")
     new = {key: value for key, value in config.items() if key not in old}
     if isinstance(inner := new.get("text_config"), Mapping):
         new["text_config"] = {key: value for key, value in inner.items() if key not in old}
-    fp8 = planned.kv_cache_fp8
+    fp8, kinds = planned.kv_cache_fp8, planned.kinds
     if planned.to == "compressed-tensors":
-        declared = compressed_tensors.quantization_config(
-            kept, weight_only=planned.weight_only, kv_cache_fp8=fp8, lm_head="lm_head" in planned.linears
-        )
+        scheme = dict(compressed_tensors.FP8) if fp8 else None
+        declared = compressed_tensors.grouped_config(compressed_tensors_groups(kinds), kept, scheme)
         return {CONFIG: new | {"quantization_config": declared}}
     declared, other = nvfp4.quantization_config(list(kept), fp8), nvfp4.hf_quant_config(list(kept), fp8)
-    if planned.weight_only:  # as modelopt 0.47 exports it
-        declared["quant_algo"] = other["quantization"]["quant_algo"] = "W4A16_NVFP4"
-        del declared["config_groups"]["group_0"]["input_activations"]
+    if set(kinds.values()) != {"nvfp4"}:
+        declared, other = mixed_precision.quantization_config(declared, kinds), mixed_precision.hf_quant_config(other, kinds)
     return {CONFIG: new | {"quantization_config": declared}, HF_QUANT_CONFIG: other}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a finished checkpoint: a directory or a Hub id")
     parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
-    parser.add_argument("--to", choices=CHOICES, help="the layout to convert NVFP4 to, without quantizing again")
+    parser.add_argument("--to", choices=CHOICES, help="the layout to convert NVFP4 and FP8 to, without quantizing again")
     parser.add_argument("--text-only", action="store_true", help="drop the vision tower (of a checkpoint in any format)")
     parser.add_argument(
         "--rescale", action="store_true", help="give fused linears one global scale even where their block scales must be rounded for it"
@@ -230,11 +234,12 @@ def show(result: ConvertResult) -> None:
     """The result in lines on stdout."""
     lines = [f"{result.out}: {result.source_format}{f' → {result.to}' if result.to else ''}{', text only' if result.text_only else ''}"]
     if result.to:
-        lines.append(f"{result.num_converted} linears converted: codes and block scales byte for byte{_exceptions(result)}")
+        lines.append(f"{result.num_converted} linears converted{_kinds(result)}: codes and block scales byte for byte{_exceptions(result)}")
         count, exact = result.reciprocals["count"], result.reciprocals["exact"]
         largest = result.reciprocals["largest_relative_difference"]
         others = f", the others differ by one ulp (at most {largest:.1e})" if exact < count else ""
-        lines.append(f"{count} scales are reciprocals: converted back, to the last bit for {exact} of {count}{others}")
+        if count:
+            lines.append(f"{count} scales are reciprocals: converted back, to the last bit for {exact} of {count}{others}")
     worst_first = sorted(result.rescaled, key=lambda found: -max(found["relative_errors"].values()))
     for found in worst_first[:SHOWN]:
         errors = ", ".join(f"{module.rpartition('.')[2]} {error:.2%}" for module, error in found["relative_errors"].items())
@@ -255,6 +260,12 @@ def show(result: ConvertResult) -> None:
     lines += [result.links_said] if result.links_said else []
     for line in lines:
         say(line)
+
+
+def _kinds(result: ConvertResult) -> str:
+    from mtpress.conversion_kinds import KINDS
+
+    return f" ({', '.join(f'{number} {KINDS[kind]}' for kind, number in result.kinds.items())})" if len(result.kinds) > 1 else ""
 
 
 def _exceptions(result: ConvertResult) -> str:
