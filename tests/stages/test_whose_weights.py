@@ -227,6 +227,21 @@ def test_nothing_is_taken_from_a_stranger(tiny: Path, tmp_path: Path, capsys: py
     assert stored(tmp_path / "out").keys() == load_file(tiny / "model.safetensors").keys()
 
 
+def test_what_the_index_lost_comes_from_the_checkpoint_and_not_from_the_base(tiny: Path, tmp_path: Path) -> None:
+    tensors = FINE_TUNES["trained"](load_file(tiny / "model.safetensors"))
+    broken = put(tmp_path / "broken", tensors, tiny, PROCESSORS)
+    lost = {name: tensor for name, tensor in tensors.items() if "layers.2." in name or name == "lm_head.weight" or "visual" in name}
+    rest = {name: tensor.contiguous().clone() for name, tensor in tensors.items() if name not in lost}
+    save_file(rest, broken / "model.safetensors", metadata={"format": "pt"})
+    save_file({name: tensor.contiguous().clone() for name, tensor in lost.items()}, broken / "extra.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(rest, "model.safetensors")}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert repair(broken, tmp_path / "out", tiny, silent=True).written
+    made = stored(tmp_path / "out")
+    assert made.keys() == tensors.keys()
+    assert all(same(made[name], tensor) for name, tensor in tensors.items())
+
+
 def test_repair_tells_of_tokens_that_moved_without_their_rows(tiny: Path, tmp_path: Path) -> None:
     broken = put(tmp_path / "broken", FINE_TUNES["trained"](load_file(tiny / "model.safetensors")), tiny, PROCESSORS)
     tokenizer = json.loads((broken / "tokenizer.json").read_text())

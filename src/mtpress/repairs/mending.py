@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mtpress.comparison import compare
+from mtpress.repairs.draft_head import mtp_unindexed
+from mtpress.repairs.files import reindexed
 from mtpress.repairs.registry import REPAIRS
 from mtpress.repairs.repair import Context, Fix, Left
 from mtpress.rules.base import RULES as WEIGHT_RULES
@@ -70,12 +72,15 @@ def by_weight(ctx: Context) -> tuple[Finding, ...]:
 
 
 def mend_reindexed(ctx: Context, findings: tuple[Finding, ...]) -> Iterator[Outcome]:
-    """What opening by what is stored has mended: findings of check that the overlay no longer has."""
+    """What opening by what is stored has mended: findings of check that the overlay no longer has.
+
+    Only the repairs of the index say how. Another would put something in the place of what was never missing.
+    """
     ids = {finding.id for finding in find(ctx)}
     for finding in findings:
         if finding.id not in ids:
             mend = REPAIRS[finding.id].mend
-            fixes = [step for step in mend(ctx, finding) if isinstance(step, Fix)] if mend is not None else []
+            fixes = [step for step in mend(ctx, finding) if isinstance(step, Fix)] if mend is reindexed or mend is mtp_unindexed else []
             left_out = tuple(Fix(f"{name} left out: it {why}") for name, why in ctx.left_out.items())
             yield Outcome(finding, tuple(fixes) or left_out or (Fix("gone with the index that was wrong"),))
 
