@@ -18,7 +18,7 @@ from mtpress.meanings.files import differences
 from mtpress.moved_tokens import moved_tokens
 from mtpress.progress import Progress
 from mtpress.relation import Closeness, Kind, Relation, relation_of
-from mtpress.rules.stored import GLOBAL_SCALE, PLAIN_DTYPES, QWEIGHT, SCALE, SCALE_2, WEIGHT, WEIGHT_PACKED, Form
+from mtpress.rules.stored import CODES, GLOBAL_SCALE, PLAIN_DTYPES, QWEIGHT, SCALE, SCALE_2, WEIGHT, WEIGHT_PACKED, Form
 from mtpress.rules.subject import Subject
 from mtpress.stored_matrix import PER_WORD, StoredMatrix, pieces, stored_matrix
 
@@ -153,8 +153,9 @@ def sampled_relation(subject: Subject, base: Checkpoint, given: Kind | None = No
 
 
 def counterparts(base: Checkpoint) -> Mapping[str, TensorInfo]:
-    """The base's tensors by what follows the prefix in their names, and by their names."""
-    return {found[1]: info for name, info in base.tensors.items() if (found := IN_THE_MODEL.search(name))} | dict(base.tensors)
+    """The base's tensors by what follows the prefix in their names, and by their names: the family's, whatever they are stored under."""
+    tensors = Subject(base).tensors
+    return {found[1]: info for name, info in tensors.items() if (found := IN_THE_MODEL.search(name))} | dict(tensors)
 
 
 def counterpart(name: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
@@ -169,28 +170,31 @@ def _jobs(subject: Subject, base: Checkpoint, found: Comparison) -> Iterator[Job
         form = subject.form(module)
         if form in ("plain", "none", "unknown"):
             for info in tensors.values():
-                yield from _kept_jobs(subject, info, counterpart(info.name, theirs), other, found)
+                yield from _kept_jobs(subject, info, theirs, other, found)
             continue
-        weight = counterpart(f"{module}.{WEIGHT}", theirs)
+        weight, there = counterpart(f"{module}.{WEIGHT}", theirs), _matrix_of(other, theirs, module)
+        size = there.shape if there is not None else weight.shape if weight is not None else ()
         codes = next((tensors[suffix] for suffix in (QWEIGHT, WEIGHT_PACKED, WEIGHT) if suffix in tensors), None)
         here = stored_matrix(form, tensors)
         if codes is None or len(codes.shape) != 2 or (here is None and len(tensors) < 3 and form != "fp8"):
             found.not_compared.append(module)
-        elif weight is None or len(weight.shape) != 2 or _size(form, codes) != weight.shape:
+        elif _size(form, codes) != size:
             found.absent.append(f"{module}.{WEIGHT}")
-        elif here is None or (there := _matrix_of(other, weight)) is None:
+        elif here is None or there is None:
             found.not_compared.append(module)
         else:
             yield Job(module, subject.model.component(f"{module}.{WEIGHT}"), here, there)
 
 
-def _kept_jobs(subject: Subject, here: TensorInfo, there: TensorInfo | None, other: Subject, found: Comparison) -> Iterator[Job]:
+def _kept_jobs(subject: Subject, here: TensorInfo, named: Mapping[str, TensorInfo], other: Subject, found: Comparison) -> Iterator[Job]:
     part = subject.model.component(IN_THE_MODEL.sub(r"model.\1", here.name) if subject.model.component(here.name) == "other" else here.name)
+    there, mine = counterpart(here.name, named), None
+    if here.dtype in PLAIN_DTYPES and here.name.endswith(f".{WEIGHT}"):
+        mine = stored_matrix("plain", {WEIGHT: here})
+    theirs = _matrix_of(other, named, subject.model.module_of(here.name)) if mine is not None else None
     if there is not None and there.shape == here.shape and (there.dtype == here.dtype or {there.dtype, here.dtype} <= {*PLAIN_DTYPES}):
         yield Job(here.name, part, here, there)
-    elif there is not None and there.shape == here.shape and (theirs := _matrix_of(other, there)) is not None:
-        mine = stored_matrix("plain", {WEIGHT: here})
-        assert mine is not None
+    elif mine is not None and theirs is not None and theirs.form != "plain" and theirs.shape == mine.shape:
         yield Job(here.name, part, mine, theirs)  # the base is quantized
     else:
         found.absent.append(here.name)
@@ -200,9 +204,13 @@ def _kept_jobs(subject: Subject, here: TensorInfo, there: TensorInfo | None, oth
             yield Job(here.name, part, _first_rows(here, rows), _first_rows(there, rows))
 
 
-def _matrix_of(subject: Subject, weight: TensorInfo) -> StoredMatrix | None:
-    module = subject.model.module_of(weight.name)
-    return stored_matrix(subject.form(module), subject.modules[module])
+def _matrix_of(base: Subject, named: Mapping[str, TensorInfo], module: str) -> StoredMatrix | None:
+    """The base's matrix of a module of the checkpoint, in whatever form. named: what counterparts() gives of it."""
+    info = next((info for suffix in CODES if (info := counterpart(f"{module}.{suffix}", named)) is not None), None)
+    if info is None:
+        return None
+    theirs = base.model.module_of(info.name)
+    return stored_matrix(base.form(theirs), base.modules[theirs])
 
 
 def _first_rows(info: TensorInfo, rows: int) -> TensorInfo:
@@ -360,6 +368,7 @@ def _compare_matrix(name: str, part: str, here: StoredMatrix, there: StoredMatri
     found.closeness[name] = replace(close, not_finite=close.not_finite or broken)
     if here.form == "plain":
         found.differing += [name] * (close.error > limit)
+        found.not_finite |= {name: close.not_finite} if close.not_finite else {}
         return
     found.error[name] = close.error
     if here.form in INT4:

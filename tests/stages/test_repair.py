@@ -178,15 +178,13 @@ def test_a_dry_run_reads_and_writes_nothing(edit: Edit, out: Path, small_bf16: P
     assert [path.name for path in edit.path.parent.iterdir()] == ["broken"]
 
 
-def test_what_is_refused_is_one_line(edit: Edit, out: Path, small_bf16: Path, small_nvfp4: dict[str, Path], tmp_path: Path,
-                                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_what_is_refused_is_one_line(edit: Edit, out: Path, small_bf16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drop_head(edit)
     edit.save()
     (tmp_path / "there").mkdir()
     cases: dict[str, list[object]] = {
         "exists already": [edit.path, tmp_path / "there"],
         "no such directory": [tmp_path / "nowhere", out],
-        "is quantized itself": [edit.path, out, "--base", small_nvfp4[VLM]],
         "--no-compare": [edit.path, out, "--no-compare"],
         "lies inside": [edit.path, edit.path / "out", "--base", small_bf16],
     }

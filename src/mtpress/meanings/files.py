@@ -19,7 +19,7 @@ from mtpress.templating import template
 def differences(subject: Subject, base: Checkpoint) -> list[Difference]:
     """In the order of config, processors, tokenizer, generation, template."""
     source = Subject(base)
-    here, there = (subject.model.untied_config(one.config, one.tensors) for one in (subject, base))
+    here, there = (subject.model.untied_config(one.config, one.tensors) for one in (subject, source))
     found = list(config.differences(here, there))
     if subject.is_vl:
         found += processors.differences(subject.json, source.json)

@@ -10,10 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import TensorInfo, read_tensor, torch_dtype
-from mtpress.repairs.base_files import base_tensor
+from mtpress.repairs.base_files import base_tensor, not_there
 from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.draft_head import head_from_base
-from mtpress.repairs.repair import OTHER_BASE, STAYS, Context, Fix, Left, Repair, told_unless_source
+from mtpress.repairs.repair import STAYS, Context, Fix, Left, Repair, told_unless_source
 from mtpress.repairs.tensors import is_exact
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
 
@@ -39,7 +39,7 @@ def not_finite(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
             f"{ctx.whose}'s numbers put in the place of those that are NaN or infinite in {', '.join(done[:3])}{', …' * (len(done) > 3)}"
         )
     if missing:
-        yield Left(f"the base has no {missing[0]} of that shape", OTHER_BASE)
+        yield not_there(ctx, missing[0], f"the base has no {missing[0]} of that shape")
 
 
 def patched(info: TensorInfo, origin: TensorInfo, dtype: str) -> "torch.Tensor":
@@ -51,15 +51,17 @@ def patched(info: TensorInfo, origin: TensorInfo, dtype: str) -> "torch.Tensor":
 
 
 def differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
-    done = list[str]()
+    done, missing = list[str](), list[str]()
     for name in finding.where:
         if (origin := base_tensor(ctx, name, ctx.subject.tensors[name].shape)) is not None:
             ctx.overlay.put(name, origin)
             done.append(name)
+        else:
+            missing.append(name)
     if done:
         yield Fix(f"{count(len(done), 'tensor')} put from the base, bit for bit")
-    if len(done) < len(finding.where):
-        yield Left("the base has not all of them in that shape", OTHER_BASE)
+    if missing:
+        yield not_there(ctx, missing[0], "the base has not all of them in that shape")
 
 
 def mtp_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

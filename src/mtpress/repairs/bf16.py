@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mtpress.repairs.base_files import base_tensor
+from mtpress.repairs.base_files import base_tensor, quantized_there
 from mtpress.repairs.overlay import Overlay
-from mtpress.repairs.repair import Context, Fix
+from mtpress.repairs.repair import Context, Fix, Left
 from mtpress.rules.rule import count
 from mtpress.rules.stored import SCALAR_SCALES, SCALE_SUFFIXES, WEIGHT
 from mtpress.rules.subject import Subject
@@ -26,17 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class InBF16:
-    """Modules by what became of them; missing: neither their codes nor the base have them."""
+    """Modules by what became of them; missing: neither their codes nor the base have them. quantized: what is to be told of those that the
+    base has, but quantized."""
 
     put: list[str] = field(default_factory=list)
     dequantized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    quantized: list[Left] = field(default_factory=list)
 
-    def told(self, ctx: Context, why: str = "") -> Iterator[Fix]:
+    def told(self, ctx: Context, why: str = "") -> Iterator[Fix | Left]:
         if self.put:
             yield Fix(f"{count(len(self.put), 'module')} put from {ctx.whose} in BF16, bit for bit{why}")
         if self.dequantized:
             yield Fix(f"{count(len(self.dequantized), 'module')} dequantized to BF16, the value that its codes stand for{why}")
+        yield from self.quantized
 
 
 def in_bf16(ctx: Context, modules: Iterable[str], *, damaged: bool) -> InBF16:
@@ -53,8 +56,11 @@ def in_bf16(ctx: Context, modules: Iterable[str], *, damaged: bool) -> InBF16:
         whole = {m: None if damaged and m in asked else whole_matrix(ctx, m) for m in group}
         wanted = [m for m, matrix in whole.items() if matrix is None]
         origins = {m: base_tensor(ctx, f"{m}.{WEIGHT}", subject.called_for.get(f"{m}.{WEIGHT}")) for m in wanted}
-        if any(origin is None or origin.dtype != "BF16" for origin in origins.values()):
-            made.missing.append(module)
+        if lacking := [m for m, origin in origins.items() if origin is None or origin.dtype != "BF16"]:
+            if (there := quantized_there(ctx, f"{lacking[0]}.{WEIGHT}")) is not None:
+                made.quantized += [there] if not made.quantized else []
+            else:
+                made.missing.append(module)
             continue
         for member, matrix in whole.items():
             drop_scales(ctx.overlay, subject, member)

@@ -4,10 +4,10 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtpress.comparison import counterpart, counterparts
-from mtpress.repairs.base_files import base_tensor
+from mtpress.comparison import counterpart
+from mtpress.repairs.base_files import base_tensor, not_there
 from mtpress.repairs.bf16 import drop_scales, in_bf16
-from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.repairs.unplaced import may_be, told
 from mtpress.rules.rule import Finding
 from mtpress.rules.stored import PLAIN_DTYPES
@@ -28,7 +28,7 @@ def head_from_base(ctx: Context, *, whole: bool = False) -> Iterator[Fix | Left]
         return
     found = {name: base_tensor(ctx, name, shape) for name, shape in shapes.items() if name not in own}
     if lacking := [name for name, info in found.items() if info is None]:
-        yield Left(f"the base has no draft head that fits: {lacking[0]} is missing or of another shape", OTHER_BASE)
+        yield not_there(ctx, lacking[0], f"the base has no draft head that fits: {lacking[0]} is missing or of another shape")
         return
     for name, info in found.items():
         drop_scales(ctx.overlay, ctx.subject, subject.model.module_of(name))
@@ -41,8 +41,7 @@ def head_from_base(ctx: Context, *, whole: bool = False) -> Iterator[Fix | Left]
 
 def other_vocabulary(ctx: Context) -> str:
     """Of a head that drafts with embeddings of other rows than those it was trained with: what to know of it; else nothing."""
-    assert ctx.base is not None
-    theirs = counterpart("embed_tokens.weight", counterparts(ctx.base))
+    theirs = counterpart("embed_tokens.weight", ctx.theirs)
     mine = next((info for name, info in ctx.subject.tensors.items() if name.endswith("embed_tokens.weight")), None)
     if theirs is None or mine is None or theirs.shape == mine.shape:
         return ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtpress.matching.fp8 import LISTS
 from mtpress.repairs.bf16 import in_bf16
-from mtpress.repairs.repair import Context, Fix
+from mtpress.repairs.repair import Context, Fix, Left
 from mtpress.rules.stored import INPUT_SCALE, SCALE_INV
 from mtpress.rules.subject import Subject
 
@@ -35,7 +35,7 @@ def fp8_content(subject: Subject, kept: list[str]) -> dict[str, Any] | None:
     return content | {key: list(kept) for key in [key for key in LISTS if key in content] or [LISTS[1]]}
 
 
-def unloadable_lm_head(ctx: Context) -> Iterator[Fix]:
+def unloadable_lm_head(ctx: Context) -> Iterator[Fix | Left]:
     """Dequantizes an lm_head in FP8 beside blocks: quant_method fp8 has no method for it, and no other has these blocks."""
     scheme = ctx.subject.fp8_schemes.get("lm_head")
     if scheme is not None and scheme.scale_name == SCALE_INV:

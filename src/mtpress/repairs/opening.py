@@ -4,7 +4,6 @@ In: a directory and, where one is given, the base. Out: `Opened`. Leaves out: re
 by the index; files that cannot be read, and files of which no tensor has a place in the model, are left out and named.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from mtpress.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, read_j
 from mtpress.errors import InputError
 from mtpress.models import family
 from mtpress.models.qwen3_5 import component
+from mtpress.repairs.base_files import undeclared
 from mtpress.rules.config import not_treated
 from mtpress.rules.names import refuse_head_alone
 from mtpress.rules.registry import OPEN_RULES, STATIC_RULES
@@ -78,7 +78,7 @@ def _config(path: Path, base: Checkpoint | None) -> tuple[dict[str, Any], InputE
     except InputError as error:
         if base is None:
             raise InputError(f"{error}; with --base SRC the source's config.json takes its place") from None
-        return copy.deepcopy(base.config), error
+        return undeclared(base.config), error
 
 
 def _shards(path: Path, opened: Checkpoint | None) -> tuple[tuple[Shard, ...], dict[str, str]]:

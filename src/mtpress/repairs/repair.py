@@ -7,10 +7,11 @@ overlay, told as `Fix`, and what stays as it is, told as `Left`. Leaves out: wri
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mtpress.checkpoint import Checkpoint
-from mtpress.comparison import Comparison
+from mtpress.checkpoint import Checkpoint, TensorInfo
+from mtpress.comparison import Comparison, counterparts
 from mtpress.relation import Kind
 from mtpress.rules.rule import Finding
 from mtpress.rules.subject import Subject
@@ -59,6 +60,11 @@ class Context:
     left_out: Mapping[str, str] = field(default_factory=dict)
     keep_template: bool = False
     base_is: Kind | None = None
+
+    @cached_property
+    def theirs(self) -> Mapping[str, TensorInfo]:
+        """The base's tensors by their meaning, as counterpart() looks them up; none without a base."""
+        return counterparts(self.base) if self.base is not None else {}
 
     @property
     def comparison(self) -> Comparison | None:

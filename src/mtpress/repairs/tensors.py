@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
-from mtpress.repairs.base_files import base_tensor
+from mtpress.repairs.base_files import base_tensor, quantized_there
 from mtpress.repairs.bf16 import in_bf16, is_bf16, whole_matrix
 from mtpress.repairs.declaration import declare, stored_bits
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
@@ -58,8 +58,10 @@ def from_base(ctx: Context, names: Iterable[str], what: str) -> Iterator[Fix | L
     if done:
         yield Fix(f"{count(len(done), 'tensor')} put from {ctx.whose}, bit for bit: {', '.join(done[:3])}{', …' * (len(done) > 3)}")
     yield from made.told(ctx)
-    if missing := missing + made.missing:
-        yield Left(f"the base has no such tensor either ({missing[0]}, …)", OTHER_BASE)
+    elsewhere = [name for name in missing if quantized_there(ctx, name) is None] + made.missing
+    yield from [left for name in missing if (left := quantized_there(ctx, name)) is not None][:1]
+    if elsewhere:
+        yield Left(f"the base has no such tensor either ({elsewhere[0]}, …)", OTHER_BASE)
 
 
 def tensor_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

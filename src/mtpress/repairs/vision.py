@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from mtpress.repairs.base_files import base_tensor, vision_config
+from mtpress.repairs.base_files import base_tensor, not_there, vision_config
 from mtpress.repairs.files import copy_files
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.repairs.unplaced import may_be, told
@@ -22,7 +22,7 @@ def vision_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:
         return
     found = {name: base_tensor(ctx, name, shape) for name, shape in shapes.items()}
     if lacking := [name for name, info in found.items() if info is None]:
-        yield Left(f"the base has no vision tower that fits ({lacking[0]}, …)", OTHER_BASE)
+        yield not_there(ctx, lacking[0], f"the base has no vision tower that fits ({lacking[0]}, …)")
         return
     for name, info in found.items():
         assert info is not None

@@ -1,6 +1,6 @@
 """repair: a finished checkpoint with faults → a new one without those that can be mended without loss.
 
-In: a checkpoint, a new output directory and, for what only the source has, its BF16 base. Out: the output directory and a
+In: a checkpoint, a new output directory and, for what only the source has, its base. Out: the output directory and a
 `RepairResult`: for each finding of check how it was mended, or why it is left and what it would take. Leaves out: the repairs
 themselves (repairs/), the rules (rules/) and writing (revision.py). The source is never opened for writing; what does not change is
 hard-linked, and where only metadata is wrong no weight is read.
@@ -133,7 +133,7 @@ def repair(
     started = time.perf_counter()
     target = Path(out)
     refuse_place(target, [checkpoint, *([base] if base is not None else [])])
-    source = open_base(base, str(checkpoint)) if base is not None else None
+    source = open_base(base) if base is not None else None
     opened = open_broken(checkpoint, source)
     refuse_foreign_files(opened.stored.path)
     refuse_other_tasks(opened.stored)
@@ -225,7 +225,9 @@ def recorded(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="the checkpoint to repair: a directory or a Hub id; it is not changed")
     parser.add_argument("out", metavar="OUT", help="the directory to make; it must not exist")
-    parser.add_argument("--base", metavar="SRC", help="the 16-bit checkpoint that it was made from: fills what is absent or damaged here")
+    parser.add_argument(
+        "--base", metavar="SRC", help="the checkpoint that it was made from: what it has in 16 bits fills what is absent or damaged here"
+    )
     add_base_is(parser)
     parser.add_argument(
         "--no-compare", action="store_true", help="with --base: take what is missing from it, without comparing every weight with it"
