@@ -31,6 +31,10 @@ AMX = replace(machine("cpu"), cpu_flags=frozenset({"avx2", "avx512f", "avx512bw"
 TEXT = {"architecture": "Qwen3_5ForCausalLM"}
 AUTOROUND = {"format": "AutoRound", "quant_method": "inc"}
 NO_DRAFTS = {"num_speculative_tokens": 0}
+OTHER_FP8 = (
+    "compressed-tensors FP8 by row and NVFP4 (W4A4)", "compressed-tensors FP8 in blocks of 128×128", "modelopt FP8", "FP8",
+    "modelopt mixed precision (NVFP4 W4A4, FP8)",
+)  # fmt: skip
 Call = dict[str, Any]
 
 # id → (a launch that meets it, launches that do not)
@@ -124,6 +128,10 @@ CASES: dict[str, tuple[Call, tuple[Call, ...]]] = {
         ({"served": NVFP4}, {"on": "cpu"}, {"on": "cpu", "served": NVFP4, "plugins": ("other", "mtpress_nvfp4_cpu")}),
     ),
     "cpu-nvfp4-weight-only": ({"on": "cpu", "served": W4A16}, ({"on": "cpu", "served": NVFP4}, {"served": W4A16})),
+    "cpu-fp8-by-tensor": (
+        {"on": "cpu", "served": {"format": "compressed-tensors NVFP4 (W4A4) and FP8"}},
+        ({"served": {"format": "compressed-tensors FP8"}}, *({"on": "cpu", "served": {"format": format_}} for format_ in OTHER_FP8)),
+    ),
     "cpu-fp8-kv": (
         {"on": AVX2, "kv_cache_dtype": "fp8"},
         ({"on": AMX, "kv_cache_dtype": "fp8"}, {"on": AVX2, "kv_cache_dtype": "auto"}, {"kv_cache_dtype": "fp8"},
