@@ -17,11 +17,11 @@ from torch import nn
 
 import qwen3_6_files
 from measuring import options, table, write_json
-from mtpress.calibration import InputAmax
-from mtpress.input_hessian import InputHessian
-from mtpress.models import qwen3_5_layers
-from mtpress.models.qwen3_5 import layer_shapes
-from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.calibration.block_hessian import InputHessian
+from mtpress.calibration.samples import InputAmax
+from mtpress.models.qwen3_5 import layers as qwen3_5_layers
+from mtpress.models.qwen3_5.layers import StreamedBody
+from mtpress.models.qwen3_5.names import layer_shapes
 from qwen3_6_files import WIDTHS
 
 KINDS = {0: "linear_attention", 3: "full_attention"}

@@ -35,14 +35,15 @@ from torch import Tensor
 from bench_signround import HERE, chunks, read_weights, write_tiny, write_wide
 from measuring import measured, mtpress, options, record, table, write_calibration, write_json
 from mtpress.builtin import CALIBRATION_FILE, EVALUATION_FILE
-from mtpress.chat import Sample
-from mtpress.checkpoint import Checkpoint, read_tensor
-from mtpress.full_hessian import FullHessian
-from mtpress.gptq_pass import GptqPass, Kernel, Settings
-from mtpress.models.qwen3_5_layers import StreamedBody
-from mtpress.plan import Plan, make_plan
+from mtpress.calibration.full_hessian import FullHessian
+from mtpress.calibration.gptq import GptqPass, Kernel, Settings
+from mtpress.chat.sample import Sample
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.safetensors import read_tensor
+from mtpress.models.qwen3_5.layers import StreamedBody
+from mtpress.plan.plan import Plan, make_plan
+from mtpress.plan.recipe import GPTQ_SCALES, parse_recipe
 from mtpress.progress import human_bytes, human_seconds
-from mtpress.recipe import GPTQ_SCALES, parse_recipe
 from mtpress.rounding import gptq
 
 CPU = torch.device("cpu")

@@ -18,13 +18,13 @@ from typing import Any
 
 from full_size import make_full_size
 from measuring import Run, make_cold, measured, mtpress, options, table, write_json
-from mtpress.checkpoint import Checkpoint
-from mtpress.checkpoint_writer import CheckpointWriter
-from mtpress.models.qwen3_5 import MTP_PREFIX, mtp_shapes
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.revision import Revision
+from mtpress.checkpoint.shard_writer import OutputTensor
+from mtpress.checkpoint.writer import CheckpointWriter
+from mtpress.models.qwen3_5.names import MTP_PREFIX, mtp_shapes
+from mtpress.plan.recipe import load_recipe
 from mtpress.progress import human_bytes
-from mtpress.recipe import load_recipe
-from mtpress.revision import Revision
-from mtpress.shard_writer import OutputTensor
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 from qwen3_6_files import WIDTHS
@@ -33,9 +33,9 @@ from qwen3_6_files import WIDTHS
 METADATA_ONLY = """
 import sys
 from pathlib import Path
-from mtpress.checkpoint import Checkpoint
-from mtpress.revision import Revision
-revised = Revision(Checkpoint.open_stored(sys.argv[1]))
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.revision import Revision
+revised = Revision(Checkpoint.open_stored(sys.argv[1]), "mtp.")
 revised.write_file("config.json", b"{}")
 revised.write(Path(sys.argv[2]), "revise", {}, silent=True)
 """
@@ -58,7 +58,7 @@ def write_head(out: Path, source: Checkpoint, layers: int) -> None:
 
 def without_head(quantized: Path, out: Path) -> None:
     """What an exporter makes that does not know of the head: its tensors are gone, and no list names them."""
-    revised = Revision(Checkpoint.open_stored(quantized))
+    revised = Revision(Checkpoint.open_stored(quantized), "mtp.")
     for name in revised.source.tensors:
         if name.startswith(MTP_PREFIX):
             revised.drop(name)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from full_size import WIDTHS, make_full_size
 from measuring import measured, mtpress, options, record, table, write_calibration, write_json, write_recipe
-from mtpress.calibration import load_calibration
+from mtpress.calibration.samples import load_calibration
+from mtpress.plan.recipe import load_recipe
 from mtpress.progress import human_bytes
-from mtpress.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -32,7 +32,7 @@ HASH_BYTES = 32 << 20
 def one_matrix(choices: list[str], repeats: int) -> dict[str, dict[str, float]]:
     import hashlib
 
-    from mtpress.stream import ROUNDINGS
+    from mtpress.quantization.rounders import ROUNDINGS
 
     torch.set_num_threads(1)
     weight = make_weight(17408, 5120)
@@ -64,7 +64,7 @@ def whole_runs(
     """Of each round, choice → its run."""
     import yaml
 
-    from mtpress.recipe import load_recipe
+    from mtpress.plan.recipe import load_recipe
 
     found: list[dict[str, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory(dir="build") as scratch:

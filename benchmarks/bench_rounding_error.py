@@ -16,13 +16,13 @@ import torch
 import qwen3_6_files
 from full_size import PREFIX, WIDTHS
 from measuring import options, table, write_json
+from mtpress.calibration.block_hessian import InputHessian
+from mtpress.calibration.full_hessian import FullHessian
 from mtpress.formats import nvfp4
-from mtpress.full_hessian import FullHessian
-from mtpress.input_hessian import InputHessian
-from mtpress.models import qwen3_5
-from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.models.qwen3_5.layers import StreamedBody
+from mtpress.quantization.rounders import NVFP4_ROUNDINGS
 from mtpress.rounding import gptq
-from mtpress.stream import NVFP4_ROUNDINGS
 from random_weights import RandomWeights
 
 CHOICES = ("max", "four-over-six", "sweep", "hessian")

@@ -30,11 +30,11 @@ from torch import Tensor
 import qwen3_6_files
 from measuring import measured, options, table, write_json
 from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE, EVALUATION_FILE
-from mtpress.calibration import encode_row, read_jsonl
-from mtpress.chat import ChatEncoder
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import QUANTIZABLE, layer_shapes
-from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.calibration.samples import encode_row, read_jsonl
+from mtpress.chat.encoder import ChatEncoder
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.layers import StreamedBody
+from mtpress.models.qwen3_5.names import QUANTIZABLE, layer_shapes
 from mtpress.progress import human_bytes
 from mtpress.rounding import rtn, search
 from qwen3_6_files import Width

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from full_size import make_full_size
 from measuring import make_cold, mtpress, options, record, table, write_json
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.plan.recipe import recipe_file
 from mtpress.progress import human_bytes
-from mtpress.recipe import recipe_file
 
 PIECE = 16 << 20
 

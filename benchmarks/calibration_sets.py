@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.evaluation.result import EvalResult, shown
-from mtpress.recipe import CalibrationSource, Recipe, load_recipe
+from mtpress.plan.recipe import CalibrationSource, Recipe, load_recipe
 from mtpress.stages.eval import evaluate
 from mtpress.stages.quantize import quantize
 

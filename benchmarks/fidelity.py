@@ -25,11 +25,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from measuring import machine, write_json
 from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE
-from mtpress.calibration import load_calibration
+from mtpress.calibration.samples import load_calibration
 from mtpress.evaluation.documents import ALL, IMAGES, TEXT
 from mtpress.evaluation.result import EvalResult, number, shown
+from mtpress.plan.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe
 from mtpress.progress import human_bytes
-from mtpress.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe
 from mtpress.stages.eval import evaluate
 from mtpress.stages.graft import graft
 from mtpress.stages.quantize import quantize

@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import qwen3_6_files
-from mtpress.checkpoint import INDEX_NAME
-from mtpress.checkpoint_writer import CheckpointWriter, split_into_shards
+from mtpress.checkpoint.checkpoint import INDEX_NAME
+from mtpress.checkpoint.record import peak_memory_bytes
+from mtpress.checkpoint.shard_writer import OutputTensor, shard_header
+from mtpress.checkpoint.writer import CheckpointWriter, split_into_shards
 from mtpress.errors import InputError, MtpressError
-from mtpress.models import qwen3_5
+from mtpress.models.qwen3_5 import names as qwen3_5
 from mtpress.progress import Progress, human_bytes
-from mtpress.record import peak_memory_bytes
-from mtpress.shard_writer import OutputTensor, shard_header
 from qwen3_6_files import MIN_VOCAB_SIZE, WIDTHS, Width
 
 PREFIX = "model.language_model."

@@ -17,11 +17,11 @@ import torch
 
 from full_size import make_full_size
 from measuring import options, record, table, write_calibration, write_json, write_recipe
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import layer_index
-from mtpress.plan import make_plan
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.names import layer_index
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import load_recipe
 from mtpress.progress import human_bytes
-from mtpress.recipe import load_recipe
 from mtpress.stages.quantize import quantize
 
 COPY_BYTES = 1 << 30

@@ -96,7 +96,7 @@ def write_recipe(path: Path, name: str, samples: int, tokens: int) -> Path:
     """A shipped recipe with this much calibration."""
     import yaml
 
-    from mtpress.recipe import load_recipe
+    from mtpress.plan.recipe import load_recipe
 
     content = load_recipe(name).canonical()
     content["calibration"] |= {"num_samples": samples, "max_seq_len": tokens}

@@ -4,7 +4,7 @@
     python benchmarks/official_templates.py --write      puts it into docs/chat-template.md between its markers
     python benchmarks/official_templates.py --failures   prints every failing case, a line each
 
-In: mtpress.templating_cases, and the templates of the trl in .envs/templates (locks/make_env.py makes it). Out: Markdown. Leaves
+In: mtpress.chat.cases, and the templates of the trl in .envs/templates (locks/make_env.py makes it). Out: Markdown. Leaves
 out: their text. They are read where they are installed; the words here are ours. Seconds of one core.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from mtpress.templating import Failure, behaviour
-from mtpress.templating_cases import CASES
+from mtpress.chat.cases import CASES
+from mtpress.chat.template import Failure, behaviour
 from real_exports import peer_python
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-TEMPLATE = Path(__file__).parents[1] / "src/mtpress/templates/qwen3_5.jinja"
+TEMPLATE = Path(__file__).parents[1] / "src/mtpress/chat/qwen3_5.jinja"
 FIRST_ADDED_ID = 248044
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",

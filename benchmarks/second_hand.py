@@ -25,7 +25,7 @@ from questions import ANSWERS
 from breaks import CASES
 from checkpoints import write_small
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.recipe import load_recipe
+from mtpress.plan.recipe import load_recipe
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 from real_exports import peer_python

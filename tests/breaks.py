@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import IDS, PREFIX, Edit
-from mtpress.checkpoint import INDEX_NAME
+from mtpress.chat.template import template
+from mtpress.checkpoint.checkpoint import INDEX_NAME
 from mtpress.formats import nvfp4
-from mtpress.models.qwen3_5 import MTP_TENSORS
-from mtpress.rules.tokenizer import CONFIG_IDS, SPECIALS
-from mtpress.templating import template
+from mtpress.models.qwen3_5.names import MTP_TENSORS
+from mtpress.quant_config.tokenizer_files import CONFIG_IDS, SPECIALS
 
 L0, L3 = f"{PREFIX}layers.0.", f"{PREFIX}layers.3."
 Q = f"{L3}self_attn.q_proj"

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mtpress.checkpoint import INDEX_NAME
+from mtpress.chat.template import template
+from mtpress.checkpoint.checkpoint import INDEX_NAME
 from mtpress.formats import compressed_tensors, int4, mixed_precision
-from mtpress.models import qwen3_5
-from mtpress.recipe import Recipe, load_recipe
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.plan.recipe import Recipe, load_recipe
 from mtpress.rounding.fp8 import round_group
-from mtpress.templating import template
 
 PREFIX = "model.language_model."
 SPECIALS = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import SMALL_FORMATS, weight_only, write_small
-from mtpress.recipe import load_recipe, shipped
+from mtpress.plan.recipe import load_recipe, shipped
 from mtpress.stages.quantize import quantize
 
 
@@ -34,4 +34,4 @@ def small_formats(small_bf16: Path, small_nvfp4: dict[str, Path], tmp_path_facto
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs a peer's environment comes last: `make test` makes those while the other files are tried."""
-    items.sort(key=lambda item: item.path.parent.name in ("engine", "oracles"))
+    items.sort(key=lambda item: bool({"engine", "oracles"} & set(item.path.parts)))

@@ -25,9 +25,9 @@ import breaks
 import format_breaks
 from checkpoints import SMALL_FORMATS, Edit, weight_only, write_small
 from mtpress.builtin import BUILTIN_MODEL
+from mtpress.checkpoint.record import RECORD_NAME
 from mtpress.errors import InputError
-from mtpress.recipe import Recipe, load_recipe, shipped
-from mtpress.record import RECORD_NAME
+from mtpress.plan.recipe import Recipe, load_recipe, shipped
 from mtpress.stages.convert import convert
 from mtpress.stages.graft import graft
 from mtpress.stages.quantize import quantize

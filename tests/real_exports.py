@@ -106,8 +106,8 @@ def make(export: Export, out: Path) -> None:
 
 def samples() -> list[list[int]]:
     """Token ids [NUM_SAMPLES][T] of the first samples of the built-in calibration set that hold no picture."""
-    from mtpress.calibration import load_calibration
-    from mtpress.recipe import load_recipe
+    from mtpress.calibration.samples import load_calibration
+    from mtpress.plan.recipe import load_recipe
 
     limits = load_recipe("nvfp4-mtp-vlm").calibration.model_copy(update={"num_samples": 2 * NUM_SAMPLES})
     loaded = load_calibration(BUILTIN_MODEL, limits, [str(CALIBRATION_FILE)]).samples

@@ -19,8 +19,8 @@ import httpx2
 import psutil
 from PIL import Image, ImageDraw
 
-from mtpress.engine.launch import Launch
-from mtpress.engine.server import Server
+from mtpress.engine.launch.launch import Launch
+from mtpress.engine.server.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILTIN_MODEL = ROOT / "src/mtpress/builtin/mtpress-tiny"

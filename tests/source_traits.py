@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import PREFIX, Edit
-from mtpress.templating import template
+from mtpress.chat.template import template
 
 TRAITS: dict[str, Callable[[Edit], object]] = {}
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 from mtpress import __version__
 from mtpress.cli import STAGES, main
 from mtpress.errors import FindingError
-from mtpress.recipe import shipped
+from mtpress.plan.recipe import shipped
 from mtpress.stages import recipes
 
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "rich", "yaml", "huggingface_hub")
@@ -23,7 +23,7 @@ def imported(statements: str) -> set[str]:
 
 
 def test_importing_mtpress_loads_nothing_heavy() -> None:
-    assert imported("import mtpress, mtpress.cli, mtpress.checkpoint, mtpress.errors") == set()
+    assert imported("import mtpress, mtpress.cli, mtpress.checkpoint.checkpoint, mtpress.errors") == set()
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from mtpress.checkpoint.record import record_bytes
 from mtpress.json_files import json_bytes, json_string
-from mtpress.record import record_bytes
 from mtpress.terminal import json_text
 
 NAN, INFINITE = float("nan"), float("inf")

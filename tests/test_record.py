@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from mtpress.record import RECORD_NAME, add_to_record, record_bytes
+from mtpress.checkpoint.record import RECORD_NAME, add_to_record, record_bytes
 
 
 def test_what_is_learned_later_is_added_and_the_rest_stays(tmp_path: Path) -> None:

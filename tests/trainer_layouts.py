@@ -1,7 +1,7 @@
 """How trainers and exporters store tensors of the family under names and in layouts that are not its own.
 
 In: the tensors of a checkpoint. Out: the same numbers, stored otherwise. RENAMED: which of them is which is certain; UNPLACED: it is
-not, so that they stay as they are. Leaves out: the wrappers of trainers (tests/models/test_qwen3_5_names.py).
+not, so that they stay as they are. Leaves out: the wrappers of trainers (tests/models/qwen3_5/test_renames.py).
 """
 
 import re

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from corpus import Document, documents, see, sum_answer, sum_pair, sum_question, user
-from mtpress.checkpoint import Checkpoint
-from mtpress.generate import Generator
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.generate import Generator
 from render import DocumentEncoder, plain_text
 
 NUM_TEXTS, NUM_PICTURES, NUM_SUMS, NUM_PROMPTS = 300, 100, 200, 60

@@ -7,7 +7,8 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from corpus import Document
-from mtpress.chat import IMAGE_TOKEN, ChatEncoder, Sample
+from mtpress.chat.encoder import IMAGE_TOKEN, ChatEncoder
+from mtpress.chat.sample import Sample
 
 END_OF_TEXT = "<|endoftext|>"
 _template: Any = None
@@ -21,7 +22,7 @@ def plain_text(document: Document, add_generation_prompt: bool = False) -> str:
     if _template is None:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        source = Path(__file__).parents[1] / "src/mtpress/templates/qwen3_5.jinja"
+        source = Path(__file__).parents[1] / "src/mtpress/chat/qwen3_5.jinja"
         _template = _compile_jinja_template(source.read_text(encoding="utf-8"))
         assert isinstance(_template.environment, ImmutableSandboxedEnvironment)
     thinking = {} if document.enable_thinking is None else {"enable_thinking": document.enable_thinking}

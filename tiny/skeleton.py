@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from corpus import documents
 
-TEMPLATE = Path(__file__).parents[1] / "src/mtpress/templates/qwen3_5.jinja"
+TEMPLATE = Path(__file__).parents[1] / "src/mtpress/chat/qwen3_5.jinja"
 VOCAB_SIZE = 1280  # what the embedding holds; the tokenizer fills VOCAB_FILLED of it, as Qwen's own pads to 248320
 VOCAB_FILLED = 1250
 SPLIT = (

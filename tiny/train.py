@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from corpus import COLORS, SHAPES, Document, documents, picture, see, sum_answer, sum_pair, sum_question, user
-from mtpress.chat import Sample
-from mtpress.models.draft_head import DraftHead
+from mtpress.chat.sample import Sample
+from mtpress.models.qwen3_5.draft_head import DraftHead
 from render import DocumentEncoder
 from skeleton import write_skeleton
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from mtpress import __version__
-from mtpress.engine.api_key import without_login, without_secrets_in
+from mtpress.api_key import without_login, without_secrets_in
 from mtpress.errors import MtpressError, ResourceError, of_the_machine
 from mtpress.terminal import json_text, say, visible
 

@@ -29,3 +29,11 @@ def without_nan(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {key if isinstance(key, str | int) or key is None else str(key): without_nan(value) for key, value in content.items()}
     return [without_nan(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+SHOWN = 60
+
+
+def shown(value: Any) -> str:
+    """A value in a few characters of JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:SHOWN]

@@ -2,7 +2,7 @@
 
 In: lines, tables, JSON. Out: text on a terminal, a pipe or a file, in which control characters, direction marks and other invisible ones
 are spelled out (an escape as \\x1b) and rich's markup is text like any other. Leaves out: what is printed; live lines (progress.py,
-engine/load_progress.py), which escape their words here.
+engine/server/load_progress.py), which escape their words here.
 """
 
 import json
@@ -15,6 +15,7 @@ from mtpress.json_files import json_string
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 LEAST_WIDTH = 40  # COLUMNS=0 would print empty lines
 # Controls of ASCII and Latin-1 but for the line feed; marks of direction and joining; other separators of lines; tags and the like.
@@ -59,3 +60,8 @@ def json_text(document: Any, indent: int | None = None) -> str:
     """A document as JSON that a terminal may be shown: the same document, invisible characters in JSON's own spelling."""
     text = json_string(document, indent=indent)
     return INVISIBLE.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def count(number: int, noun: str) -> str:
+    """1 → "1 tensor", 3 → "3 tensors"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -10,11 +10,11 @@ import pytest
 
 from mtpress.bench.client import DRIVER, BenchClient, Load, cell_run
 from mtpress.bench.measurement import Cell
-from mtpress.engine.driver_process import LOOP, DriverProcess, client_environment
-from mtpress.engine.installed import Engine
-from mtpress.engine.metrics import SpecDecode
+from mtpress.engine.drivers.process import LOOP, DriverProcess, client_environment
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.server.metrics import SpecDecode
 from mtpress.errors import EngineError, InputError
-from mtpress.tasks.run import DRIVER as TASKS_DRIVER
+from mtpress.evaluation.tasks.run import DRIVER as TASKS_DRIVER
 
 CELL = Cell(50, 2)
 RESULT: dict[str, Any] = {

@@ -16,8 +16,8 @@ from mtpress.bench.client import Load
 from mtpress.bench.measurement import Cell, CellRun
 from mtpress.bench.prompt_mix import load_prompts
 from mtpress.bench.result import Configuration
-from mtpress.engine.hardware import Hardware
-from mtpress.engine.installed import Engine
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.memory.hardware import Hardware
 from mtpress.errors import EngineError, InputError
 
 CELLS = (Cell(50, 1), Cell(50, 8))

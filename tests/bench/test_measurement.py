@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mtpress.bench.measurement import Cell, CellRun, Spread, percentile, summarize, total_spec_decode
-from mtpress.engine.metrics import SpecDecode
+from mtpress.engine.server.metrics import SpecDecode
 
 CELL = Cell(50, 2)
 

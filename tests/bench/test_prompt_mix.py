@@ -32,7 +32,7 @@ def test_the_shipped_mix_and_700_tokens_fit_a_small_vocabulary() -> None:
 
 
 def test_the_longest_prompt_is_never_counted_shorter_than_the_template_makes_it() -> None:
-    from mtpress.chat import ChatEncoder
+    from mtpress.chat.encoder import ChatEncoder
 
     mix, encoder = load_prompts("mix"), ChatEncoder(BUILTIN_MODEL)
     true = max(len(encoder.encode(list(p.messages), add_generation_prompt=True).input_ids) for p in mix.prompts)

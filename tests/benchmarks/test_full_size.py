@@ -10,12 +10,12 @@ import torch
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from full_size import MAX_QUEUED_BYTES, make_full_size
-from mtpress.chat import ChatEncoder
-from mtpress.checkpoint import Checkpoint
+from mtpress.chat.encoder import ChatEncoder
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.errors import InputError
-from mtpress.models import qwen3_5
-from mtpress.plan import make_plan
-from mtpress.recipe import load_recipe, shipped
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import load_recipe, shipped
 from qwen3_6_files import FIRST_ADDED_ID, TINY, WIDTHS
 from random_weights import RandomWeights
 

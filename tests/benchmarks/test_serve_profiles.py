@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from mtpress.engine import profiles
-from mtpress.engine.known_issues import known_issues
-from mtpress.engine.served_model import ServedModel
+from mtpress.engine.launch import profiles
+from mtpress.engine.launch.known_issues import known_issues
+from mtpress.engine.memory.served_model import ServedModel
 from serve_profiles import BUILDS, DOCUMENT, MARKER, Layouts, compare, dry_run, filled, generated, seeds
 from served_layouts import INT4, names
 

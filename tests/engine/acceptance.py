@@ -15,7 +15,7 @@ from typing import Any
 from fp8_cache import skip_if_declared
 from questions import ANSWERS, PICTURES, STORIES, Question, picture_questions, text_questions
 
-from mtpress.recipe import load_recipe, shipped
+from mtpress.plan.recipe import load_recipe, shipped
 from mtpress.stages.quantize import quantize
 
 Probe = Callable[[Path, dict[str, Any], Path], dict[str, Any]]
@@ -27,12 +27,12 @@ PROBE_TIMEOUT_SECONDS = 600  # a start takes 20 s of one core; this leaves room 
 
 
 def run_probe(engine_python: Path, checkpoint: Path, request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The result of mtpress.engine.probe; request and result stay in the folder, which image paths are relative to."""
+    """The result of mtpress.engine.plugins.probe; request and result stay in the folder, which image paths are relative to."""
     skip_if_declared(checkpoint)
     name = f"{checkpoint.name}-mtp{request.get('mtp', 0)}"
     asked, answered = folder / f"{name}.request.json", folder / f"{name}.result.json"
     asked.write_text(json.dumps(request), encoding="utf-8")
-    command = [str(engine_python), "-m", "mtpress.engine.probe", str(checkpoint), str(asked), str(answered)]
+    command = [str(engine_python), "-m", "mtpress.engine.plugins.probe", str(checkpoint), str(asked), str(answered)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_SECONDS)
     assert done.returncode == 0, f"vLLM on {checkpoint}:\n{done.stderr[-4000:]}"
     return json.loads(answered.read_text(encoding="utf-8"))

@@ -38,7 +38,8 @@ CONFIGS = {
     "gptq": AutoGPTQConfig,
 }
 SPLIT = ("some but not all shards", "different quantization schemes for the shards", "requires consistent quant config", "Mixed quant_algo")
-# kind, bits, group_size, symmetric, activations: as mtpress.matching.Scheme has it; of FP8 scale_of, static, block and scale_name too
+# kind, bits, group_size, symmetric, activations: as mtpress.quant_config.matching.Scheme has it; of FP8 scale_of, static, block and
+# scale_name too
 BLOCK, SCALE, SCALE_INV = [128, 128], "weight_scale", "weight_scale_inv"
 MIXED = {
     "FP8": ["fp8", 8, -1, True, True, "tensor", True, BLOCK, SCALE],

@@ -24,7 +24,7 @@ def engine_python() -> Path:
 
 @pytest.fixture(scope="session")
 def probe(engine_python: Path) -> Probe:
-    """probe(checkpoint, request, folder): the result of mtpress.engine.probe; image paths are relative to folder, where request
+    """probe(checkpoint, request, folder): the result of mtpress.engine.plugins.probe; image paths are relative to folder, where request
     and result stay."""
 
     return partial(run_probe, engine_python)

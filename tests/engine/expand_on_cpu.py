@@ -11,7 +11,7 @@ import torch
 from vllm.platforms import current_platform
 
 if sys.argv[1] == "mended":
-    from mtpress.engine import sampling_cpu
+    from mtpress.engine.plugins import sampling_cpu
 
     sampling_cpu.register()
     sampling_cpu.register()

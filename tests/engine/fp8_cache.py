@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mtpress.checkpoint import Checkpoint
-from mtpress.engine.hardware import read_hardware
-from mtpress.rules.subject import Subject
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.engine.memory.hardware import read_hardware
+from mtpress.quant_config.view import Subject
 
 FLAGS = {"avx512f", "amx_tile"}
 

@@ -109,7 +109,7 @@ from vllm import _custom_ops  # noqa: E402
 
 _custom_ops.causal_conv1d_fwd_cpu = checking
 if sys.argv[1] == "mended":
-    from mtpress.engine import gdn_cpu
+    from mtpress.engine.plugins import gdn_cpu
 
     gdn_cpu.register()
     gdn_cpu.register()

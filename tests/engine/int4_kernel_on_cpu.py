@@ -15,7 +15,7 @@ from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MP
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
-from mtpress.engine import int4_cpu
+from mtpress.engine.plugins import int4_cpu
 
 current_platform.import_kernels()
 if "--without-kernel" in sys.argv:

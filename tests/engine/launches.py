@@ -5,12 +5,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtpress.engine import profiles
-from mtpress.engine.hardware import Gpu, Hardware
-from mtpress.engine.installed import Engine
-from mtpress.engine.launch import Launch, compose
-from mtpress.engine.profiles import GIB, Platform
-from mtpress.engine.served_model import ServedModel
+from mtpress.engine.launch import profiles
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.launch.launch import Launch, compose
+from mtpress.engine.launch.profiles import GIB, Platform
+from mtpress.engine.memory.hardware import Gpu, Hardware
+from mtpress.engine.memory.served_model import ServedModel
 
 BUILTIN_MODEL = Path(__file__).parents[2] / "src/mtpress/builtin/mtpress-tiny"
 NVFP4: dict[str, Any] = {"format": "modelopt NVFP4 (W4A4)", "quant_method": "modelopt_fp4"}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from breaks import Break
 from checkpoints import Edit
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import INDEX_NAME
+from mtpress.checkpoint.checkpoint import INDEX_NAME
 from mtpress.formats import int4
 from mtpress.rounding import rtn
 from mtpress.stages.convert import convert

@@ -19,9 +19,9 @@ from vllm.parser import ParserManager
 from vllm.reasoning import ReasoningParserManager
 from vllm.renderers.hf import _detect_content_format, resolve_chat_template_kwargs, safe_apply_chat_template
 
-import mtpress.engine.settings
+import mtpress.engine.launch.settings
 
-ReasoningParserManager.import_reasoning_parser(str(mtpress.engine.settings.REASONING_PARSER))
+ReasoningParserManager.import_reasoning_parser(str(mtpress.engine.launch.settings.REASONING_PARSER))
 TOKENIZER = AutoTokenizer.from_pretrained(sys.argv[1])
 TOKENIZER.backend_tokenizer.normalizer = normalizers.Sequence([])  # a model writes what no normalizer has seen
 PARSERS: dict[str, Any] = {}

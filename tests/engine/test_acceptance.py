@@ -14,7 +14,7 @@ import pytest
 from acceptance import BF16, NUM_DRAFT_TOKENS, Runs
 from questions import ANSWERS, PICTURES
 
-from mtpress.recipe import load_recipe, shipped
+from mtpress.plan.recipe import load_recipe, shipped
 
 pytestmark = pytest.mark.engine
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from mtpress.api_key import secret_flag, split_login, without_login, without_secrets
 from mtpress.cli import main
-from mtpress.engine.api_key import secret_flag, split_login, without_login, without_secrets
 from mtpress.errors import InputError
 
 SECRET = "a-SECRET"

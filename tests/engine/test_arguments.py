@@ -1,6 +1,6 @@
 import pytest
 
-from mtpress.engine.arguments import OFF, ON, command_values, final_values, json_object, read, whole_number
+from mtpress.engine.launch.arguments import OFF, ON, command_values, final_values, json_object, read, whole_number
 from mtpress.errors import InputError
 
 

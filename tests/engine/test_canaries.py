@@ -5,7 +5,17 @@ import json
 
 from PIL import Image
 
-from mtpress.engine.canaries import COLORS, GROUND, Canary, draw, is_right, picture_canaries, story_canaries, text_canaries, tool_canaries
+from mtpress.engine.trial.canaries import (
+    COLORS,
+    GROUND,
+    Canary,
+    draw,
+    is_right,
+    picture_canaries,
+    story_canaries,
+    text_canaries,
+    tool_canaries,
+)
 
 
 def test_every_kind_is_asked_more_than_once_and_in_its_own_words() -> None:

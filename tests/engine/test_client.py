@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mtpress.engine.client import Client
+from mtpress.engine.server.client import Client
 from mtpress.errors import EngineError, InputError
 from serving import HELLO, free_port
 

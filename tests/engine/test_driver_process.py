@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mtpress.engine.driver_process import DriverProcess, client_environment
+from mtpress.engine.drivers.process import DriverProcess, client_environment
 from mtpress.errors import EngineError, InputError
 
 DRIVER = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtpress.engine.engine_log import LogFollower, first_error, read_end, stage
+from mtpress.engine.server.engine_log import LogFollower, first_error, read_end, stage
 
 CORE = "(EngineCore pid=20370) ERROR 11-21 09:54:23 [core.py:1510] "
 WORKER = "(Worker pid=20444) ERROR 11-21 09:54:23 [multiproc_executor.py:1063] "
@@ -237,5 +237,5 @@ def test_of_a_large_log_the_end_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_end(log) == ""
     log.write_text("first\n" + "x" * 100 + "\nlast\n")
     assert read_end(log).startswith("first")
-    monkeypatch.setattr("mtpress.engine.engine_log.MAX_READ", 10)
+    monkeypatch.setattr("mtpress.engine.server.engine_log.MAX_READ", 10)
     assert read_end(log) == "xxxx\nlast\n"

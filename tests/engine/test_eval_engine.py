@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mtpress.builtin import BUILTIN_MODEL, EVALUATION_FILE
-from mtpress.chat import ChatEncoder
-from mtpress.checkpoint import Checkpoint
+from mtpress.chat.encoder import ChatEncoder
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.evaluation.documents import load
-from mtpress.evaluation.linears import EMULATIONS, round_by_groups
 from mtpress.evaluation.statistics import draws, interval, ratio_of_sums
 from mtpress.formats import nvfp4
+from mtpress.quant_config.emulation import EMULATIONS, round_by_groups
 from mtpress.rounding.max import round_group
 from mtpress.stages.eval import evaluate
 from real_exports import real_export

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from mtpress.engine import client as client_module
-from mtpress.engine import exchange
-from mtpress.engine.client import Client
-from mtpress.engine.metrics import Metrics
+from mtpress.engine.server import client as client_module
+from mtpress.engine.server import exchange
+from mtpress.engine.server.client import Client
+from mtpress.engine.server.metrics import Metrics
 from mtpress.errors import EngineError, InputError, MtpressError
 from serving import HELLO
 

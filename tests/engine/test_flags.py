@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from mtpress.engine import profiles
-from mtpress.engine.arguments import ON, final_values, read
-from mtpress.engine.installed import find_engine
-from mtpress.engine.settings import REASONING_PARSER
+from mtpress.engine.launch import profiles
+from mtpress.engine.launch.arguments import ON, final_values, read
+from mtpress.engine.launch.installed import find_engine
+from mtpress.engine.launch.settings import REASONING_PARSER
 from serve_profiles import BUILDS, Layouts, dry_run
 
 pytestmark = pytest.mark.engine

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpress.engine.gdn_cpu import in_full_rows, transposed
+from mtpress.engine.plugins.gdn_cpu import in_full_rows, transposed
 
 SCRIPT = Path(__file__).with_name("gdn_on_cpu.py")
 CHANNELS = 6

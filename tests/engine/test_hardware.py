@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mtpress.engine import hardware
-from mtpress.engine.hardware import Gpu, available_memory_bytes, read_hardware
+from mtpress.engine.memory import hardware
+from mtpress.engine.memory.hardware import Gpu, available_memory_bytes, read_hardware
 
 MIB = 1 << 20
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import weight_only
-from mtpress.models import qwen3_5
-from mtpress.recipe import Recipe, load_recipe, shipped
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.plan.recipe import Recipe, load_recipe, shipped
 from mtpress.stages.quantize import quantize
 
 pytestmark = pytest.mark.engine

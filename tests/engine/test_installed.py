@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from mtpress.engine import installed
-from mtpress.engine.installed import find_engine
+from mtpress.engine.launch import installed
+from mtpress.engine.launch.installed import find_engine
 from mtpress.errors import InputError
 
 CUDA = '{"vllm": "0.32.0", "torch": "2.13.0+cu130"}'

@@ -8,11 +8,12 @@ from launches import NVFP4, card, engine, flags, launch, machine, model, tiny
 from packaging.version import Version
 from pydantic import ValidationError
 
-from mtpress.engine import hardware, thinking
-from mtpress.engine.known_issues import FACTS, Condition, KnownIssue, known_issues
-from mtpress.engine.launch import Launch
-from mtpress.engine.meaning import Meaning
-from mtpress.engine.thinking import read_template
+from mtpress.engine.launch import thinking
+from mtpress.engine.launch.known_issues import FACTS, Condition, KnownIssue, known_issues
+from mtpress.engine.launch.launch import Launch
+from mtpress.engine.launch.meaning import Meaning
+from mtpress.engine.launch.thinking import read_template
+from mtpress.engine.memory import hardware
 from mtpress.errors import InputError
 from mtpress.stages.serve import PLUGINS
 

@@ -12,9 +12,9 @@ import torch
 from fp8_cache import skip_without_kernel
 
 from mtpress.builtin import BUILTIN_MODEL, EVALUATION_FILE
-from mtpress.checkpoint import Checkpoint
-from mtpress.kv_cache import K_SCALE, V_SCALE
-from mtpress.recipe import CalibrationSource, load_recipe
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.formats.kv_cache import K_SCALE, V_SCALE
+from mtpress.plan.recipe import CalibrationSource, load_recipe
 from mtpress.stages.quantize import quantize
 
 pytestmark = pytest.mark.engine
@@ -37,7 +37,7 @@ def ask(engine_python: Path, checkpoint: Path, folder: Path, **request: Any) -> 
     texts = [row["text"] for row in map(json.loads, EVALUATION_FILE.read_text().splitlines()) if "text" in row][:16]
     asked, answered = folder / "request.json", folder / "result.json"
     asked.write_text(json.dumps({"prompts": [{"text": text} for text in texts], "max_tokens": 1, "prompt_logprobs": True, **request}))
-    command = [str(engine_python), "-m", "mtpress.engine.probe", str(checkpoint), str(asked), str(answered)]
+    command = [str(engine_python), "-m", "mtpress.engine.plugins.probe", str(checkpoint), str(asked), str(answered)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(answered.read_text()), done.stdout + done.stderr

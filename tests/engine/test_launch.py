@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from launches import NVFP4, card, engine, flags, launch, machine, model, tiny
 
-from mtpress.engine.api_key import API_KEY
-from mtpress.engine.arguments import final_values, read
-from mtpress.engine.launch import Launch, compose
-from mtpress.engine.ports import free_port
-from mtpress.engine.served_model import ServedModel
-from mtpress.engine.settings import REASONING_PARSER, is_local
+from mtpress.api_key import API_KEY
+from mtpress.engine.launch.arguments import final_values, read
+from mtpress.engine.launch.launch import Launch, compose
+from mtpress.engine.launch.ports import free_port
+from mtpress.engine.launch.settings import REASONING_PARSER, is_local
+from mtpress.engine.memory.served_model import ServedModel
 from mtpress.errors import InputError, ResourceError
 from served_layouts import make_layout
 

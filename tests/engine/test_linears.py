@@ -1,4 +1,4 @@
-"""models/qwen3_5_engine.py against vLLM itself: the linears that it builds, of which class, and what it takes them for."""
+"""models/qwen3_5/engine.py against vLLM itself: the linears that it builds, of which class, and what it takes them for."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pytest
 from quantization_configs import GROUPS
 
 from checkpoints import PREFIX, weight_only
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5_engine import layer_class
-from mtpress.recipe import load_recipe
-from mtpress.rules.subject import Subject
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.engine import layer_class
+from mtpress.plan.recipe import load_recipe
+from mtpress.quant_config.view import Subject
 from mtpress.stages.quantize import quantize
 
 pytestmark = pytest.mark.engine

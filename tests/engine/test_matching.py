@@ -1,4 +1,4 @@
-"""mtpress.matching against vLLM's own matchers: hundreds of configs of each format, every linear, target and draft."""
+"""mtpress.quant_config.matching against vLLM's own matchers: hundreds of configs of each format, every linear, target and draft."""
 
 import json
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 from quantization_configs import configs, stored_as_gptq
 
 from checkpoints import PREFIX, small_config
-from mtpress.matching import Matcher, Scheme, matcher_of
-from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE, VL_ARCHITECTURE, EngineLinear, layer_class, linears
-from mtpress.rules.declaration import Declaration
+from mtpress.models.qwen3_5.engine import TEXT_ARCHITECTURE, VL_ARCHITECTURE, EngineLinear, layer_class, linears
+from mtpress.quant_config.declaration import Declaration
+from mtpress.quant_config.matching import Matcher, Scheme, matcher_of
 
 pytestmark = pytest.mark.engine
 

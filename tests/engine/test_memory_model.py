@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from full_size import make_full_size
-from mtpress.engine.hardware import Gpu, Hardware
-from mtpress.engine.kv_blocks import KV_BITS, kv_blocks, kv_bytes_per_token, state_bytes
-from mtpress.engine.memory_model import MemoryEstimate, ServeSettings, estimate, loaded_weights
-from mtpress.engine.reserved import num_graphs
-from mtpress.engine.served_model import ServedModel
+from mtpress.engine.memory.hardware import Gpu, Hardware
+from mtpress.engine.memory.kv_blocks import KV_BITS, kv_blocks, kv_bytes_per_token, state_bytes
+from mtpress.engine.memory.memory_model import MemoryEstimate, ServeSettings, estimate, loaded_weights
+from mtpress.engine.memory.reserved import num_graphs
+from mtpress.engine.memory.served_model import ServedModel
 from mtpress.errors import InputError
 from qwen3_6_files import WIDTHS, config
 

@@ -11,9 +11,9 @@ import pytest
 from fp8_cache import has_kernel
 
 from full_size import make_full_size
-from mtpress.engine.hardware import Hardware
-from mtpress.engine.memory_model import ServeSettings, estimate
-from mtpress.engine.served_model import ServedModel
+from mtpress.engine.memory.hardware import Hardware
+from mtpress.engine.memory.memory_model import ServeSettings, estimate
+from mtpress.engine.memory.served_model import ServedModel
 from qwen3_6_files import WIDTHS
 
 pytestmark = pytest.mark.engine

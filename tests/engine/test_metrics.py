@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtpress.engine.metrics import Metrics, SpecDecode
+from mtpress.engine.server.metrics import Metrics, SpecDecode
 from mtpress.errors import EngineError
 
 LABELS = 'engine="0",model_name="tiny"'

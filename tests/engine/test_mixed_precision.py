@@ -1,8 +1,8 @@
 """Mixed precision in the real vLLM: NVFP4, weight-only NVFP4 and FP8 linears in one model, with a draft head that is accepted as before.
 
-FP8 runs on vLLM's own CPU kernel, W4A4 on its emulation; W4A16, which it knows for Marlin alone, on the plugin's (engine/nvfp4_cpu.py).
-vLLM 0.32 counts an input_scale for weight-only linears that modelopt does not write, so its check for missing weights refuses every
-W4A16 checkpoint of modelopt; that build is loaded without it.
+FP8 runs on vLLM's own CPU kernel, W4A4 on its emulation; W4A16, which it knows for Marlin alone, on the plugin's
+(engine/plugins/nvfp4_cpu.py). vLLM 0.32 counts an input_scale for weight-only linears that modelopt does not write, so its check for
+missing weights refuses every W4A16 checkpoint of modelopt; that build is loaded without it.
 """
 
 import json
@@ -12,7 +12,7 @@ import pytest
 from acceptance import BF16, NUM_DRAFT_TOKENS, Added, Runs
 from questions import ANSWERS, STORIES
 
-from mtpress.recipe import parse_recipe
+from mtpress.plan.recipe import parse_recipe
 from mtpress.stages.quantize import quantize
 
 pytestmark = pytest.mark.engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mtpress.engine import nvfp4_cpu, probe
+from mtpress.engine.plugins import nvfp4_cpu, probe
 
 REFUSED = {
     "unknown keys promts; known: prompts": {"promts": []},
@@ -19,7 +19,14 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_a_bad_request_leaves_no_result(reason: str, tmp_path: Path) -> None:
     (tmp_path / "request.json").write_text(json.dumps(REFUSED[reason]))
-    command = [sys.executable, "-m", "mtpress.engine.probe", "nowhere", str(tmp_path / "request.json"), str(tmp_path / "result.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "mtpress.engine.plugins.probe",
+        "nowhere",
+        str(tmp_path / "request.json"),
+        str(tmp_path / "result.json"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert reason in done.stderr and "Traceback" not in done.stderr
@@ -60,7 +67,7 @@ def test_vllm_finds_the_plugin_and_calls_it(engine_python: Path) -> None:
 HELD_AGAINST_VLLM = """
 import torch
 from types import SimpleNamespace
-from mtpress.engine import nvfp4_cpu
+from mtpress.engine.plugins import nvfp4_cpu
 from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel as Stock
 from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
 

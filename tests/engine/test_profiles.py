@@ -2,9 +2,9 @@ import pytest
 from launches import NVFP4, card, machine, model
 from pydantic import ValidationError
 
-from mtpress.engine import profiles
-from mtpress.engine.known_issues import known_issues
-from mtpress.engine.profiles import Profile, choose, described, mismatch, named
+from mtpress.engine.launch import profiles
+from mtpress.engine.launch.known_issues import known_issues
+from mtpress.engine.launch.profiles import Profile, choose, described, mismatch, named
 from mtpress.errors import InputError, ResourceError
 from serve_profiles import seeds
 

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtpress.engine.settings import REASONING_PARSER
-from mtpress.templating import render, template
-from mtpress.templating_cases import CASES
+from mtpress.chat.cases import CASES
+from mtpress.chat.template import render, template
+from mtpress.engine.launch.settings import REASONING_PARSER
 
 pytestmark = pytest.mark.engine
 

@@ -9,11 +9,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from mtpress.engine.hardware import read_hardware
-from mtpress.engine.installed import find_engine
-from mtpress.engine.launch import compose
-from mtpress.engine.served_model import ServedModel
-from mtpress.engine.server import Server
+from mtpress.engine.launch.installed import find_engine
+from mtpress.engine.launch.launch import compose
+from mtpress.engine.memory.hardware import read_hardware
+from mtpress.engine.memory.served_model import ServedModel
+from mtpress.engine.server.server import Server
 from mtpress.errors import InputError
 from serving import BUILTIN_MODEL, REAL_ENVIRONMENT
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtpress.engine.sampling_cpu import expand
+from mtpress.engine.plugins.sampling_cpu import expand
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
@@ -26,7 +26,7 @@ def test_requests_without_drafts_take_no_room() -> None:
 
 IN_VLLM = """
 import torch
-from mtpress.engine import sampling_cpu
+from mtpress.engine.plugins import sampling_cpu
 from vllm.platforms import current_platform
 
 def told():

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from breaks import CASES
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.formats import int4
-from mtpress.models.qwen3_5 import MTP_TENSORS
+from mtpress.models.qwen3_5.names import MTP_TENSORS
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 

@@ -9,10 +9,10 @@ import pytest
 
 from checkpoints import Edit
 from full_size import make_full_size
-from mtpress.checkpoint import Checkpoint
-from mtpress.engine.served_model import ServedModel, num_params, vllm_method
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.engine.memory.served_model import ServedModel, num_params, vllm_method
 from mtpress.errors import InputError
-from mtpress.rules.declaration import Declaration
+from mtpress.quant_config.declaration import Declaration
 
 
 def changed(source: Path, out: Path, **config: Any) -> Path:

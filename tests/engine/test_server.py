@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 import pytest
 
-from mtpress.engine.first_words import first_words
-from mtpress.engine.launch import Launch
-from mtpress.engine.server import Server, drain_seconds
-from mtpress.engine.watchdog import INTERVAL_SECONDS, default_threshold
+from mtpress.engine.launch.launch import Launch
+from mtpress.engine.server.server import Server, drain_seconds
+from mtpress.engine.server.watchdog import INTERVAL_SECONDS, default_threshold
+from mtpress.engine.trial.first_words import first_words
 from mtpress.errors import EngineError, InputError
 from serving import HELLO, Family, about_picture, fake_launch, free_port, launch, real_launch, red_circle, said, storm
 
@@ -216,7 +216,7 @@ def test_the_watchdog_stops_it_before_memory_runs_out(words: tuple[str, ...], tm
 def test_the_watchdog_sees_memory_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's real memory belongs to others too; the soak has the real engine take it."""
     available = 10_000_000_000
-    monkeypatch.setattr("mtpress.engine.hardware.available_memory_bytes", lambda: available)
+    monkeypatch.setattr("mtpress.engine.memory.hardware.available_memory_bytes", lambda: available)
     with pytest.raises(EngineError) as stopped, serve(tmp_path, min_available_bytes=2_000_000_000) as server:
         family = Family(server.launch.port).meet(server)
         time.sleep(3 * INTERVAL_SECONDS)

@@ -4,12 +4,13 @@ from typing import Literal
 
 import pytest
 
-from mtpress import template_trial, templating
+from mtpress.chat import conformance as template_trial
+from mtpress.chat import template as templating
 from mtpress.confined import Confined
-from mtpress.engine.thinking import Template, read_template
+from mtpress.engine.launch.thinking import Template, read_template
 from mtpress.errors import InputError
 
-OURS = (Path(__file__).parents[2] / "src/mtpress/templates/qwen3_5.jinja").read_text()
+OURS = (Path(__file__).parents[2] / "src/mtpress/chat/qwen3_5.jinja").read_text()
 LAST = "{% if add_generation_prompt %}<|im_start|>assistant\nLAST{% endif %}"
 
 
@@ -90,6 +91,6 @@ def test_a_module_beside_the_checkpoint_is_not_imported(tmp_path: Path, monkeypa
     for name in ("jinja2", "json", "mtpress"):
         (tmp_path / f"{name}.py").write_text("open('ran', 'w')\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(template_trial, "_process", Confined("mtpress.template_trial", templating.MAX_RENDER_BYTES))
+    monkeypatch.setattr(template_trial, "_process", Confined("mtpress.chat.conformance", templating.MAX_RENDER_BYTES))
     assert read_template(written(tmp_path, last("<think>\n"))).default == "on"
     assert not (tmp_path / "ran").exists()

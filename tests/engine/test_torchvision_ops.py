@@ -21,14 +21,14 @@ def test_torchvision_imports_beside_a_cpu_torch(engine_python: Path) -> None:
 
 @pytest.mark.engine
 def test_a_child_process_has_the_hook_without_importing_torch(engine_python: Path) -> None:
-    code = "import sys; print(any(f.__module__ == 'mtpress.engine.torchvision_ops' for f in sys.meta_path), 'torch' in sys.modules)"
+    code = "import sys; print(any(f.__module__ == 'mtpress.engine.plugins.torchvision_ops' for f in sys.meta_path), 'torch' in sys.modules)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
     assert run(engine_python, child) == "True False"
 
 
 def test_installing_twice_watches_once() -> None:
     code = (
-        "import sys; from mtpress.engine.torchvision_ops import install; before = len(sys.meta_path);"
+        "import sys; from mtpress.engine.plugins.torchvision_ops import install; before = len(sys.meta_path);"
         "install(); install(); print(len(sys.meta_path) - before)"
     )
     assert run(sys.executable, code) == "1"
@@ -36,5 +36,5 @@ def test_installing_twice_watches_once() -> None:
 
 @pytest.mark.parametrize("module", ["torchvision_ops", "nvfp4_cpu", "probe"])
 def test_importing_the_module_imports_no_engine(module: str) -> None:
-    code = f"import sys, mtpress.engine.{module}; print(sorted({{'torch', 'vllm', 'transformers', 'pydantic'}} & set(sys.modules)))"
+    code = f"import sys, mtpress.engine.plugins.{module}; print(sorted({{'torch', 'vllm', 'transformers', 'pydantic'}} & set(sys.modules)))"
     assert run(sys.executable, code) == "[]"

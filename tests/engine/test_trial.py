@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mtpress.engine.trial import Story, closeness, differences
+from mtpress.engine.trial.trial import Story, closeness, differences
 
 LOG = math.log
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.chat import ChatEncoder
+from mtpress.chat.encoder import ChatEncoder
 
 pytestmark = pytest.mark.engine
 SCRIPT = Path(__file__).with_name("video_processor.py")

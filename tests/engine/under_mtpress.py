@@ -11,8 +11,8 @@ from typing import Any
 from unittest import mock
 
 from mtpress import cli
-from mtpress.engine.launch import Launch
-from mtpress.engine.server import Server
+from mtpress.engine.launch.launch import Launch
+from mtpress.engine.server.server import Server
 
 
 def run_stage(arguments: list[str]) -> tuple[int, dict[str, Any]]:

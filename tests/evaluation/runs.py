@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mtpress.chat import ChatEncoder
+from mtpress.chat.encoder import ChatEncoder
 from mtpress.evaluation.bodies import open_bodies
 from mtpress.evaluation.documents import Documents, load
 from mtpress.evaluation.layers import LayerError, Stream, run_layers

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from checkpoints import PREFIX, Edit, pack_int4
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.evaluation.bodies import Body, FP8Cache, open_bodies
-from mtpress.evaluation.linears import EMULATIONS, EmulatedLinear
 from mtpress.formats import nvfp4
 from mtpress.formats.fp8 import to_e4m3
-from mtpress.models.qwen3_5_layers import StreamedBody
+from mtpress.models.qwen3_5.layers import StreamedBody
+from mtpress.quant_config.emulation import EMULATIONS, EmulatedLinear
 from mtpress.rounding.max import round_group
 
 CPU = torch.device("cpu")

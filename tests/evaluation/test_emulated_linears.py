@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from checkpoints import in_int4
-from mtpress.evaluation.linears import BLOCK_FP8, EMULATIONS, EmulatedLinear
 from mtpress.formats import compressed_tensors, int4, nvfp4
 from mtpress.formats.fp8 import to_e4m3
+from mtpress.quant_config.emulation import BLOCK_FP8, EMULATIONS, EmulatedLinear
 from mtpress.rounding.max import round_group
 
 N, K, T = 64, 128, 24
@@ -51,7 +51,7 @@ def test_nvfp4_weights_are_the_stored_numbers_and_inputs_are_rounded(weight: Ten
 def test_rows_in_pieces_are_rounded_as_in_one(monkeypatch: pytest.MonkeyPatch, weight: Tensor, x: Tensor) -> None:
     parts = modelopt(weight)
     whole = EMULATIONS["nvfp4"].make(parts, [parts], True, BF16)
-    monkeypatch.setattr("mtpress.evaluation.linears.PIECE_BYTES", 4 * K * 5)
+    monkeypatch.setattr("mtpress.quant_config.emulation.PIECE_BYTES", 4 * K * 5)
     pieces = EMULATIONS["nvfp4"].make(parts, [parts], True, BF16)
     assert torch.equal(pieces.matrix, whole.matrix)
     assert whole.rounding is not None and pieces.rounding is not None

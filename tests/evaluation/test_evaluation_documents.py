@@ -13,9 +13,9 @@ from PIL import Image
 
 from mtpress import builtin
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.calibration import read_jsonl
-from mtpress.chat import ChatEncoder
-from mtpress.checkpoint import Checkpoint
+from mtpress.calibration.samples import read_jsonl
+from mtpress.chat.encoder import ChatEncoder
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.evaluation.documents import ALL, Documents, check_disjoint, content_key, load
 from mtpress.stages.quantize import quantize

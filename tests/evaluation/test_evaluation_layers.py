@@ -16,13 +16,13 @@ from transformers import Qwen3_5ForConditionalGeneration
 
 from checkpoints import PREFIX, Edit
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.errors import FindingError
 from mtpress.evaluation import vocabulary
 from mtpress.evaluation.bodies import Body
 from mtpress.evaluation.drafts import draft
-from mtpress.evaluation.linears import EMULATIONS
-from mtpress.hidden_states import DiskStates
+from mtpress.models.hidden_states import DiskStates
+from mtpress.quant_config.emulation import EMULATIONS
 from mtpress.stages.quantize import quantize
 
 

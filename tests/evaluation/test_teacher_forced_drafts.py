@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.evaluation.drafts import Drafts, _chain, draft
 from mtpress.evaluation.layers import Stream
-from mtpress.hidden_states import DiskStates
+from mtpress.models.hidden_states import DiskStates
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mtpress.formats import fp8
-from mtpress.plan import LAYOUTS
+from mtpress.plan.plan import LAYOUTS
 from mtpress.rounding.fp8 import round_group
 
 

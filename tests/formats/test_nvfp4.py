@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtpress import plan
 from mtpress.formats import nvfp4
+from mtpress.plan import plan
 
 INF = math.inf
 # (scaled value, code) on every bound between two codes and just beside it; a tie goes to the even code.

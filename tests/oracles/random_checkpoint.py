@@ -18,14 +18,15 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mtpress.builtin import BUILTIN_MODEL
+from mtpress.chat import template as templating
 from mtpress.formats import nvfp4
-from mtpress.models import qwen3_5
+from mtpress.models.qwen3_5 import names as qwen3_5
 
 SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
     "<|video_pad|>",
 )  # fmt: skip
-TEMPLATE = Path(qwen3_5.__file__).parents[1] / "templates" / "qwen3_5.jinja"
+TEMPLATE = Path(templating.__file__).with_name("qwen3_5.jinja")
 VOCAB_SIZE = 320  # 256 bytes, the specials, and padding rows as in the real model
 TIES_MATRIX = "layers.0.mlp.down_proj.weight"
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.formats import nvfp4
-from mtpress.recipe import load_recipe
+from mtpress.plan.recipe import load_recipe
 from mtpress.stages.check import check
 from mtpress.stages.convert import convert
 from mtpress.stages.quantize import quantize

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import MTP_TENSORS
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.names import MTP_TENSORS
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 from real_exports import NUM_SAMPLES, real_export

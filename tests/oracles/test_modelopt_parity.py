@@ -24,10 +24,10 @@ import yaml
 from random_checkpoint import write_checkpoint
 
 from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE
-from mtpress.calibration import load_calibration
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import MTP_TENSORS, module_of
-from mtpress.recipe import Recipe, load_recipe
+from mtpress.calibration.samples import load_calibration
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.names import MTP_TENSORS, module_of
+from mtpress.plan.recipe import Recipe, load_recipe
 from mtpress.stages.quantize import quantize
 
 pytestmark = pytest.mark.oracle
@@ -46,8 +46,9 @@ DEEP = {
 # The mtpress command, but the delta rule is transformers' own; the choice is no option of the command line.
 WITH_TRANSFORMERS_RULE = """
 from functools import partial
-from mtpress import calibration_pass, cli
-calibration_pass.StreamedBody = partial(calibration_pass.StreamedBody, delta_rule="transformers")
+from mtpress import cli
+from mtpress.calibration import forward
+forward.StreamedBody = partial(forward.StreamedBody, delta_rule="transformers")
 raise SystemExit(cli.main())
 """
 # How far input_scale may be from modelopt's on another transformers. Over several sets of samples at most .016 was measured

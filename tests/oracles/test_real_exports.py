@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import INDEX_NAME, Checkpoint
+from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint
 from mtpress.formats import int4
-from mtpress.models.qwen3_5 import MTP_TENSORS
+from mtpress.models.qwen3_5.names import MTP_TENSORS
 from real_exports import EXPORTS, real_export
 
 pytestmark = pytest.mark.oracle

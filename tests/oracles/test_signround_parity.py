@@ -14,7 +14,7 @@ import pytest
 
 from bench_signround import EVALUATION_FILE, OURS, THEIRS, block_errors, chunks, read_weights, write_tiny
 from mtpress.builtin import CALIBRATION_FILE
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from real_exports import peer_python
 
 pytestmark = pytest.mark.oracle

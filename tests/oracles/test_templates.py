@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.messages import CONTROL_TOKENS, FORMAT_WORDS
-from mtpress.templating import render, template
-from mtpress.templating_cases import ASSISTANT, CASES, HELLO, NO_THOUGHT, WEATHER, Message, assistant, call, system, text, tool, user
+from mtpress.chat.cases import ASSISTANT, CASES, HELLO, NO_THOUGHT, WEATHER, Message, assistant, call, system, text, tool, user
+from mtpress.chat.messages import CONTROL_TOKENS, FORMAT_WORDS
+from mtpress.chat.template import render, template
 from official_templates import DOCUMENT, OFFICIAL, filled, judged, official_templates, table
 from qwen3_6_files import Width
 

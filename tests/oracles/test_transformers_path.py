@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from corpus import direct_sums, document, see
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.formats import int4
-from mtpress.recipe import load_recipe
+from mtpress.plan.recipe import load_recipe
 from mtpress.stages.quantize import quantize
 
 pytestmark = pytest.mark.oracle

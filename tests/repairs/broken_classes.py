@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import format_breaks
 from breaks import CASES, Break
 from checkpoints import SMALL_FORMATS, Edit, write_small
-from mtpress.recipe import load_recipe
+from mtpress.plan.recipe import load_recipe
 from mtpress.repairs.mending import Outcome
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize

@@ -8,7 +8,7 @@ from broken_classes import ALL, HEADER, VLM, break_and_repair
 
 from breaks import Break
 from checkpoints import SMALL_FORMATS
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.rules.registry import STATIC_RULES
 from mtpress.stages.check import check
 from mtpress.stages.repair import RepairResult, repair

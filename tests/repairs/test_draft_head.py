@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from checkpoints import Edit
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.formats import int4
-from mtpress.models.qwen3_5 import MTP_TENSORS
+from mtpress.models.qwen3_5.names import MTP_TENSORS
 from mtpress.stages.repair import RepairResult, repair
 
 VLM = "nvfp4-mtp-vlm"

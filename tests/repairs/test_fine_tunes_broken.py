@@ -21,15 +21,16 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import SMALL_FORMATS, Edit, weight_only, write_small
 from fine_tunes import FINE_TUNES
-from mtpress.checkpoint import Checkpoint, read_tensor
-from mtpress.comparison import IN_THE_MODEL
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.safetensors import read_tensor
+from mtpress.comparison.weights import IN_THE_MODEL
 from mtpress.errors import InputError
-from mtpress.rules.stored import WEIGHT
-from mtpress.rules.subject import Subject
+from mtpress.quant_config.stored import WEIGHT
+from mtpress.quant_config.stored_matrix import stored_matrix
+from mtpress.quant_config.view import Subject
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 from mtpress.stages.repair import repair
-from mtpress.stored_matrix import stored_matrix
 from trainer_layouts import RENAMED, UNPLACED, Layout
 
 

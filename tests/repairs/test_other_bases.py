@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import PREFIX, Edit
 from format_breaks import MTP_LAYER, the_draft_layer_in_fp8_as_qwen_releases_it
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import MTP_TENSORS
-from mtpress.rules.subject import Subject
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.names import MTP_TENSORS
+from mtpress.quant_config.view import Subject
 from mtpress.stages.repair import RepairResult, repair
 from trainer_layouts import DRAFT, TOWER, Layout, named
 

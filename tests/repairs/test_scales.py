@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoints import PREFIX, Edit
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.formats import nvfp4
 from mtpress.repairs.scales import float32, turned_back
 from mtpress.stages.check import check

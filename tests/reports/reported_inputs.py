@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import PREFIX, Edit
-from mtpress.checkpoint import INDEX_NAME
+from mtpress.checkpoint.checkpoint import INDEX_NAME
 from mtpress.formats import compressed_tensors, fp8, int4, nvfp4
 
 Change = Callable[[Edit], object]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtpress.errors import InputError
 from mtpress.formats import int4, nvfp4
-from mtpress.recipe import CHOICES, GPTQ_SCALES
+from mtpress.plan.recipe import CHOICES, GPTQ_SCALES
 from mtpress.rounding import gptq, rtn
 from mtpress.rounding.gptq import FORMATS, SCALES, Factor, Scales, factorize, nearest, round_matrix
 from mtpress.rounding.max import round_group

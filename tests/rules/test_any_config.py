@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mtpress.checkpoint import INDEX_NAME
+from mtpress.checkpoint.checkpoint import INDEX_NAME
 from mtpress.errors import InputError
 from mtpress.stages.check import check
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mtpress.engine.canaries import picture_canaries, text_canaries, tool_canaries
-from mtpress.engine.metrics import SpecDecode
-from mtpress.engine.trial import Answer, Closeness, Difference, Run, Trial
+from mtpress.engine.server.metrics import SpecDecode
+from mtpress.engine.trial.canaries import picture_canaries, text_canaries, tool_canaries
+from mtpress.engine.trial.trial import Answer, Closeness, Difference, Run, Trial
 from mtpress.rules.registry import ENGINE_RULES
 from mtpress.rules.rule import apply
 

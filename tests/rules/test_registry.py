@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mtpress.formats import nvfp4
-from mtpress.rules import stored
+from mtpress.quant_config import stored
 from mtpress.rules.registry import ALL_RULES, table
 
 ROOT = Path(__file__).resolve().parents[2]

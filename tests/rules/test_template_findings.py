@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from mtpress.checkpoint import Checkpoint
+from mtpress.chat.template import template
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.quant_config.tokenizer_files import SPECIALS
+from mtpress.quant_config.view import Subject
 from mtpress.rules import template as rules
 from mtpress.rules.rule import Finding, apply
-from mtpress.rules.subject import Subject
-from mtpress.rules.tokenizer import SPECIALS, special_tokens
-from mtpress.templating import template
+from mtpress.rules.tokenizer import special_tokens
 
 TRIMS = ("set text = turn.text if show_thought or show_none else turn.text.lstrip('\\n')", "set text = turn.text | trim")
 TYPED = ("'<|im_end|>', '<|object_ref_start|>'", "'<|object_ref_start|>'")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from checkpoints import small_config, small_files, small_tensors
 
-TEMPLATE = Path(__file__).parents[2] / "src" / "mtpress" / "templates" / "qwen3_5.jinja"
+TEMPLATE = Path(__file__).parents[2] / "src" / "mtpress" / "chat" / "qwen3_5.jinja"
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 SHARDS = tuple(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 RECIPE = "name: mine\nsummary: mine\nformat: nvfp4\nquantize: [gdn, attention, mlp]\n"

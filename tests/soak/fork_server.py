@@ -24,8 +24,8 @@ from typing import Any, Self
 
 PRELOADED = (
     "torch", "transformers", "transformers.models.qwen2.tokenization_qwen2", "PIL.Image", "rich.console", "rich.table", "mtpress.cli",
-    "mtpress.calibration", "mtpress.chat", "mtpress.models.qwen3_5_layers", "mtpress.stream", "mtpress.stages.check",
-    "mtpress.stages.inspect", "mtpress.stages.quantize",
+    "mtpress.calibration.samples", "mtpress.chat.encoder", "mtpress.models.qwen3_5.layers", "mtpress.quantization.rounders",
+    "mtpress.stages.check", "mtpress.stages.inspect", "mtpress.stages.quantize",
 )  # fmt: skip
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -182,7 +182,7 @@ def _be_the_command(request: dict[str, Any]) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["max_file_bytes"], request["max_file_bytes"]))
     if request["max_shard_bytes"] is not None:
-        importlib.import_module("mtpress.checkpoint_writer").split_into_shards.__defaults__ = (request["max_shard_bytes"],)
+        importlib.import_module("mtpress.checkpoint.writer").split_into_shards.__defaults__ = (request["max_shard_bytes"],)
     sys.argv = ["mtpress", *request["argv"]]
     code: Any = 1
     try:

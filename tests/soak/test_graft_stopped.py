@@ -23,10 +23,10 @@ from fork_server import ForkServer, Run
 from test_full_disk import fill_the_disk
 from whole_runs import hashes, record, recorded_hashes
 
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import MTP_TENSORS
-from mtpress.revision import Revision
-from mtpress.shard_writer import OutputTensor
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.revision import Revision
+from mtpress.checkpoint.shard_writer import OutputTensor
+from mtpress.models.qwen3_5.names import MTP_PREFIX, MTP_TENSORS
 
 KILLS, DISKS, BROKEN = (200, 4), (20, 2), (600, 40)
 DISK_BYTES = 256_000_000
@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> Graft:
     base = make_sound(place / "base", layers=8, hidden_size=256, intermediate_size=512)
     run = server.run(base.arguments("weight-only", place / "quantized"), max_shard_bytes=SHARD_BYTES)
     assert run.code == 0, run.stderr
-    revised = Revision(Checkpoint.open_stored(place / "quantized"))
+    revised = Revision(Checkpoint.open_stored(place / "quantized"), MTP_PREFIX)
     for name in MTP_TENSORS:
         info = revised.source.tensors[name]
         revised.compute(OutputTensor(name, "BF16", info.shape), lambda shape=info.shape: torch.ones(shape, dtype=torch.bfloat16))
@@ -172,7 +172,7 @@ def error_lines(run: Run) -> list[str]:
 def test_broken_inputs(tmp_path: Path, server: ForkServer, soak: bool) -> None:
     """A broken checkpoint with a sound base, and the other way round: refused in one line, or grafted all the same (a tokenizer, say)."""
     sound, donor = make_sound(tmp_path / "sound"), make_sound(tmp_path / "donor")
-    revised = Revision(Checkpoint.open_stored(donor.source))
+    revised = Revision(Checkpoint.open_stored(donor.source), MTP_PREFIX)
     revised.compute(OutputTensor("mtp.norm.weight", "BF16", (64,)), lambda: torch.ones(64, dtype=torch.bfloat16))
     revised.write(tmp_path / "base", "change", {}, silent=True)
     run = server.run(["graft", str(sound.source), str(tmp_path / "out"), "--from", str(tmp_path / "base"), "--replace-head"])

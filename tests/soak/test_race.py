@@ -14,8 +14,8 @@ NUM_PROCESSES = 3
 ROUNDS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-from mtpress.checkpoint import Checkpoint, read_shard
-from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.checkpoint.checkpoint import Checkpoint, read_shard
+from mtpress.checkpoint.writer import CheckpointWriter
 from mtpress.errors import MtpressError
 
 place, shard, rounds, count = Path(sys.argv[1]), read_shard(Path(sys.argv[2])), int(sys.argv[3]), int(sys.argv[4])

@@ -17,7 +17,7 @@ from fork_server import ForkServer, Run
 from safetensors.torch import load_file, save_file
 from whole_runs import MAX_SHARD_BYTES, hashes, make_source
 
-from mtpress.checkpoint import INDEX_NAME
+from mtpress.checkpoint.checkpoint import INDEX_NAME
 from mtpress.errors import InputError
 from mtpress.stages.repair import repair
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mtpress.engine.server import Server
+from mtpress.engine.server.server import Server
 from mtpress.errors import EngineError
 from serving import HELLO, Family, real_launch, storm
 

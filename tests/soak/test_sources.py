@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from checkpoints import Edit, weight_only
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.errors import InputError
-from mtpress.recipe import Recipe, load_recipe, shipped
+from mtpress.plan.recipe import Recipe, load_recipe, shipped
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 from source_traits import TRAITS

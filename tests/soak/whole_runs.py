@@ -16,9 +16,9 @@ import yaml
 from broken import Case, make_sound
 from fork_server import ForkServer
 
-from mtpress.checkpoint import Checkpoint
-from mtpress.format_choice import choices
-from mtpress.recipe import load_recipe, parse_recipe
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.plan.budget import choices
+from mtpress.plan.recipe import load_recipe, parse_recipe
 
 RECORD = "mtpress.json"
 # The kinds of broken.Case, and what a run of samples carries besides: sums of products, codes that make up for others, measurements.

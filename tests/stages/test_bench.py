@@ -15,8 +15,8 @@ from mtpress.bench.benchmark import RUNS, Benchmark
 from mtpress.bench.configurations import baseline_of, configurations_of
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.cli import main
-from mtpress.engine.installed import Engine
-from mtpress.engine.launch import ServeOptions
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.launch.launch import ServeOptions
 from mtpress.errors import EngineError, InputError
 from mtpress.stages import bench as stage
 from mtpress.stages.bench import bench
@@ -62,7 +62,9 @@ def test_baseline_by_label_or_number() -> None:
 @pytest.fixture
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is found but must not be started."""
-    monkeypatch.setattr("mtpress.engine.installed.find_engine", lambda where=None: Engine(Path("python"), ("vllm",), "0.32.0", "cpu"))
+    monkeypatch.setattr(
+        "mtpress.engine.launch.installed.find_engine", lambda where=None: Engine(Path("python"), ("vllm",), "0.32.0", "cpu")
+    )
 
     def refuse(self: Benchmark) -> None:
         raise AssertionError("something was started")

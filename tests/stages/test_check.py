@@ -12,16 +12,16 @@ import pytest
 
 from checkpoints import Edit
 from full_size import make_full_size
-from mtpress.beside_weights import carried_files, config_files
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import INDEX_NAME, Checkpoint
+from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from mtpress.checkpoint.shard_writer import shard_header
 from mtpress.cli import main
 from mtpress.errors import InputError
-from mtpress.plan import make_plan
-from mtpress.recipe import load_recipe, shipped
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import load_recipe, shipped
+from mtpress.quantization.output_files import carried_files, config_files
 from mtpress.rules.hashes import RULES as HASH_RULES
 from mtpress.rules.registry import BASE_RULES, BOUND_RULES, OPEN_RULES, STATIC_RULES
-from mtpress.shard_writer import shard_header
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import PREFIX, Edit
-from mtpress import conversion_kinds
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.cli import main
 from mtpress.errors import InputError
 from mtpress.formats import nvfp4
-from mtpress.recipe import load_recipe
+from mtpress.plan.recipe import load_recipe
+from mtpress.quant_config import conversion_kinds
 from mtpress.stages import convert as stage
 from mtpress.stages.convert import ConvertResult, convert
 from mtpress.stages.quantize import quantize

@@ -11,11 +11,11 @@ import torch
 
 from checkpoints import PREFIX, Edit, in_fp8, quantizable
 from format_breaks import MTP_LAYER
-from mtpress import conversion_kinds
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.errors import InputError
 from mtpress.formats import compressed_tensors, mixed_precision, nvfp4
-from mtpress.rules.subject import Subject
+from mtpress.quant_config import conversion_kinds
+from mtpress.quant_config.view import Subject
 from mtpress.stages.check import check
 from mtpress.stages.convert import convert
 

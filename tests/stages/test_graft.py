@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import PREFIX, small_config, small_files, small_tensors, write_small
-from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from mtpress.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from mtpress.cli import main
 from mtpress.errors import InputError
-from mtpress.models import qwen3_5
-from mtpress.models.qwen3_5 import MTP_TENSORS, QUANTIZABLE, kept_modules, module_of
-from mtpress.rules.subject import Subject
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.models.qwen3_5.names import MTP_TENSORS, QUANTIZABLE, kept_modules, module_of
+from mtpress.quant_config.view import Subject
 from mtpress.stages.check import check
 from mtpress.stages.graft import GraftResult, graft
 

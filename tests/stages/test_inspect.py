@@ -11,14 +11,14 @@ import pytest
 
 from checkpoints import Edit, pack_int4
 from full_size import make_full_size, tensors, write_sparse
-from mtpress.beside_weights import config_files
-from mtpress.checkpoint import INDEX_NAME, Checkpoint
+from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from mtpress.checkpoint.shard_writer import OutputTensor
 from mtpress.cli import main
 from mtpress.errors import InputError
-from mtpress.models import qwen3_5
-from mtpress.plan import Plan, make_plan
-from mtpress.recipe import load_recipe, shipped
-from mtpress.shard_writer import OutputTensor
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.plan.plan import Plan, make_plan
+from mtpress.plan.recipe import load_recipe, shipped
+from mtpress.quantization.output_files import config_files
 from mtpress.stages.inspect import InspectResult, inspect
 from qwen3_6_files import TINY, files
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from mtpress.builtin import BUILTIN_MODEL, CALIBRATION_FILE, CALIBRATION_IMAGES_FILE
-from mtpress.kv_cache import K_SCALE, V_SCALE
-from mtpress.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe
+from mtpress.formats.kv_cache import K_SCALE, V_SCALE
+from mtpress.plan.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe
 from mtpress.stages.quantize import quantize
 
 RECIPE = load_recipe("nvfp4-mixed-vlm").model_copy(update={"kv_cache": "fp8"})

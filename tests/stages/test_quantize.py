@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.calibration import load_calibration
-from mtpress.checkpoint import Checkpoint
+from mtpress.calibration.samples import load_calibration
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.cli import main
 from mtpress.errors import InputError
 from mtpress.formats import int4, nvfp4
-from mtpress.models.qwen3_5 import MTP_TENSORS, module_of
-from mtpress.plan import make_plan
-from mtpress.recipe import CalibrationSource, SignRound, load_recipe, parse_recipe, shipped
+from mtpress.models.qwen3_5.names import MTP_TENSORS, module_of
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import CalibrationSource, SignRound, load_recipe, parse_recipe, shipped
 from mtpress.stages.quantize import quantize, show
 
 FUSED = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")]
@@ -186,7 +186,7 @@ def test_weight_only_is_a_word_of_nvfp4(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_linears_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtpress import plan
+    from mtpress.plan import plan
 
     narrow = dataclasses.replace(plan.LAYOUTS["int4"], n_multiple=512)  # in_proj_qkv has 512 rows, in_proj_z 256
     monkeypatch.setitem(plan.LAYOUTS, "int4", narrow)

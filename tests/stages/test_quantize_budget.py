@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.checkpoint.journal import JOURNAL_NAME, SENSITIVITY_NAME
+from mtpress.checkpoint.writer import CheckpointWriter
 from mtpress.cli import main
 from mtpress.errors import InputError
-from mtpress.journal import JOURNAL_NAME, SENSITIVITY_NAME
-from mtpress.recipe import Recipe, parse_recipe
-from mtpress.sensitivity_pass import Layer
+from mtpress.plan.recipe import Recipe, parse_recipe
+from mtpress.quantization.sensitivity import Layer
 from mtpress.stages.eval import evaluate
 from mtpress.stages.quantize import quantize
 

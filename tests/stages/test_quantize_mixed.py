@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from mtpress.builtin import BUILTIN_MODEL
 from mtpress.cli import main
 from mtpress.formats import fp8, nvfp4
-from mtpress.models.qwen3_5 import FUSED
-from mtpress.recipe import CalibrationSource, Recipe, load_recipe
+from mtpress.models.qwen3_5.names import FUSED
+from mtpress.plan.recipe import CalibrationSource, Recipe, load_recipe
 from mtpress.stages.quantize import quantize
 
 SMALL = CalibrationSource(num_samples=3, max_seq_len=64)

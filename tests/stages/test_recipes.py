@@ -8,7 +8,7 @@ import yaml
 
 from mtpress.cli import main
 from mtpress.errors import InputError
-from mtpress.recipe import RECIPES_DIR, load_recipe, parse_recipe, shipped
+from mtpress.plan.recipe import RECIPES_DIR, load_recipe, parse_recipe, shipped
 from mtpress.stages.recipes import recipes
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from breaks import a_template_that_trims_answers
 from checkpoints import PREFIX, Edit
-from mtpress import checkpoint, disk
-from mtpress.checkpoint import INDEX_NAME, TensorInfo
+from mtpress.checkpoint import direct_io as disk
+from mtpress.checkpoint import safetensors
+from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint
+from mtpress.checkpoint.safetensors import TensorInfo
 from mtpress.cli import main
 from mtpress.errors import InputError
 from mtpress.stages.check import check
@@ -121,7 +123,7 @@ class Reads:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.num_bytes = 0
-        read, pieces = checkpoint.read_bytes, disk.read_range
+        read, pieces = safetensors.read_bytes, disk.read_range
 
         def read_bytes(info: TensorInfo, into: memoryview) -> None:
             self.num_bytes += info.num_bytes
@@ -131,9 +133,9 @@ class Reads:
             self.num_bytes += end - start
             pieces(file, into, start, end, info)
 
-        for module in ("mtpress.checkpoint", "mtpress.rules.subject"):
+        for module in ("mtpress.checkpoint.safetensors", "mtpress.quant_config.view"):
             patch.setattr(f"{module}.read_bytes", read_bytes)
-        patch.setattr("mtpress.disk.read_range", read_range)
+        patch.setattr("mtpress.checkpoint.direct_io.read_range", read_range)
 
 
 def break_metadata(edit: Edit) -> None:
@@ -299,7 +301,7 @@ def test_a_trained_tower_under_another_name_keeps_its_weights(small_bf16: Path, 
     result = repair(edit.path, tmp_path / "out", small_bf16, silent=True)
     assert result.sound
     assert [outcome.finding.id for outcome in result.fixed] == ["names-wrapped"]
-    made = checkpoint.Checkpoint.open(tmp_path / "out")
+    made = Checkpoint.open(tmp_path / "out")
     assert all(made.read(name).equal(tensor) for name, tensor in trained.items())
 
 
@@ -317,7 +319,7 @@ def test_a_head_alone_is_for_graft(bare: bool, small_bf16: Path, tmp_path: Path,
     without.save()
     (edit.path / "config.json").unlink()
     assert main(["graft", str(without.path), str(tmp_path / "grafted"), "--from", str(edit.path)]) == 0
-    made = checkpoint.Checkpoint.open(tmp_path / "grafted")
+    made = Checkpoint.open(tmp_path / "grafted")
     assert all(made.read(name).equal(tensor) for name, tensor in head.items())
     assert f"next: mtpress check {tmp_path / 'grafted'}\n" in capsys.readouterr().out
 
@@ -326,8 +328,8 @@ def test_another_save_beside_the_index_is_left_out(small_bf16: Path, out: Path, 
     edit = Edit(Path(shutil.copytree(small_bf16, tmp_path / "two-saves")))
     single = edit.path / "model.safetensors"
     single.rename(edit.path / "kept.safetensors")
-    names = {info.name: "kept.safetensors" for info in checkpoint.read_shard(edit.path / "kept.safetensors").tensors}
-    size = sum(info.num_bytes for info in checkpoint.read_shard(edit.path / "kept.safetensors").tensors)
+    names = {info.name: "kept.safetensors" for info in safetensors.read_shard(edit.path / "kept.safetensors").tensors}
+    size = sum(info.num_bytes for info in safetensors.read_shard(edit.path / "kept.safetensors").tensors)
     (edit.path / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": names}))
     shutil.copy(edit.path / "kept.safetensors", single)
     found = check(edit.path, silent=True).findings

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.checkpoint.journal import JOURNAL_NAME
+from mtpress.checkpoint.writer import CheckpointWriter
 from mtpress.errors import InputError, ResourceError
-from mtpress.journal import JOURNAL_NAME
-from mtpress.recipe import CalibrationSource, Recipe, SignRound, load_recipe, parse_recipe
+from mtpress.plan.recipe import CalibrationSource, Recipe, SignRound, load_recipe, parse_recipe
 from mtpress.stages.quantize import quantize
 
 CALIBRATED = load_recipe("nvfp4-mtp-vlm")
@@ -158,7 +158,7 @@ def test_a_gptq_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) ->
 
 
 def test_finished_layers_are_not_passed_again(stop_after: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtpress.calibration_pass import CalibrationPass
+    from mtpress.calibration.forward import CalibrationPass
 
     stop_after[:] = ["layer 1", ResourceError("no room")]
     with pytest.raises(ResourceError, match="no room; 6 finished steps are kept"):

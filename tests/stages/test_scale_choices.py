@@ -15,15 +15,16 @@ import yaml
 from torch import Tensor
 
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.calibration import InputAmax, load_calibration
-from mtpress.calibration_pass import CalibrationPass
-from mtpress.checkpoint import Checkpoint, read_tensor
-from mtpress.checkpoint_writer import CheckpointWriter
+from mtpress.calibration.block_hessian import InputHessian
+from mtpress.calibration.forward import CalibrationPass
+from mtpress.calibration.samples import InputAmax, load_calibration
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.safetensors import read_tensor
+from mtpress.checkpoint.writer import CheckpointWriter
 from mtpress.errors import InputError
 from mtpress.formats import int4, nvfp4
-from mtpress.input_hessian import InputHessian
-from mtpress.plan import make_plan
-from mtpress.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import CalibrationSource, Recipe, load_recipe, parse_recipe
 from mtpress.stages.check import check
 from mtpress.stages.quantize import quantize
 

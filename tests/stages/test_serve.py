@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from mtpress.cli import main
-from mtpress.engine import first_words, profiles, server
-from mtpress.engine.first_words import FirstWords
-from mtpress.engine.hardware import Hardware
-from mtpress.engine.installed import Engine
-from mtpress.engine.metrics import SpecDecode
+from mtpress.engine.launch import profiles
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.memory.hardware import Hardware
+from mtpress.engine.server import server
+from mtpress.engine.server.metrics import SpecDecode
+from mtpress.engine.trial import first_words
+from mtpress.engine.trial.first_words import FirstWords
 from mtpress.errors import EngineError
 from mtpress.stages.serve import NEWEST_READ
 
@@ -26,8 +28,8 @@ HERE = Hardware((), 24 << 30, 20 << 30, 2)
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine with a CPU build of vLLM, no GPU, and nothing set."""
-    monkeypatch.setattr("mtpress.engine.installed.find_engine", lambda where=None: CPU)
-    monkeypatch.setattr("mtpress.engine.hardware.read_hardware", lambda: HERE)
+    monkeypatch.setattr("mtpress.engine.launch.installed.find_engine", lambda where=None: CPU)
+    monkeypatch.setattr("mtpress.engine.memory.hardware.read_hardware", lambda: HERE)
     for name in ("MTPRESS_API_KEY", "VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -128,7 +130,7 @@ def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("mtpress.engine.hardware.read_hardware", lambda: HERE)
+    monkeypatch.setattr("mtpress.engine.memory.hardware.read_hardware", lambda: HERE)
 
 
 def test_a_dry_run_needs_no_engine(nothing_here: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_where_nothing_chooses_a_profile_a_dry_run_asks_for_one(
 
     asks(NEWEST_READ["cuda"])
     installed = Engine(Path("python"), ("/env/bin/vllm",), "0.31.0", "cuda")
-    monkeypatch.setattr("mtpress.engine.installed.find_engine", lambda where=None: installed)
+    monkeypatch.setattr("mtpress.engine.launch.installed.find_engine", lambda where=None: installed)
     asks("0.31.0")
     assert main(["serve", str(TINY)]) == 2  # to be served, it needs a GPU
     assert "no NVIDIA GPU is visible" in capsys.readouterr().err

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from checkpoints import weight_only
 from fine_tunes import FINE_TUNES, Tensors, merged, trained
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
 from mtpress.cli import main
+from mtpress.comparison.relation import Relation
 from mtpress.errors import InputError
-from mtpress.relation import Relation
 from mtpress.stages.check import CheckResult, check
 from mtpress.stages.quantize import quantize
 from mtpress.stages.repair import RepairResult, repair

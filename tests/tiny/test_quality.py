@@ -6,8 +6,8 @@ import pytest
 
 from evaluate import PROMISES, evaluate
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import COMPONENTS, MTP_TENSORS, component, layer_types
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.names import COMPONENTS, MTP_TENSORS, component, layer_types
 
 MAX_BYTES = 16_000_000
 
@@ -33,7 +33,7 @@ def test_it_has_every_component_of_the_real_model() -> None:
         "video_preprocessor_config.json",
     ):
         assert (BUILTIN_MODEL / name).is_file()
-    template = Path(__file__).parents[2] / "src/mtpress/templates/qwen3_5.jinja"
+    template = Path(__file__).parents[2] / "src/mtpress/chat/qwen3_5.jinja"
     assert (BUILTIN_MODEL / "chat_template.jinja").read_text() == template.read_text()
 
 

@@ -10,9 +10,9 @@ import torch
 
 from checkpoints import SMALL_FORMATS, Edit, weight_only
 from mtpress.builtin import BUILTIN_MODEL
-from mtpress.checkpoint import Checkpoint
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.quant_config.view import Subject
 from mtpress.rules.rule import apply
-from mtpress.rules.subject import Subject
 from mtpress.rules.values import RULES
 from mtpress.stages.quantize import quantize
 from mtpress.values.survey import survey

@@ -1,7 +1,7 @@
 """Runs a benchmark: starts every configuration once a round, measures every cell within each start, and tells how long it will take.
 
 In: a `BenchPlan`, made and checked before anything starts. Out: the runs, servers and failures of a `BenchResult`. Leaves out:
-arguments and files (stages/bench.py), the servers' own life (engine/server.py).
+arguments and files (stages/bench.py), the servers' own life (engine/server/server.py).
 
 Rounds go through the configurations to and fro (A B C, C B A, …), so that a machine that warms up or slows down does not favour
 the first. A configuration that does not come up, or dies, is recorded and left out from then on; the others go on.
@@ -23,12 +23,12 @@ from mtpress.bench.client import BenchClient, Load
 from mtpress.bench.measurement import Cell, CellRun
 from mtpress.bench.prompt_mix import RANDOM, PromptMix
 from mtpress.bench.result import Configuration, Failure, ServerFacts
-from mtpress.engine.client import Client
-from mtpress.engine.hardware import Hardware
-from mtpress.engine.installed import Engine
-from mtpress.engine.launch import Launch, ServeOptions
-from mtpress.engine.served_model import ServedModel
-from mtpress.engine.server import Server
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.launch.launch import Launch, ServeOptions
+from mtpress.engine.memory.hardware import Hardware
+from mtpress.engine.memory.served_model import ServedModel
+from mtpress.engine.server.client import Client
+from mtpress.engine.server.server import Server
 from mtpress.errors import EngineError, InputError, MtpressError
 from mtpress.json_files import json_string
 from mtpress.progress import human_seconds

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtpress.api_key import split_login
 from mtpress.bench.measurement import Cell, CellRun
-from mtpress.engine.api_key import split_login
-from mtpress.engine.driver_process import DriverProcess, client_environment
-from mtpress.engine.installed import Engine
-from mtpress.engine.metrics import SpecDecode
+from mtpress.engine.drivers import vllm_bench
+from mtpress.engine.drivers.process import DriverProcess, client_environment
+from mtpress.engine.launch.installed import Engine
+from mtpress.engine.server.metrics import SpecDecode
 from mtpress.errors import EngineError
 
-DRIVER = Path(__file__).with_name("driver.py")
+DRIVER = Path(vllm_bench.__file__)
 
 
 @dataclass(frozen=True)

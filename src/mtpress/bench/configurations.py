@@ -1,16 +1,16 @@
 """What a benchmark compares: checkpoints with MTP off and on, or servers that are running; and what ratios are to.
 
 In: models and numbers of drafted tokens, or addresses. Out: `Configuration`s in the order in which they are shown. Leaves out: how
-they are started (engine/launch.py).
+they are started (engine/launch/launch.py).
 """
 
 from collections.abc import Sequence
 
+from mtpress.api_key import without_login
 from mtpress.bench.prompt_mix import NO_ACCEPTANCE
 from mtpress.bench.result import Configuration
-from mtpress.engine.api_key import without_login
-from mtpress.engine.client import Client
-from mtpress.engine.served_model import ServedModel
+from mtpress.engine.memory.served_model import ServedModel
+from mtpress.engine.server.client import Client
 from mtpress.errors import EngineError, InputError
 
 

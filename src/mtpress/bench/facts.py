@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mtpress.bench.prompt_mix import NO_ACCEPTANCE, PromptMix
-from mtpress.checkpoint import MAX_HEADER_BYTES
-from mtpress.engine.hardware import Hardware
-from mtpress.engine.served_model import ServedModel
+from mtpress.checkpoint.safetensors import MAX_HEADER_BYTES
+from mtpress.engine.memory.hardware import Hardware
+from mtpress.engine.memory.served_model import ServedModel
 from mtpress.errors import InputError
 
 

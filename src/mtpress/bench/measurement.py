@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from mtpress.engine.metrics import SpecDecode
+from mtpress.engine.server.metrics import SpecDecode
 
 
 @dataclass(frozen=True, order=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtpress.builtin import BUILTIN_DIR
+from mtpress.chat.messages import normalize_messages
+from mtpress.chat.tokenizer_trial import refuse_hostile
 from mtpress.errors import InputError
-from mtpress.messages import normalize_messages
-from mtpress.tokenizer_trial import refuse_hostile
 
 MIX_FILE = BUILTIN_DIR / "prompts.jsonl"
 MIX, RANDOM = "mix", "random"
@@ -85,7 +85,7 @@ def load_prompts(name: str) -> PromptMix:
     path = MIX_FILE if name == MIX else Path(name)
     if name != MIX and not path.exists():
         raise InputError(f"{name}: no such file; --prompts takes a file of JSON lines, {MIX} (the shipped one) or {RANDOM}")
-    from mtpress.calibration import read_jsonl
+    from mtpress.calibration.samples import read_jsonl
 
     rows = list(read_jsonl(path))
     prompts = tuple(prompt for where, row in rows if (prompt := _prompt(row, where)) is not None)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from mtpress.bench.measurement import Cell, CellRun, CellSummary, summarize, total_spec_decode
-from mtpress.engine.metrics import SpecDecode
+from mtpress.engine.server.metrics import SpecDecode
 
 FORMAT_VERSION = 1
 

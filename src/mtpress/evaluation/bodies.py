@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
-from mtpress.checkpoint import Checkpoint, TensorInfo, read_json_object, read_rows, read_tensor
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.json_files import read_json_object
+from mtpress.checkpoint.safetensors import TensorInfo, read_rows, read_tensor
 from mtpress.errors import InputError
-from mtpress.evaluation.linears import EMULATIONS, INPUT_SCALES, EmulatedLinear, emulation_of
 from mtpress.formats import fp8
-from mtpress.models.draft_head import DraftHead
-from mtpress.models.qwen3_5_layers import StreamedBody
-from mtpress.rules.names import refuse_misnamed
-from mtpress.rules.stored import KV_SCALES, TITLES, WEIGHT
-from mtpress.rules.subject import Subject
+from mtpress.models.qwen3_5.draft_head import DraftHead
+from mtpress.models.qwen3_5.layers import StreamedBody
+from mtpress.quant_config.emulation import EMULATIONS, INPUT_SCALES, EmulatedLinear, emulation_of
+from mtpress.quant_config.misnamed import refuse_misnamed
+from mtpress.quant_config.stored import KV_SCALES, TITLES, WEIGHT
+from mtpress.quant_config.view import Subject
 
 DTYPE = torch.bfloat16
 ROWS_MULTIPLE = 128  # pieces of lm_head begin where packed zero points and scales do too

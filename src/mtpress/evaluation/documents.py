@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from mtpress.builtin import EVALUATION_FILE, EVALUATION_IMAGES_FILE
-from mtpress.calibration import BUILTIN, BUILTIN_SETS, encode_row, load_calibration, read_jsonl
-from mtpress.chat import ChatEncoder, Sample, open_image
-from mtpress.checkpoint import Checkpoint, read_json_object
+from mtpress.calibration.samples import BUILTIN, BUILTIN_SETS, encode_row, load_calibration, read_jsonl
+from mtpress.chat.encoder import ChatEncoder
+from mtpress.chat.images import open_image
+from mtpress.chat.messages import part_kind
+from mtpress.chat.sample import Sample
+from mtpress.chat.template import template
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.json_files import read_json_object
+from mtpress.checkpoint.record import RECORD_NAME
 from mtpress.errors import InputError
-from mtpress.messages import part_kind
-from mtpress.recipe import parse_recipe
-from mtpress.record import RECORD_NAME
-from mtpress.templating import template
+from mtpress.plan.recipe import parse_recipe
 
 ALL, TEXT, IMAGES = "all", "text", "with images"
 MIN_TOKENS = 2  # one to predict

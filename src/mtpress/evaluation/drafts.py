@@ -18,8 +18,8 @@ from transformers import DynamicCache
 
 from mtpress.evaluation.layers import Stream
 from mtpress.evaluation.vocabulary import most_likely
-from mtpress.hidden_states import DiskStates
-from mtpress.models.draft_head import DraftHead
+from mtpress.models.hidden_states import DiskStates
+from mtpress.models.qwen3_5.draft_head import DraftHead
 from mtpress.progress import Progress
 
 MAX_DEPTH = 3

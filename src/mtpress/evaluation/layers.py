@@ -2,7 +2,7 @@
 
 In: the base, the checkpoints, the documents. Out: the final hidden states of each body on disk, behind its final norm, and how far
 each layer of a checkpoint is from the base's (`LayerError`). Leaves out: logits (vocabulary.py). Memory holds one layer of one body;
-hidden states wait on disk (hidden_states.py).
+hidden states wait on disk (models/hidden_states.py).
 
 A layer adds to its input x, with its norms inside:   h = x + mixer(x)   y = h + mlp(h)   (the mixer: Gated DeltaNet or attention).
 What base and checkpoint differ by is measured as ‖theirs − ours‖ / ‖ours‖ over all tokens, four times:
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtpress.chat import Sample
+from mtpress.chat.sample import Sample
+from mtpress.checkpoint.prefetch import Prefetch
 from mtpress.errors import InputError
 from mtpress.evaluation.bodies import Body
 from mtpress.evaluation.documents import Documents
 from mtpress.evaluation.no_number import no_number
-from mtpress.hidden_states import DiskStates
-from mtpress.models.qwen3_5_layers import StreamedBody
-from mtpress.prefetch import Prefetch
+from mtpress.models.hidden_states import DiskStates
+from mtpress.models.qwen3_5.layers import StreamedBody
 from mtpress.progress import Progress
 
 NUM_FORWARDS = 3  # of a checkpoint's layer: on its own stream, on the base's, and its MLP once more

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mtpress.errors import FindingError
 from mtpress.evaluation.bodies import Body
-from mtpress.rules.subject import Subject
+from mtpress.quant_config.view import Subject
 from mtpress.values.survey import survey
 
 SHOWN = 3

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mtpress.bench.chart import FAINT, HEIGHT_INCHES, HUES, INK, MARKERS, PANEL_INCHES, STYLE, Colour, draw_grid, shade
 from mtpress.evaluation.documents import ALL
 from mtpress.evaluation.result import EvalResult
-from mtpress.models.qwen3_5 import COMPONENT_TITLES
+from mtpress.models.qwen3_5.names import COMPONENT_TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

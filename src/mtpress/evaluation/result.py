@@ -10,7 +10,7 @@ from typing import Any
 from mtpress.evaluation.documents import Disjointness
 from mtpress.evaluation.layers import LayerError
 from mtpress.evaluation.statistics import Figure
-from mtpress.models.qwen3_5 import COMPONENT_TITLES
+from mtpress.models.qwen3_5.names import COMPONENT_TITLES
 from mtpress.progress import human_bytes
 
 BASE = "BF16"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtpress.evaluation.bodies import ROWS_MULTIPLE, Body
 from mtpress.evaluation.layers import Stream
-from mtpress.hidden_states import DiskStates
+from mtpress.models.hidden_states import DiskStates
 from mtpress.progress import Progress
 
 LM_HEAD_BYTES = 512 << 20  # rows of lm_head of all bodies that are in memory at a time

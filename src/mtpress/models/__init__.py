@@ -1,5 +1,6 @@
-"""Model families. A file is looked up by config.json's model_type; adding a family is adding a file here."""
+"""Model families. A folder is looked up by config.json's model_type; adding a family is adding a folder here."""
 
+import importlib
 from types import ModuleType
 
 from mtpress.errors import InputError
@@ -12,6 +13,4 @@ def family(model_type: str) -> ModuleType:
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"config.json: model_type {model_type[:60]!r} is not supported; mtpress knows {known} (Qwen3.5, 3.6, 3.8 dense)")
-    from mtpress.models import qwen3_5
-
-    return qwen3_5
+    return importlib.import_module(f"mtpress.models.{FAMILIES[model_type]}.names")

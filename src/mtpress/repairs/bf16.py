@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mtpress.repairs.base_files import base_tensor, quantized_there
+from mtpress.quant_config.stored import SCALAR_SCALES, SCALE_SUFFIXES, WEIGHT
+from mtpress.quant_config.stored_matrix import StoredMatrix, stored_matrix
+from mtpress.quant_config.view import Subject
+from mtpress.repairs.from_source import base_tensor, quantized_there
 from mtpress.repairs.overlay import Overlay
 from mtpress.repairs.repair import Context, Fix, Left
-from mtpress.rules.rule import count
-from mtpress.rules.stored import SCALAR_SCALES, SCALE_SUFFIXES, WEIGHT
-from mtpress.rules.subject import Subject
-from mtpress.stored_matrix import StoredMatrix, stored_matrix
+from mtpress.terminal import count
 
 if TYPE_CHECKING:
     import torch

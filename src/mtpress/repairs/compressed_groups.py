@@ -9,13 +9,13 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtpress.matching.compressed_tensors import scheme_of
-from mtpress.matching.matcher import Scheme
+from mtpress.quant_config.declaration import COMPRESSED_FORMS, Declaration
+from mtpress.quant_config.matching.compressed_tensors import scheme_of
+from mtpress.quant_config.matching.matcher import Scheme
+from mtpress.quant_config.stored import INPUT_GLOBAL_SCALE, QWEIGHT, WEIGHT, WEIGHT_PACKED, ZERO_POINT
+from mtpress.quant_config.view import Subject
 from mtpress.repairs.mixed_precision import HELD
 from mtpress.repairs.repair import Context
-from mtpress.rules.declaration import COMPRESSED_FORMS, Declaration
-from mtpress.rules.stored import INPUT_GLOBAL_SCALE, WEIGHT, ZERO_POINT
-from mtpress.rules.subject import Subject
 
 LM_HEAD = "lm_head"
 
@@ -51,8 +51,6 @@ def stored_scheme(subject: Subject, module: str) -> Scheme | None:
         rows = tensors[WEIGHT].shape[:1]
         lies = scheme is not None and scheme.scale_name == "weight_scale" and (tensors["weight_scale"].shape != rows or rows == (1,))
         return scheme if lies else None
-    from mtpress.repairs.declaration import stored_bits
-
     bits, size = stored_bits(subject, module), subject.stored_group_size(module)
     return Scheme("int", bits, size, ZERO_POINT not in tensors) if bits is not None and size is not None else None
 
@@ -114,3 +112,13 @@ def _group(scheme: Scheme, targets: Sequence[str]) -> dict[str, Any]:
         block = scheme.block if scheme.scale_of == "block" else None
         return compressed_tensors.fp8_group(targets, scheme.scale_of, static=scheme.static, block=block)
     return compressed_tensors.int_group(targets, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+
+
+def stored_bits(subject: Subject, module: str) -> int | None:
+    """Bits of a code of an INT4 module, by config.json's K; None where its shape shows none."""
+    shape, tensors = subject.called_for.get(f"{module}.weight", ()), subject.modules.get(module, {})
+    codes = tensors.get(QWEIGHT if subject.form(module) == "gptq" else WEIGHT_PACKED)
+    if subject.form(module) not in ("gptq", "pack-quantized") or codes is None or len(shape) != 2 or len(codes.shape) != 2:
+        return None
+    words = codes.shape[0 if subject.form(module) == "gptq" else 1]
+    return words * 32 // shape[1] if words * 32 % shape[1] == 0 else None

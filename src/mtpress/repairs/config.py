@@ -4,8 +4,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from mtpress.models.qwen3_5_engine import ARCHITECTURE
-from mtpress.repairs.base_files import filled_config
+from mtpress.models.qwen3_5.engine import ARCHITECTURE
+from mtpress.repairs.from_source import filled_config
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.config import TEXT_MODEL_TYPE
 from mtpress.rules.rule import Finding

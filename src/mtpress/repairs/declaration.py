@@ -2,7 +2,7 @@
 
 In: the checkpoint as it stands. Out: quantization_config in config.json, and hf_quant_config.json or quantization_config.json where
 the format has one, that declare the stored format and name every module in BF16. Keys that are right stay as they are.
-Leaves out: which entries name a module in which format (kept_modules.py).
+Leaves out: which entries name a module in which format (quant_config/ignore_list.py).
 """
 
 import copy
@@ -11,20 +11,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mtpress.errors import InputError
-from mtpress.kept_modules import spare
-from mtpress.matching.modelopt import GROUP_SIZE
-from mtpress.repairs.base_files import LARGEST_SHARE
+from mtpress.quant_config import stored
+from mtpress.quant_config.declaration import NVFP4_ALGOS, Declaration
+from mtpress.quant_config.ignore_list import spare
+from mtpress.quant_config.matching.modelopt import GROUP_SIZE
+from mtpress.quant_config.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES, ZERO_POINT, Form
+from mtpress.quant_config.view import HF_QUANT_CONFIG, Subject
 from mtpress.repairs.bf16 import in_bf16
-from mtpress.repairs.compressed_groups import grouped_content
+from mtpress.repairs.compressed_groups import grouped_content, stored_bits
 from mtpress.repairs.fp8_declaration import fp8_content, unloadable_lm_head
+from mtpress.repairs.from_source import LARGEST_SHARE
 from mtpress.repairs.mixed_precision import declare_mixed, stored_formats
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn
-from mtpress.rules import ignore_lists, stored
-from mtpress.rules.declaration import NVFP4_ALGOS, Declaration
+from mtpress.rules import ignore_lists
 from mtpress.rules.quantization import BACKENDS, PACKING_FORMATS, format_differs
-from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
-from mtpress.rules.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES, QWEIGHT, WEIGHT_PACKED, ZERO_POINT, Form
-from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding
+from mtpress.terminal import count
 
 QUANTIZATION_CONFIG = "quantization_config.json"
 DECLARED_AS: dict[Form, tuple[str, ...]] = {
@@ -227,7 +229,7 @@ def _is_symmetric(ctx: Context) -> bool:
     """Whether every zero point of 4 bits is the middle of the range; reads them, a dry run the first of each."""
     import torch
 
-    from mtpress.checkpoint import read_tensor
+    from mtpress.checkpoint.safetensors import read_tensor
 
     words = set(ctx.subject.zero_words.values())
     if len(words) == 1 and words <= {0x77777777, 0x88888888} and ctx.may_read:
@@ -240,7 +242,7 @@ def _in_order(ctx: Context) -> bool:
     """Whether no column of an INT4 module in GPTQ's layout was moved, by its g_idx; reads them, so a dry run does not know."""
     import torch
 
-    from mtpress.checkpoint import read_tensor
+    from mtpress.checkpoint.safetensors import read_tensor
 
     found = {name.rpartition(".")[0]: info for name, info in ctx.subject.tensors.items() if name.endswith(".g_idx")}
     for module, info in found.items() if ctx.may_read else ():
@@ -312,16 +314,6 @@ def _from_scratch(ctx: Context, form: Form, kept: list[str]) -> dict[str, Any]:
     from mtpress.formats import int4
 
     return int4.quantization_config(kept, f"{_prefix(subject)}layers") | layout
-
-
-def stored_bits(subject: Subject, module: str) -> int | None:
-    """Bits of a code of an INT4 module, by config.json's K; None where its shape shows none."""
-    shape, tensors = subject.called_for.get(f"{module}.weight", ()), subject.modules.get(module, {})
-    codes = tensors.get(QWEIGHT if subject.form(module) == "gptq" else WEIGHT_PACKED)
-    if subject.form(module) not in ("gptq", "pack-quantized") or codes is None or len(shape) != 2 or len(codes.shape) != 2:
-        return None
-    words = codes.shape[0 if subject.form(module) == "gptq" else 1]
-    return words * 32 // shape[1] if words * 32 % shape[1] == 0 else None
 
 
 def group_size(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

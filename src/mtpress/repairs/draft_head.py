@@ -4,13 +4,13 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mtpress.comparison import counterpart
-from mtpress.repairs.base_files import base_tensor, not_there
+from mtpress.comparison.weights import counterpart
+from mtpress.quant_config.stored import PLAIN_DTYPES
 from mtpress.repairs.bf16 import drop_scales, in_bf16
+from mtpress.repairs.from_source import base_tensor, not_there
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.repairs.unplaced import may_be, told
 from mtpress.rules.rule import Finding
-from mtpress.rules.stored import PLAIN_DTYPES
 
 HOW_IT_DRAFTS = "it was not trained with this body, so fewer of its drafts may be accepted: mtpress bench --mtp off,1 measures it"
 

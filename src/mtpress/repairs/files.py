@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from mtpress.checkpoint import read_json_object
+from mtpress.checkpoint.json_files import read_json_object
 from mtpress.errors import InputError
+from mtpress.quant_config.view import HF_QUANT_CONFIG
 from mtpress.repairs.declaration import declare
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.rules.rule import Finding
-from mtpress.rules.subject import HF_QUANT_CONFIG
 
 REINDEXED = "the index is written anew from what is stored"
 

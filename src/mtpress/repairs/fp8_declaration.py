@@ -7,11 +7,11 @@ modelopt's layout (mixed_precision.py) and in compressed-tensors' (compressed_gr
 from collections.abc import Iterator
 from typing import Any
 
-from mtpress.matching.fp8 import LISTS
+from mtpress.quant_config.matching.fp8 import LISTS
+from mtpress.quant_config.stored import INPUT_SCALE, SCALE_INV
+from mtpress.quant_config.view import Subject
 from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.repair import Context, Fix, Left
-from mtpress.rules.stored import INPUT_SCALE, SCALE_INV
-from mtpress.rules.subject import Subject
 
 
 def fp8_content(subject: Subject, kept: list[str]) -> dict[str, Any] | None:

@@ -6,15 +6,16 @@ Only where the user says that the base is the source; else they are told, but a 
 
 from collections.abc import Iterator
 
-from mtpress.meanings.config import restored
-from mtpress.models import qwen3_5
+from mtpress.chat.processor_files import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
+from mtpress.comparison.config import restored
+from mtpress.models.qwen3_5 import names as qwen3_5
+from mtpress.quant_config.tokenizer_files import GENERATION, TOKENIZER, TOKENIZER_CONFIG
+from mtpress.quant_config.view import Subject
 from mtpress.repairs.files import copy_files
 from mtpress.repairs.repair import RESTORE, STAYS, Context, Fix, Left, Repair, Turn, needs_base, told_unless_source
-from mtpress.rules.rule import Finding, count
-from mtpress.rules.subject import Subject
+from mtpress.rules.rule import Finding
 from mtpress.rules.tensors import tensor_missing, tensor_unexpected, weight_shape
-from mtpress.rules.tokenizer import GENERATION, TOKENIZER, TOKENIZER_CONFIG
-from mtpress.rules.vision import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
+from mtpress.terminal import count
 
 
 def config_differs(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

@@ -1,16 +1,16 @@
 """A comparison that was made before anything was mended, as it stands for what the overlay has become.
 
 In: the comparison of what is stored, and an overlay. Out: the same for the tensors that are still as they are stored, by their present
-names; two comparisons of different tensors as one. Leaves out: comparing (comparison.py).
+names; two comparisons of different tensors as one. Leaves out: comparing (comparison/weights.py).
 """
 
 from dataclasses import fields
 from typing import Any
 
-from mtpress.comparison import Comparison
-from mtpress.models.qwen3_5 import module_of
+from mtpress.comparison.weights import Comparison
+from mtpress.models.qwen3_5.names import module_of
+from mtpress.quant_config.stored import CODES, SCALE_SUFFIXES
 from mtpress.repairs.overlay import Overlay
-from mtpress.rules.stored import CODES, SCALE_SUFFIXES
 
 
 def present_names(overlay: Overlay) -> dict[str, str]:

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mtpress.comparison import compare
+from mtpress.comparison.weights import compare
+from mtpress.quant_config.view import Subject
 from mtpress.repairs.draft_head import mtp_unindexed
 from mtpress.repairs.files import reindexed
 from mtpress.repairs.registry import REPAIRS
 from mtpress.repairs.repair import Context, Fix, Left
-from mtpress.rules.base import RULES as WEIGHT_RULES
+from mtpress.rules.against_source import RULES as WEIGHT_RULES
 from mtpress.rules.meanings import RULES as FILE_RULES
 from mtpress.rules.registry import STATIC_RULES
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, apply
-from mtpress.rules.subject import Subject
 
 RELATIONS = ("base-ancestor", "base-stranger")  # what the base is: said beside the findings
 MAX_ROUNDS = 200

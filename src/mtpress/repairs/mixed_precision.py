@@ -7,11 +7,11 @@ format throughout (declaration.py).
 import copy
 from collections.abc import Mapping
 
+from mtpress.quant_config.declaration import Declaration
+from mtpress.quant_config.stored import INPUT_SCALE, SCALE, WEIGHT, Form
+from mtpress.quant_config.view import HF_QUANT_CONFIG, Subject
 from mtpress.repairs.repair import Context, Fix
-from mtpress.rules.declaration import Declaration
-from mtpress.rules.rule import count
-from mtpress.rules.stored import INPUT_SCALE, SCALE, WEIGHT, Form
-from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
+from mtpress.terminal import count
 
 HELD: dict[str, set[Form]] = {"compressed-tensors": {"nvfp4-pack-quantized", "pack-quantized", "fp8"}, "fp8": {"fp8"}}
 FP8_FORMATS: dict[str, str] = {"tensor": "fp8", "channel": "fp8_by_row", "block": "fp8_in_blocks"}

@@ -3,10 +3,11 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from mtpress.comparison import same_bytes
+from mtpress.comparison.weights import same_bytes
+from mtpress.quant_config.misnamed import refuse_head_alone
 from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn
-from mtpress.rules.names import refuse_head_alone
-from mtpress.rules.rule import Finding, count
+from mtpress.rules.rule import Finding
+from mtpress.terminal import count
 
 
 def renamed(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

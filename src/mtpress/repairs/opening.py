@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtpress.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, read_json_object, read_shard, resolve, weight_map_of
+from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint, resolve, weight_map_of
+from mtpress.checkpoint.json_files import read_json_object
+from mtpress.checkpoint.safetensors import Shard, TensorInfo, read_shard
 from mtpress.errors import InputError
 from mtpress.models import family
-from mtpress.models.qwen3_5 import component
-from mtpress.repairs.base_files import undeclared
+from mtpress.models.qwen3_5.names import component
+from mtpress.quant_config.misnamed import refuse_head_alone
+from mtpress.quant_config.view import CONFIG, Subject
+from mtpress.repairs.from_source import undeclared
 from mtpress.rules.config import not_treated
-from mtpress.rules.names import refuse_head_alone
 from mtpress.rules.registry import OPEN_RULES, STATIC_RULES
 from mtpress.rules.rule import Finding, apply
-from mtpress.rules.subject import CONFIG, Subject
 
 PARTS = ("layers.", "visual.", "blocks.", "embed_tokens.", "lm_head.", "mtp.")  # of the family's names, under whatever prefix
 

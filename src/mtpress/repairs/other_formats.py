@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from mtpress.models.qwen3_5 import MTP_PREFIX
+from mtpress.models.qwen3_5.names import MTP_PREFIX
+from mtpress.quant_config import stored
 from mtpress.repairs.bf16 import in_bf16
 from mtpress.repairs.declaration import declare, is_declarable
 from mtpress.repairs.draft_head import unpacked
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
-from mtpress.rules import stored
 from mtpress.rules.rule import QUANTIZE_AGAIN, Finding
 
 

@@ -17,16 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from mtpress.checkpoint import SINGLE_NAME, Checkpoint, Shard, TensorInfo
+from mtpress.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
+from mtpress.checkpoint.safetensors import Shard, TensorInfo
+from mtpress.checkpoint.shard_writer import OutputTensor
 from mtpress.json_files import json_bytes
+from mtpress.quant_config.view import CONFIG, Subject
 from mtpress.rules.rule import Finding
-from mtpress.rules.subject import CONFIG, Subject
-from mtpress.shard_writer import OutputTensor
 
 if TYPE_CHECKING:
     import torch
 
-    from mtpress.revision import Revision
+    from mtpress.checkpoint.revision import Revision
 
 Produce = Callable[[], "torch.Tensor"]
 

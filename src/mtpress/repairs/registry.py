@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from mtpress.repairs import against_source as base
 from mtpress.repairs import (
-    base,
     config,
     declaration,
     draft_head,

@@ -10,11 +10,12 @@ from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mtpress.checkpoint import Checkpoint, TensorInfo
-from mtpress.comparison import Comparison, counterparts
-from mtpress.relation import Kind
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.safetensors import TensorInfo
+from mtpress.comparison.relation import Kind
+from mtpress.comparison.weights import Comparison, counterparts
+from mtpress.quant_config.view import Subject
 from mtpress.rules.rule import Finding
-from mtpress.rules.subject import Subject
 
 if TYPE_CHECKING:
     from mtpress.repairs.overlay import Overlay

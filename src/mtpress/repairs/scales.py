@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mtpress.checkpoint import TensorInfo, read_tensor
-from mtpress.models.qwen3_5_engine import EngineLinear
-from mtpress.repairs.base_files import LARGEST_SHARE, base_tensor
+from mtpress.checkpoint.safetensors import TensorInfo, read_tensor
+from mtpress.models.qwen3_5.engine import EngineLinear
+from mtpress.quant_config.declaration import Declaration
+from mtpress.quant_config.stored import INPUT_SCALE, KV_SCALES, QZEROS, SCALARS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
+from mtpress.quant_config.view import Subject
 from mtpress.repairs.bf16 import InBF16, group_of, in_bf16
 from mtpress.repairs.declaration import declare
+from mtpress.repairs.from_source import LARGEST_SHARE, base_tensor
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn
-from mtpress.rules.declaration import Declaration
-from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding
 from mtpress.rules.scales import PLAUSIBLE
-from mtpress.rules.stored import INPUT_SCALE, KV_SCALES, QZEROS, SCALARS, SCALE, SCALE_2, SCALES, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
-from mtpress.rules.subject import Subject
+from mtpress.terminal import count
 
 if TYPE_CHECKING:
     import torch
@@ -284,7 +285,7 @@ def shard_of(subject: Subject, module: str) -> Shard | None:
 
 def wrong_label(ctx: Context, shards: list[Shard]) -> bool:
     """With a base: gives every shard the largest global scale where that brings the weights nearer to the source than its own does."""
-    from mtpress.comparison import relative_error
+    from mtpress.comparison.weights import relative_error
 
     subject = ctx.subject
     largest = max(shards, key=lambda shard: shard.scale_2)

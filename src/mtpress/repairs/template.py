@@ -6,13 +6,11 @@ base has (tokenizer.py).
 
 from collections.abc import Iterator
 
-from mtpress.beside_weights import HOLD_TEMPLATES
+from mtpress.chat.template import template
+from mtpress.chat.template_origin import origin
+from mtpress.quant_config.tokenizer_files import HOLD_TEMPLATES, KEY, TEMPLATES, marks, templates
 from mtpress.repairs.repair import Context, Fix, Left, Repair
 from mtpress.rules.rule import Finding
-from mtpress.rules.template import KEY, templates
-from mtpress.rules.tokenizer import TEMPLATES, marks
-from mtpress.template_origin import origin
-from mtpress.templating import template
 
 INSTALLED = "mtpress's template installed: it thinks only when a request or a system message asks for it (docs/chat-template.md)"
 

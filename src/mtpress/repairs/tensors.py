@@ -6,16 +6,18 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from mtpress.checkpoint import TensorInfo, bytes_of, read_tensor, torch_dtype
-from mtpress.repairs.base_files import base_tensor, quantized_there
+from mtpress.checkpoint.safetensors import TensorInfo, bytes_of, read_tensor, torch_dtype
+from mtpress.quant_config.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
+from mtpress.quant_config.view import Subject
 from mtpress.repairs.bf16 import in_bf16, is_bf16, whole_matrix
-from mtpress.repairs.declaration import declare, stored_bits
+from mtpress.repairs.compressed_groups import stored_bits
+from mtpress.repairs.declaration import declare
+from mtpress.repairs.from_source import base_tensor, quantized_there
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.repairs.unplaced import ITS_NAME, NO_WEIGHT, absent, has_more_rows, may_be, told
-from mtpress.rules.rule import QUANTIZE_AGAIN, Finding, count
-from mtpress.rules.stored import KV_SCALES, PLAIN_DTYPES, SCALE, WEIGHT, WEIGHT_PACKED, WEIGHT_SHAPE
-from mtpress.rules.subject import Subject
+from mtpress.rules.rule import QUANTIZE_AGAIN, Finding
 from mtpress.rules.tensors import DTYPES, fp8_scale_shapes
+from mtpress.terminal import count
 
 if TYPE_CHECKING:
     import torch

@@ -2,11 +2,7 @@
 
 from collections.abc import Iterator
 
-from mtpress.repairs.files import copy_files
-from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn, needs_base
-from mtpress.repairs.template import install
-from mtpress.rules.rule import Finding
-from mtpress.rules.tokenizer import (
+from mtpress.quant_config.tokenizer_files import (
     CONFIG_IDS,
     GENERATION,
     GENERATION_IDS,
@@ -14,11 +10,13 @@ from mtpress.rules.tokenizer import (
     TEMPLATES,
     TOKENIZER,
     TOKENIZER_CONFIG,
-    greedy_keys,
-    pad_id,
     token_ids,
-    turn_end,
 )
+from mtpress.repairs.files import copy_files
+from mtpress.repairs.repair import Context, Fix, Left, Repair, Turn, needs_base
+from mtpress.repairs.template import install
+from mtpress.rules.rule import Finding
+from mtpress.rules.tokenizer import greedy_keys, pad_id, turn_end
 
 LEGACY_CLASS = "Qwen2TokenizerFast"
 OF_ANOTHER_VOCABULARY = Left(

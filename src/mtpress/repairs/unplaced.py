@@ -2,17 +2,17 @@
 
 In: a subject. Out: `unplaced`, the stored tensors of no known place; for each tensor that is missing, the one of them that may be it,
 whole, fused, split, turned or packed: of the same layer or part of the model, or of a size that fits. Leaves out: knowing names
-(models/qwen3_5_names.py). What may be the author's is neither dropped nor replaced by a base's.
+(models/qwen3_5/renames.py). What may be the author's is neither dropped nor replaced by a base's.
 """
 
 import math
 import re
 from collections.abc import Iterable
 
-from mtpress.checkpoint import TensorInfo
+from mtpress.checkpoint.safetensors import TensorInfo
+from mtpress.quant_config.stored import PLAIN_DTYPES, WEIGHT
+from mtpress.quant_config.view import Subject
 from mtpress.repairs.repair import Left
-from mtpress.rules.stored import PLAIN_DTYPES, WEIGHT
-from mtpress.rules.subject import Subject
 from mtpress.rules.tensors import unexpected
 
 ITS_NAME = "its right name and layout: rename or split it in the checkpoint, then repair again"

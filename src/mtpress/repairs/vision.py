@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
-from mtpress.repairs.base_files import base_tensor, not_there, vision_config
 from mtpress.repairs.files import copy_files
+from mtpress.repairs.from_source import base_tensor, not_there, vision_config
 from mtpress.repairs.repair import OTHER_BASE, Context, Fix, Left, Repair, Turn, needs_base
 from mtpress.repairs.unplaced import may_be, told
-from mtpress.rules.rule import Finding, count
+from mtpress.rules.rule import Finding
+from mtpress.terminal import count
 
 
 def vision_missing(ctx: Context, finding: Finding) -> Iterator[Fix | Left]:

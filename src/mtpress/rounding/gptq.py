@@ -2,7 +2,7 @@
 
 In: a matrix [N, K], the scales of its groups, and H [K, K], the sum of x xᵀ over what it is multiplied with. Out: codes of the same
 format under the same scales, with less of tr(E H Eᵀ), E being what rounding changes: the output's squared error over these x.
-Leaves out: where H comes from (full_hessian.py, gptq_pass.py), and whether a layer is better off (gptq_pass.py).
+Leaves out: where H comes from (calibration/full_hessian.py, calibration/gptq.py), and whether a layer is better off (calibration/gptq.py).
 
 Columns are rounded one after the other, those with the largest diagonal of H first, while the scales stay those of the stored columns
 ("static groups"). To each column's weights is added, before it is rounded, what minimizes the error that is left given the errors made so
@@ -74,7 +74,7 @@ def _of_group(chosen: GroupScales) -> dict[str, Scales]:
 
 
 # Format → choice → scales of matrices that read the same input, by name; blocks: Σ x xᵀ of that input, float64 [K/16, 16, 16].
-# recipe.py has the names too, the first being what is taken if the recipe names none.
+# plan/recipe.py has the names too, the first being what is taken if the recipe names none.
 SCALES: dict[str, dict[str, Callable[[Mapping[str, Tensor], Tensor], dict[str, Scales]]]] = {
     "nvfp4": {
         "hessian": lambda weights, blocks: _of_group(hessian.group_scales(weights, blocks)),

@@ -1,7 +1,7 @@
 """Scales by the local Hessian: of a window of E4M3 numbers the one that changes what the linear puts out least.
 
 In: the matrices that share a global scale, and H = Σ x xᵀ over the calibration tokens in blocks of 16. Out: that scale and block
-scales. Leaves out: codes (formats/nvfp4.py), which are the nearest ones, and gathering H (input_hessian.py). INT4: search.py.
+scales. Leaves out: codes (formats/nvfp4.py), which are the nearest ones, and gathering H (calibration/block_hessian.py). INT4: search.py.
 
 A row's error δ = w − ŵ changes the output by Σ (δ·x)² = δᵀHδ; the blocks of H that lie on its diagonal are looked at, each for itself.
 To each is added .05 of the mean of its diagonal, as GPTQ has it: for channels that the samples hardly reach. Where a block of the

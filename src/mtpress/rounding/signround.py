@@ -1,7 +1,7 @@
 """Sign-gradient rounding (SignRound, Cheng et al., arXiv:2309.05516) of the linears of one block, as auto-round 0.16.1 does it.
 
 In: a block, which of its linears are rounded, and its output error on a batch of samples. Out: 4-bit codes and FP16 scales of each
-linear, and the losses. Leaves out: the samples and their way through the blocks (signround_pass.py), and the stored layout
+linear, and the losses. Leaves out: the samples and their way through the blocks (calibration/signround.py), and the stored layout
 (formats/int4.py).
 
 A weight w of a group of 128 with scale s becomes s·clip(round(w/s + v), -8, 7). Tuned are an offset v for each weight, and two
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mtpress.errors import InputError
 from mtpress.rounding import signround_kernel
-from mtpress.tuning_batches import batches
+from mtpress.rounding.batches import batches
 
 GROUP_SIZE = signround_kernel.GROUP_SIZE
 MIN_CODE, MAX_CODE = -8, 7

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from mtpress.checkpoint import Checkpoint
-from mtpress.models.qwen3_5 import rope_parameters
-from mtpress.models.qwen3_5_engine import ARCHITECTURE
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.models.qwen3_5.engine import ARCHITECTURE
+from mtpress.models.qwen3_5.names import rope_parameters
+from mtpress.quant_config.view import CONFIG, Subject
 from mtpress.rules.rule import Problem, Rule
-from mtpress.rules.subject import CONFIG, Subject
 
 TEXT_MODEL_TYPE = "qwen3_5_text"
 OTHER_TASKS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|RewardModel|ForEmbedding|ValueHead")

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mtpress.models.qwen3_5_engine import EngineLinear
-from mtpress.rules import stored
+from mtpress.models.qwen3_5.engine import EngineLinear
+from mtpress.quant_config import stored
+from mtpress.quant_config.view import CONFIG, Subject
 from mtpress.rules.ignore_lists import stored_forms
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import CONFIG, Subject
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 GRAFT = "mtpress graft CKPT OUT --from BASE"
 FC = "mtp.fc"

@@ -1,4 +1,4 @@
-"""Rules on what the engine did with a checkpoint (engine/trial.py): it loads, answers, sees, calls tools, its drafts are accepted.
+"""Rules on what the engine did with a checkpoint (engine/trial/trial.py): it loads, answers, sees, calls tools, its drafts are accepted.
 
 Limits: a canary kind fails when fewer than half of it is right, against the base when it knows clearly less than the base does. The
 acceptance floor is what the seeds' worst position-1 figure leaves far below (0.87; a random head is at about 0). 5 points against the
@@ -8,8 +8,9 @@ base are what the published 4-bit builds lose at most; three standard errors are
 import math
 from collections.abc import Iterator
 
-from mtpress.engine.trial import Run, Trial
-from mtpress.rules.rule import Problem, Rule, count
+from mtpress.engine.trial.trial import Run, Trial
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 ACCEPTANCE_POINTS = 0.05
 NUM_ERRORS = 3

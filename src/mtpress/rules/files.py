@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from mtpress.checkpoint import INDEX_NAME, SINGLE_NAME, weight_map_of
+from mtpress.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME, weight_map_of
 from mtpress.errors import InputError
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import CONFIG, HF_QUANT_CONFIG, Subject
+from mtpress.quant_config.view import CONFIG, HF_QUANT_CONFIG, Subject
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 JSON_FILES = (
     "generation_config.json", HF_QUANT_CONFIG, "preprocessor_config.json", "processor_config.json", "tokenizer.json",

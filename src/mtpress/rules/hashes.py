@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtpress.checkpoint import INDEX_NAME, read_json_object
+from mtpress.checkpoint.checkpoint import INDEX_NAME
+from mtpress.checkpoint.json_files import read_json_object
+from mtpress.checkpoint.record import RECORD_NAME
 from mtpress.errors import InputError
 from mtpress.progress import Progress
-from mtpress.record import RECORD_NAME
-from mtpress.rules.rule import Problem, Rule, count
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 
 @dataclass

@@ -6,14 +6,15 @@ and block_name_to_quantize of AutoRound, modules_in_block_to_quantize and dynami
 
 from collections.abc import Iterator
 
-from mtpress.matching.expressions import MAX_SECONDS, is_endless
-from mtpress.matching.names import rename
-from mtpress.models import qwen3_5_engine
-from mtpress.models.qwen3_5_engine import EngineLinear
-from mtpress.rules import stored
-from mtpress.rules.declaration import Declaration
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import HF_QUANT_CONFIG, Subject
+from mtpress.models.qwen3_5 import engine as qwen3_5_engine
+from mtpress.models.qwen3_5.engine import EngineLinear
+from mtpress.quant_config import stored
+from mtpress.quant_config.declaration import Declaration
+from mtpress.quant_config.matching.expressions import MAX_SECONDS, is_endless
+from mtpress.quant_config.matching.names import rename
+from mtpress.quant_config.view import HF_QUANT_CONFIG, Subject
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 REPAIR = "mtpress repair CKPT OUT writes the list anew, module by module, from what is stored"
 

@@ -8,9 +8,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.stored import KV_SCALES
-from mtpress.rules.subject import Subject
+from mtpress.quant_config.stored import KV_SCALES
+from mtpress.quant_config.view import Subject
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 READ = re.compile(r"(.*\.self_attn)\.(?:[kv]_proj\.|qkv_proj\.)?([kv]_scale)")
 

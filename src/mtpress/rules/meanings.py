@@ -6,10 +6,11 @@ generation_config.json are its own; what else computes otherwise is told with bo
 
 from collections.abc import Callable, Iterator
 
-from mtpress.comparison import Comparison
-from mtpress.meanings.difference import Difference, Topic
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.tokenizer import TOKENIZER
+from mtpress.comparison.difference import Difference, Topic
+from mtpress.comparison.weights import Comparison
+from mtpress.quant_config.tokenizer_files import TOKENIZER
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 ITS_OWN = ("vocab_size", "dtype", "tie_word_embeddings", "eos_token_id")  # keys of config.json that follow what a fine-tune stores
 MOST_TOLD = 5  # differences in one line; --json has all

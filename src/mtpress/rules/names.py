@@ -5,10 +5,10 @@ Every other rule goes by the family's names (`Subject.tensors`), so what is foun
 
 from collections.abc import Iterator
 
-from mtpress.errors import InputError
-from mtpress.models.qwen3_5_names import TITLES, Kind, engine_reads
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import Subject
+from mtpress.models.qwen3_5.renames import TITLES, Kind, engine_reads
+from mtpress.quant_config.view import Subject
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 RENAME = "rename them: mtpress repair CKPT OUT"
 
@@ -34,25 +34,6 @@ def _problem(subject: Subject, kinds: tuple[Kind, ...]) -> Problem:
     if names.rivals:
         message += f"; {count(len(names.rivals), 'tensor')} of them under a name that another tensor has or claims"
     return Problem(message, tuple(stored))
-
-
-def refuse_head_alone(subject: Subject) -> None:
-    """InputError for what has a draft head and no body: there is one thing to be done with it."""
-    if subject.is_head_alone:
-        where = subject.path
-        raise InputError(
-            f"{where}: holds a draft head and no body; mtpress graft CKPT OUT --from {where} puts it into a checkpoint that has one"
-        )
-
-
-def refuse_misnamed(subject: Subject, *kinds: Kind) -> None:
-    """For stages that go by stored names: InputError where tensors of these parts, or of any, stand under other names."""
-    refuse_head_alone(subject)
-    if stored := subject.names.misnamed(*kinds):
-        raise InputError(
-            f"{subject.path}: {count(len(stored), 'tensor')} under other names ({subject.names.told(*kinds)}); rename them first: "
-            f"mtpress repair {subject.path} OUT"
-        )
 
 
 def _kinds(subject: Subject) -> tuple[Kind, ...]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from mtpress.meanings.processors import unsound
+from mtpress.comparison.processors import unsound
+from mtpress.quant_config.view import Subject
 from mtpress.rules.rule import Problem, Rule
-from mtpress.rules.subject import Subject
 
 
 def processor_unsound(subject: Subject) -> Iterator[Problem]:

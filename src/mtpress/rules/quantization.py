@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from mtpress.rules import stored
-from mtpress.rules.declaration import MODELOPT_ALGOS, Declaration
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.stored import NVFP4_GROUP_SIZE, Form
-from mtpress.rules.subject import HF_QUANT_CONFIG, QUANTIZATION_CONFIG, Subject
+from mtpress.quant_config import stored
+from mtpress.quant_config.declaration import MODELOPT_ALGOS, Declaration
+from mtpress.quant_config.stored import NVFP4_GROUP_SIZE, Form
+from mtpress.quant_config.view import HF_QUANT_CONFIG, QUANTIZATION_CONFIG, Subject
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 # Names that vLLM 0.32 knows, and those its own configs take over (auto-round → inc).
 METHODS = (

@@ -7,8 +7,9 @@ and a remedy; adding one is adding it to the `RULES` of its topic. Ids are part 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mtpress.quant_config.view import Subject
+from mtpress.rules import against_source as base
 from mtpress.rules import (
-    base,
     config,
     draft_head,
     engine,
@@ -29,7 +30,6 @@ from mtpress.rules import (
     vision,
 )
 from mtpress.rules.rule import Rule
-from mtpress.rules.subject import Subject
 
 OPEN_RULES = files.OPEN_RULES
 STATIC_RULES = (

@@ -1,6 +1,6 @@
 """What a rule is, and what it finds.
 
-In: a subject (rules/subject.py, or what a comparison or a hash run measured). Out: findings. A rule has one id, one
+In: a subject (quant_config/view.py, or what a comparison or a hash run measured). Out: findings. A rule has one id, one
 severity, one meaning and one remedy; its function yields a `Problem` for each thing that is wrong.
 """
 
@@ -54,8 +54,3 @@ def apply(rules: Iterable[Rule[S]], subject: S) -> Iterator[Finding]:
     for rule in rules:
         for problem in rule.find(subject):
             yield Finding(rule.id, problem.severity or rule.severity, problem.message, problem.where, problem.remedy or rule.remedy)
-
-
-def count(number: int, noun: str) -> str:
-    """1 → "1 tensor", 3 → "3 tensors"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

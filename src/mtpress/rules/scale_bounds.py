@@ -8,8 +8,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
-from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
-from mtpress.scale_bounds import Bounds, ScaleBounds
+from mtpress.comparison.scale_bounds import Bounds, ScaleBounds
+from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule
+from mtpress.terminal import count
 
 MEASURE = "measure it again: " + QUANTIZE_AGAIN
 FAR_ABOVE = 64.0  # times what the weights allow: some 200 times what samples show

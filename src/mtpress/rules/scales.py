@@ -7,10 +7,9 @@ layout: the largest scale of modelopt's, the smallest of compressed-tensors'.
 import math
 from collections.abc import Iterator
 
-from mtpress.models.qwen3_5_engine import EngineLinear
-from mtpress.rules import stored
-from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
-from mtpress.rules.stored import (
+from mtpress.models.qwen3_5.engine import EngineLinear
+from mtpress.quant_config import stored
+from mtpress.quant_config.stored import (
     FP8_SCALARS,
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
@@ -27,7 +26,9 @@ from mtpress.rules.stored import (
     ZERO_POINT,
     Form,
 )
-from mtpress.rules.subject import Subject
+from mtpress.quant_config.view import Subject
+from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule
+from mtpress.terminal import count
 
 # An amax is 2688 times its scale. No trained weight reaches 2688 or ends below 0.00003, no activation reaches 268,800:
 # a scale outside is a reciprocal (or, in compressed-tensors' layout, none), or an amax that was never divided.

@@ -1,6 +1,6 @@
 """Rules on the chat template: what it makes of conversations, not what it looks like.
 
-In: a `Subject`. Out: problems that cite the numbered rules of docs/chat-template.md. Leaves out: rendering (template_trial.py).
+In: a `Subject`. Out: problems that cite the numbered rules of docs/chat-template.md. Leaves out: rendering (chat/conformance.py).
 
 A part of a plain conversation that does not reach the model is an error. What fails beyond that is a warning: the server works, and
 refuses some valid requests, or computes the prompt's beginning again at every turn, or takes typed text for tokens. In what is a choice
@@ -9,36 +9,16 @@ refuses some valid requests, or computes the prompt's beginning again at every t
 
 from collections.abc import Iterator, Sequence
 
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import Subject
-from mtpress.rules.tokenizer import TEMPLATES, TOKENIZER_CONFIG, marks
-from mtpress.template_trial import SPOKEN_OF, Trial, tried
-from mtpress.templating import Failure
+from mtpress.chat.conformance import SPOKEN_OF, Trial, tried
+from mtpress.chat.template import Failure
+from mtpress.quant_config.tokenizer_files import marks, templates
+from mtpress.quant_config.view import Subject
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 CHOICES = frozenset({1, 3, 5, 17})  # thinking unless asked, no tags, no handoff, earlier reasoning left out
-KEY = "chat_template"
 OURS = "install mtpress's: mtpress repair CKPT OUT"
 OWN = "nothing, if the model is to be served without; else quantize again with --chat-template replace"
-
-
-def templates(subject: Subject) -> dict[str, str | None]:
-    """File → the template that an engine finds there, in the order in which transformers and vLLM look; None where it is no text."""
-    found: dict[str, str | None] = {}
-    for name in TEMPLATES:
-        if subject.has(name):
-            found[name] = subject.text(name) if name.endswith(".jinja") else _text((subject.json(name) or {}).get(KEY))
-    inside = (subject.json(TOKENIZER_CONFIG) or {}).get(KEY)
-    if inside:
-        found[TOKENIZER_CONFIG] = _text(inside)
-    return found
-
-
-def _text(content: object) -> str | None:
-    """A template, or the one that is called "default" in a list of named ones."""
-    if isinstance(content, list):
-        named = [entry for entry in content if isinstance(entry, dict) and entry.get("name") == "default"]
-        content = named[0].get("template") if named else None
-    return content if isinstance(content, str) else None
 
 
 def _first(subject: Subject) -> tuple[str, str | None] | None:

@@ -3,11 +3,9 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from mtpress.matching import Scheme
-from mtpress.rules import stored
-from mtpress.rules.config import ADAPTER
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.stored import (
+from mtpress.quant_config import stored
+from mtpress.quant_config.matching import Scheme
+from mtpress.quant_config.stored import (
     GLOBAL_SCALE,
     INPUT_GLOBAL_SCALE,
     INPUT_SCALE,
@@ -29,7 +27,10 @@ from mtpress.rules.stored import (
     ZERO_POINT,
     Form,
 )
-from mtpress.rules.subject import Subject
+from mtpress.quant_config.view import Subject
+from mtpress.rules.config import ADAPTER
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 # vLLM 0.32 passes over these (AutoWeightsLoader, QuantizationConfig._ignore_unexpected_suffixes).
 PASSED_OVER = (".bias", ".g_idx", ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point")

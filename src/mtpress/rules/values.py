@@ -1,6 +1,6 @@
 """Rules on the numbers of a checkpoint: what no training leaves behind.
 
-In: a `Survey`. Out: problems that name the tensors. Leaves out: small changes, which only a source can show (rules/base.py).
+In: a `Survey`. Out: problems that name the tensors. Leaves out: small changes, which only a source can show (rules/against_source.py).
 
 The limits lie far outside of what is known of trained models: mtpress-tiny, and what the makers of loaders publish of Qwen3.5 to 3.8.
 """
@@ -10,8 +10,9 @@ import statistics as numbers
 from collections import defaultdict
 from collections.abc import Iterator
 
-from mtpress.models.qwen3_5 import MTP_PREFIX, VISION_PREFIX
-from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule, count
+from mtpress.models.qwen3_5.names import MTP_PREFIX, VISION_PREFIX
+from mtpress.rules.rule import QUANTIZE_AGAIN, Problem, Rule
+from mtpress.terminal import count
 from mtpress.values.statistics import Statistics
 from mtpress.values.survey import Survey
 

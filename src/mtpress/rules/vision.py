@@ -2,17 +2,11 @@
 
 from collections.abc import Iterator
 
-from mtpress.models.qwen3_5_engine import TEXT_ARCHITECTURE
-from mtpress.rules.rule import Problem, Rule, count
-from mtpress.rules.subject import CONFIG, Subject
-
-TEXT_ONLY_FLAG = "--language-model-only"
-PROCESSOR, IMAGE_PROCESSOR, VIDEO_PROCESSOR = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
-
-
-def stripped(subject: Subject) -> bool:
-    """Whether the tower was taken out on purpose: the engine must be told, no config key tells it."""
-    return subject.is_vl and not subject.stored_vision and subject.config.get("language_model_only") is True
+from mtpress.chat.processor_files import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
+from mtpress.models.qwen3_5.engine import TEXT_ARCHITECTURE
+from mtpress.quant_config.view import CONFIG, TEXT_ONLY_FLAG, Subject, stripped
+from mtpress.rules.rule import Problem, Rule
+from mtpress.terminal import count
 
 
 def vision_stripped(subject: Subject) -> Iterator[Problem]:

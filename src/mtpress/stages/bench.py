@@ -1,7 +1,7 @@
 """bench: how fast checkpoints are served, and how well their draft heads guess, by vLLM's own client on the real engine.
 
 In: checkpoints (each with MTP off and on), or servers that are running. Out: a `BenchResult`; with --out a directory of bench.json,
-bench.md, bench.svg, bench.png and the logs. Leaves out: how a checkpoint is launched (engine/launch.py), what is measured how
+bench.md, bench.svg, bench.png and the logs. Leaves out: how a checkpoint is launched (engine/launch/launch.py), what is measured how
 (docs/benchmarking.md).
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpress import terminal
-from mtpress.engine.api_key import API_KEY, KEY_VARIABLES, given_key
-from mtpress.engine.arguments import take_engine_arguments
+from mtpress.api_key import API_KEY, KEY_VARIABLES, given_key
+from mtpress.engine.launch.arguments import take_engine_arguments
 from mtpress.errors import EngineError, InputError, MtpressError, ResourceError
 from mtpress.json_files import json_bytes
 from mtpress.terminal import json_text, say
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from mtpress.bench.benchmark import BenchPlan
     from mtpress.bench.result import BenchResult
-    from mtpress.engine.launch import ServeOptions
+    from mtpress.engine.launch.launch import ServeOptions
 
 LENGTHS, STREAMS, MTP = (50, 350, 700), (1, 2, 64), (0, 1, 2, 3)
 MAX_DRAFTED = 16
@@ -67,11 +67,11 @@ def bench(
     from mtpress.bench.measurement import Cell
     from mtpress.bench.prompt_mix import load_prompts
     from mtpress.bench.result import BenchResult
-    from mtpress.engine.hardware import read_hardware
-    from mtpress.engine.installed import find_engine
-    from mtpress.engine.launch import ServeOptions
-    from mtpress.engine.served_model import ServedModel
-    from mtpress.record import command_line
+    from mtpress.checkpoint.record import command_line
+    from mtpress.engine.launch.installed import find_engine
+    from mtpress.engine.launch.launch import ServeOptions
+    from mtpress.engine.memory.hardware import read_hardware
+    from mtpress.engine.memory.served_model import ServedModel
 
     if bool(checkpoints) == bool(urls):
         raise InputError("name checkpoints to start, or servers that are running with --url, and not both")
@@ -145,7 +145,7 @@ def _check_launches(plan: "BenchPlan") -> str | None:
 
 def _check_running(plan: "BenchPlan", url: str, model: str) -> None:
     """Asks the longest prompt with the longest decode and hangs up at the first token: context, key and streaming are as needed."""
-    from mtpress.engine.client import Client
+    from mtpress.engine.server.client import Client
 
     longest = max(plan.prompts.prompts, key=lambda prompt: len(prompt.text))
     length = max(cell.length for cell in plan.cells)
@@ -236,7 +236,7 @@ def _temperature(text: str) -> float:
 
 def run(options: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """The stage as the command line calls it: 1 where a configuration or a request failed."""
-    from mtpress.engine.launch import ServeOptions
+    from mtpress.engine.launch.launch import ServeOptions
 
     out: Path | None = options.out
     plot = out is not None and not options.no_plot

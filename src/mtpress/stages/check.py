@@ -2,7 +2,7 @@
 
 In: a checkpoint, quantized or BF16; with --base its source, with --hashes its own record, with --engine a vLLM. Out: a
 `CheckResult`, and with --engine an entry in mtpress.json. Leaves out: the rules themselves (rules/), and asking the engine
-(engine/trial.py). Without --base and --values no weight is read and torch is not imported: headers, small files and float32 scalars
+(engine/trial/trial.py). Without --base and --values no weight is read and torch is not imported: headers, small files and float32 scalars
 decide. The verdict says what was not looked at.
 """
 
@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from mtpress import terminal
-from mtpress.checkpoint import Checkpoint, resolve
-from mtpress.comparison import Comparison, compare
-from mtpress.engine.trial import ACCEPTANCE_FLOOR, NUM_DRAFTS, Run, Trial
+from mtpress.checkpoint.checkpoint import Checkpoint, resolve
+from mtpress.checkpoint.record import RECORD_NAME, add_to_record
+from mtpress.comparison.relation import Kind, add_base_is, refuse_alone
+from mtpress.comparison.scale_bounds import ScaleBounds, scale_bounds
+from mtpress.comparison.weights import Comparison, compare
+from mtpress.engine.trial.trial import ACCEPTANCE_FLOOR, NUM_DRAFTS, Run, Trial
 from mtpress.errors import InputError
 from mtpress.progress import Progress, human_bytes
-from mtpress.record import RECORD_NAME, add_to_record
-from mtpress.relation import Kind, add_base_is, refuse_alone
+from mtpress.quant_config.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
+from mtpress.quant_config.view import TEXT_ONLY_FLAG, Subject, stripped
 from mtpress.rules.hashes import hash_files
 from mtpress.rules.registry import BASE_RULES, BOUND_RULES, ENGINE_RULES, HASH_RULES, OPEN_RULES, VALUE_RULES, static_rules
-from mtpress.rules.rule import Finding, Severity, apply, count
-from mtpress.rules.stored import INPUT_GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
-from mtpress.rules.subject import Subject
-from mtpress.rules.vision import TEXT_ONLY_FLAG, stripped
-from mtpress.scale_bounds import ScaleBounds, scale_bounds
+from mtpress.rules.rule import Finding, Severity, apply
+from mtpress.terminal import count
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -191,10 +191,10 @@ def try_engine(
     where: Path, source: Checkpoint | None, named: str, num_drafts: int, acceptance_floor: float, logs: Path | None, silent: bool
 ) -> Trial:
     """What the engine does with the checkpoint. InputError for no engine, ResourceError where it cannot fit on this machine."""
-    from mtpress.engine.hardware import read_hardware
-    from mtpress.engine.installed import find_engine
-    from mtpress.engine.served_model import ServedModel
-    from mtpress.engine.trial import examine
+    from mtpress.engine.launch.installed import find_engine
+    from mtpress.engine.memory.hardware import read_hardware
+    from mtpress.engine.memory.served_model import ServedModel
+    from mtpress.engine.trial.trial import examine
 
     folder = logs or Path(tempfile.mkdtemp(prefix="mtpress-check-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """convert: a checkpoint in NVFP4, FP8 or both in modelopt's layout → the same in compressed-tensors', or back; a VLM one → text only.
 
-In: a finished checkpoint. Out: a new directory and a `ConvertResult`. Leaves out: which tensor becomes which (conversion.py), how
-shards are linked and rewritten (revision.py). Codes and block scales keep their bytes; what does not is counted in the result.
+In: a finished checkpoint. Out: a new directory and a `ConvertResult`. Leaves out: which tensor becomes which
+(quant_config/conversion.py), how shards are linked and rewritten (checkpoint/revision.py). Codes and block scales keep their bytes;
+what does not is counted in the result.
 """
 
 import argparse
@@ -11,22 +12,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress.checkpoint import Checkpoint
+from mtpress.chat.processor_files import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.output_place import refuse_place
 from mtpress.errors import InputError
 from mtpress.models import family
-from mtpress.output_place import refuse_place
+from mtpress.models.qwen3_5.names import MTP_PREFIX
 from mtpress.progress import human_bytes
-from mtpress.rules.names import refuse_misnamed
-from mtpress.rules.subject import CONFIG, HF_QUANT_CONFIG, Subject
-from mtpress.rules.vision import IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR
+from mtpress.quant_config.misnamed import refuse_misnamed
+from mtpress.quant_config.view import CONFIG, HF_QUANT_CONFIG, Subject
 from mtpress.terminal import say
 
 if TYPE_CHECKING:
-    from mtpress.conversion import Conversion
-    from mtpress.conversion_kinds import Layout
-    from mtpress.revision import Revision
+    from mtpress.checkpoint.revision import Revision
+    from mtpress.quant_config.conversion import Conversion
+    from mtpress.quant_config.conversion_kinds import Layout
 
-CHOICES = ("modelopt", "compressed-tensors")  # conversion_kinds.py has them too, with torch; the tests hold them together
+CHOICES = ("modelopt", "compressed-tensors")  # quant_config/conversion_kinds.py has them too, with torch; the tests hold them together
 SHOWN = 3  # fused linears that are told one by one
 PROCESSOR_FILES = (PROCESSOR, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
 
@@ -84,8 +86,8 @@ def convert(
     copies: in place of hard links.
     Raises InputError, before anything is written, where the checkpoint cannot be converted, ResourceError if the disk is too small.
     """
-    from mtpress import conversion  # torch from here on
-    from mtpress.revision import Revision
+    from mtpress.checkpoint.revision import Revision
+    from mtpress.quant_config import conversion  # torch from here on
 
     layout = _layout(to)
     if layout is None and not text_only:
@@ -106,7 +108,7 @@ def convert(
     planned = None
     if layout is not None:
         planned = conversion.plan_conversion(subject, layout, without=vision if text_only else None, rescale=rescale)
-    revision = Revision(source)
+    revision = Revision(source, MTP_PREFIX)
     for name in dropped:
         revision.drop(name)
     if planned is not None:
@@ -142,7 +144,7 @@ def convert(
 
 
 def _layout(to: str | None) -> "Layout | None":
-    from mtpress.conversion_kinds import LAYOUTS
+    from mtpress.quant_config.conversion_kinds import LAYOUTS
 
     for layout in LAYOUTS:
         if to == layout:
@@ -173,7 +175,7 @@ def _statistics(numbers: Sequence[float]) -> dict[str, Any]:
 def _write_configs(subject: Subject, revision: "Revision", planned: "Conversion | None", kept: Sequence[str], text_only: bool) -> None:
     """config.json and the other files that engines read of a quantization; without a tower no processor files."""
     from mtpress.json_files import json_bytes
-    from mtpress.kept_modules import config_contents
+    from mtpress.quant_config.ignore_list import config_contents
 
     config = subject.model.text_only_config(subject.config) if text_only else subject.config
     if planned is None:
@@ -190,8 +192,8 @@ def _write_configs(subject: Subject, revision: "Revision", planned: "Conversion 
 
 def _declarations(config: Mapping[str, Any], planned: "Conversion", kept: Sequence[str]) -> dict[str, dict[str, Any]]:
     """config.json, and for modelopt hf_quant_config.json, in the new layout; every other key as it was."""
-    from mtpress.conversion_kinds import compressed_tensors_groups
     from mtpress.formats import compressed_tensors, mixed_precision, nvfp4
+    from mtpress.quant_config.conversion_kinds import compressed_tensors_groups
 
     old = ("quantization_config", "compression_config")
     new = {key: value for key, value in config.items() if key not in old}
@@ -263,7 +265,7 @@ def show(result: ConvertResult) -> None:
 
 
 def _kinds(result: ConvertResult) -> str:
-    from mtpress.conversion_kinds import KINDS
+    from mtpress.quant_config.conversion_kinds import KINDS
 
     return f" ({', '.join(f'{number} {KINDS[kind]}' for kind, number in result.kinds.items())})" if len(result.kinds) > 1 else ""
 

@@ -1,7 +1,7 @@
 """demo: the whole line on the model that ships with mtpress, as a user would type it, then what the result says.
 
 In: nothing. Out: the four commands with their own output, and a table: size, error, draft acceptance, the same text with
-and without the draft head. Needs no network and no engine; the generator is the reference one (generate.py).
+and without the draft head. Needs no network and no engine; the generator is the reference one (models/qwen3_5/generate.py).
 """
 
 import argparse
@@ -17,8 +17,9 @@ from mtpress.errors import InputError
 from mtpress.terminal import quoted
 
 if TYPE_CHECKING:
-    from mtpress.chat import ChatEncoder, Sample
-    from mtpress.generate import Generator
+    from mtpress.chat.encoder import ChatEncoder
+    from mtpress.chat.sample import Sample
+    from mtpress.models.qwen3_5.generate import Generator
 
 RECIPE = "nvfp4-mtp-vlm"
 NUM_DRAFTS = 3
@@ -97,9 +98,9 @@ def _type(command: list[str], as_json: bool) -> int:
 
 def speak(out: Path) -> DemoResult:
     """Both builds on the same prompts, with and without the draft head."""
-    from mtpress.chat import ChatEncoder
-    from mtpress.checkpoint import Checkpoint
-    from mtpress.generate import Generator
+    from mtpress.chat.encoder import ChatEncoder
+    from mtpress.checkpoint.checkpoint import Checkpoint
+    from mtpress.models.qwen3_5.generate import Generator
 
     checkpoints = {"BF16": Checkpoint.open(BUILTIN_MODEL), "NVFP4": Checkpoint.open(out)}
     encoder = ChatEncoder(BUILTIN_MODEL)
@@ -142,7 +143,7 @@ def divergence(base: "Generator", other: "Generator", encoder: "ChatEncoder") ->
     """(mean KL(base ‖ other) in nats, top-1 agreement) over the first rows of the built-in evaluation set, teacher-forced."""
     import torch
 
-    from mtpress.calibration import encode_row, read_jsonl
+    from mtpress.calibration.samples import encode_row, read_jsonl
 
     total, agreed, count = 0.0, 0, 0
     for number, (where, row) in enumerate(read_jsonl(EVALUATION_FILE)):

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtpress import terminal
+from mtpress.checkpoint.record import peak_memory_bytes
 from mtpress.device import choose_device
-from mtpress.engine.arguments import take_engine_arguments
+from mtpress.engine.launch.arguments import take_engine_arguments
 from mtpress.errors import InputError, ResourceError
+from mtpress.evaluation.tasks import command as task_command
+from mtpress.evaluation.tasks.command import refuse_range, write_text
 from mtpress.progress import Progress, human_bytes
-from mtpress.record import peak_memory_bytes
-from mtpress.tasks import command as task_command
-from mtpress.tasks.command import refuse_range, write_text
 
 if TYPE_CHECKING:
     from mtpress.evaluation.documents import Documents
@@ -55,14 +55,14 @@ def evaluate(
     InputError, before weights are read, for what cannot be compared; FindingError, which names the tensors, where a body computes NaN;
     ResourceError where the disk cannot hold the hidden states.
     """
-    from mtpress.chat import ChatEncoder
+    from mtpress.chat.encoder import ChatEncoder
     from mtpress.evaluation import documents, figures, result
     from mtpress.evaluation.bodies import open_bodies
     from mtpress.evaluation.drafts import draft, drafts_effort
     from mtpress.evaluation.layers import Stream, layers_effort, refuse_pictures, run_layers
     from mtpress.evaluation.no_number import no_number
     from mtpress.evaluation.vocabulary import compare_logits, logits_effort
-    from mtpress.hidden_states import DiskStates
+    from mtpress.models.hidden_states import DiskStates
 
     if not checkpoints:
         raise InputError("name at least one checkpoint")

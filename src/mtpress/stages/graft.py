@@ -4,7 +4,7 @@ In: a finished checkpoint (plain, modelopt, compressed-tensors, FP8, AutoRound o
 A head in FP8 goes over as it is where the checkpoint's config can hold it; else it is dequantized to BF16, and that is said.
 Out: the directory and a `GraftResult`. Whatever else the checkpoint has of a head leaves: quantized, of another model, or under a
 wrong prefix; a head of its own that is whole and finite only where the user says so. Leaves out: how shards are linked and rewritten
-(revision.py), how a config says what stays in BF16 (kept_modules.py).
+(checkpoint/revision.py), how a config says what stays in BF16 (quant_config/ignore_list.py).
 """
 
 import argparse
@@ -16,30 +16,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mtpress import fp8_head, terminal
-from mtpress.checkpoint import (
-    INDEX_NAME,
-    Checkpoint,
-    TensorInfo,
-    read_json_object,
-    read_shard,
-    read_tensor,
-    resolve,
-    torch_dtype,
-    weight_map_of,
-)
-from mtpress.comparison import same_bytes
-from mtpress.disk import read_pieces
+from mtpress import terminal
+from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint, resolve, weight_map_of
+from mtpress.checkpoint.direct_io import read_pieces
+from mtpress.checkpoint.json_files import read_json_object
+from mtpress.checkpoint.output_place import refuse_place
+from mtpress.checkpoint.safetensors import TensorInfo, read_shard, read_tensor, torch_dtype
+from mtpress.comparison.relation import Kind, Relation, add_base_is
+from mtpress.comparison.weights import same_bytes
 from mtpress.errors import InputError
-from mtpress.matching.matcher import Scheme
 from mtpress.models import family
-from mtpress.output_place import refuse_place
+from mtpress.models.qwen3_5.names import MTP_PREFIX
 from mtpress.progress import human_bytes
-from mtpress.relation import Kind, Relation, add_base_is
-from mtpress.rules.declaration import Declaration
-from mtpress.rules.names import refuse_misnamed
-from mtpress.rules.stored import PLAIN_DTYPES
-from mtpress.rules.subject import CONFIG, Subject
+from mtpress.quant_config import fp8_head
+from mtpress.quant_config.declaration import Declaration
+from mtpress.quant_config.matching.matcher import Scheme
+from mtpress.quant_config.misnamed import refuse_misnamed
+from mtpress.quant_config.stored import PLAIN_DTYPES
+from mtpress.quant_config.view import CONFIG, Subject
 
 MOST_UNKNOWN = 1000  # tensors of unknown names in what is still a checkpoint of this family with something left over
 
@@ -104,10 +98,10 @@ def graft(
     InputError before anything is written where the head does not fit or the base has none that is whole and in BF16, and where
     there is nothing to do; ResourceError where the disk is too small. Nothing that looks finished stays behind.
     """
-    from mtpress.comparison import sampled_relation
+    from mtpress.checkpoint.revision import Revision  # torch from here on
+    from mtpress.checkpoint.shard_writer import OutputTensor
+    from mtpress.comparison.weights import sampled_relation
     from mtpress.repairs.bf16 import Dequantized
-    from mtpress.revision import Revision  # torch from here on
-    from mtpress.shard_writer import OutputTensor
 
     target = Path(out)
     refuse_place(target, [checkpoint, base])
@@ -128,7 +122,7 @@ def graft(
         head, matrices, in_fp8 = whole, {}, tuple(matrices)
     else:
         head, in_fp8 = fp8_head.in_bf16(head, tuple(matrices)), ()
-    revised = Revision(source)
+    revised = Revision(source, MTP_PREFIX)
     kept = tuple(
         name
         for name, info in head.items()
@@ -312,7 +306,7 @@ def _names_all(source: Checkpoint, head: Mapping[str, TensorInfo]) -> bool:
 def _config_files(subject: Subject, giver: Checkpoint, tensors: Mapping[str, TensorInfo], in_fp8: tuple[str, ...]) -> dict[str, bytes]:
     """Config files to be written anew, so that one draft layer is declared and every declaration spares it, but for what is in_fp8; those
     that do stay."""
-    from mtpress.kept_modules import config_contents
+    from mtpress.quant_config.ignore_list import config_contents
 
     model, config = subject.model, copy.deepcopy(subject.config)
     text, theirs = config.get("text_config", config), model.text_config(giver.config)
@@ -332,7 +326,7 @@ def _config_files(subject: Subject, giver: Checkpoint, tensors: Mapping[str, Ten
 
 def _takes_head(subject: Subject, declared: Declaration, tensors: Mapping[str, TensorInfo], schemes: Mapping[str, Scheme]) -> bool:
     """Whether the engine takes the head by this declaration as it is stored: in BF16, but for the modules that have a scheme."""
-    from mtpress.matching import matcher_of
+    from mtpress.quant_config.matching import matcher_of
 
     matcher = matcher_of(declared, subject.architecture, {name: info.dtype for name, info in tensors.items()})
     return matcher is not None and fp8_head.takes(subject, matcher, schemes)

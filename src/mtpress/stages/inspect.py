@@ -12,17 +12,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress import fit, terminal
-from mtpress.checkpoint import Checkpoint, TensorInfo
-from mtpress.engine.served_model import num_params, stored_bits
+from mtpress import terminal
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.safetensors import TensorInfo
+from mtpress.engine.memory import fit
+from mtpress.engine.memory.served_model import num_params, stored_bits
 from mtpress.errors import InputError
-from mtpress.models.qwen3_5 import COMPONENT_TITLES, COMPONENTS
-from mtpress.plan import make_plan
+from mtpress.models.qwen3_5.names import COMPONENT_TITLES, COMPONENTS
+from mtpress.plan.plan import make_plan
+from mtpress.plan.recipe import load_recipe, shipped
 from mtpress.progress import human_bytes
-from mtpress.recipe import load_recipe, shipped
-from mtpress.rules import draft_head, ignore_lists, names, quantization, stored
-from mtpress.rules.rule import apply, count
-from mtpress.rules.subject import Subject
+from mtpress.quant_config import stored
+from mtpress.quant_config.view import Subject
+from mtpress.rules import draft_head, ignore_lists, names, quantization
+from mtpress.rules.rule import apply
+from mtpress.terminal import count
 
 if TYPE_CHECKING:
     from rich.table import Table

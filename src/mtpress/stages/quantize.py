@@ -19,31 +19,32 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from mtpress import terminal
-from mtpress.beside_weights import carried_files, chosen_files, config_files, sampling_of, template_choice, template_of
-from mtpress.bf16_source import bf16_source
-from mtpress.checkpoint import Checkpoint, read_json_object
-from mtpress.checkpoint_writer import CheckpointWriter, remove_journal
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.journal import difference
+from mtpress.checkpoint.json_files import read_json_object
+from mtpress.checkpoint.output_place import refuse_place
+from mtpress.checkpoint.own_files import refuse_foreign_files
+from mtpress.checkpoint.partial_directory import PartialDirectory
+from mtpress.checkpoint.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
+from mtpress.checkpoint.source_guard import SourceGuard
+from mtpress.checkpoint.writer import CheckpointWriter, remove_journal
 from mtpress.device import choose_device
 from mtpress.errors import InputError
-from mtpress.format_choice import Choices, choices, chosen_recipe
-from mtpress.journal import difference
-from mtpress.models.qwen3_5 import COMPONENT_TITLES
-from mtpress.output_place import refuse_place
-from mtpress.own_files import refuse_foreign_files
-from mtpress.partial_directory import PartialDirectory
-from mtpress.plan import LAYOUTS, Plan, make_plan
+from mtpress.models.qwen3_5.names import COMPONENT_TITLES
+from mtpress.plan.bf16_source import bf16_source
+from mtpress.plan.budget import Choices, choices, chosen_recipe
+from mtpress.plan.plan import LAYOUTS, Plan, make_plan
+from mtpress.plan.recipe import Recipe, load_recipe, parse_recipe
 from mtpress.progress import Progress, human_bytes
-from mtpress.recipe import Recipe, load_recipe, parse_recipe
-from mtpress.record import RECORD_NAME, peak_memory_bytes, record_bytes, versions
-from mtpress.source_faults import notes as lacking
-from mtpress.source_faults import refuse_faults
-from mtpress.source_guard import SourceGuard
+from mtpress.quantization.output_files import carried_files, chosen_files, config_files, sampling_of, template_choice, template_of
+from mtpress.quantization.source_faults import notes as lacking
+from mtpress.quantization.source_faults import refuse_faults
 from mtpress.terminal import say
 
 if TYPE_CHECKING:
-    from mtpress import preflight
-    from mtpress.calibration import CalibrationSet
-    from mtpress.workers import Spread
+    from mtpress.calibration.samples import CalibrationSet
+    from mtpress.quantization import preflight
+    from mtpress.quantization.worker_pool import Spread
 FORMAT_TITLES = {"bf16": "BF16"} | {name: layout.title for name, layout in LAYOUTS.items()}
 TEMPLATE_TITLES = {"mtpress": "mtpress's own", "source": "the source's", "none": "none, as in the source"}
 SHOWN_NAMES = 3
@@ -55,7 +56,7 @@ class QuantizeResult:
     """What quantize did, or (dry run) would do. Sizes in bytes, times in seconds. misfits: in BF16 because of their shape alone.
     rounded: whether the source was in another dtype.
     chat_template: mtpress, source or none. notes: what was said before it began. generation_config: the sampling in it.
-    budget: what the recipe's can reach and, of a run, what was chosen (format_choice.py); the plan of a dry run is
+    budget: what the recipe's can reach and, of a run, what was chosen (plan/budget.py); the plan of a dry run is
     then that of the smallest output."""
 
     out: str
@@ -106,10 +107,13 @@ def quantize(
     Raises InputError before anything is written if source, recipe or calibration cannot work, ResourceError if the machine
     lacks disk or device. Nothing that looks finished stays behind.
     """
-    from mtpress import machine, preflight  # torch from here on
-    from mtpress.resumption import refuse_damage
-    from mtpress.stream import kernel
-    from mtpress.workers import Spread, write_weights
+    from mtpress.quantization import (
+        machine,
+        preflight,  # torch from here on
+    )
+    from mtpress.quantization.resumption import refuse_damage
+    from mtpress.quantization.rounders import kernel
+    from mtpress.quantization.worker_pool import Spread, write_weights
 
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     target = Path(out)
@@ -234,8 +238,8 @@ def quantize(
 
 def value_notes(checkpoint: Checkpoint) -> list[str]:
     """Where the source's numbers are not those of a trained model, by some rows of every tensor: known before the work begins."""
+    from mtpress.quant_config.view import Subject
     from mtpress.rules.rule import apply
-    from mtpress.rules.subject import Subject
     from mtpress.rules.values import RULES, not_read
     from mtpress.values.survey import survey
 
@@ -260,7 +264,7 @@ def settle_formats(
     silent: bool,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of the formats that a byte budget leaves, by measuring what each loses; and what the record says of the choice."""
-    from mtpress.sensitivity_pass import settle
+    from mtpress.quantization.sensitivity import settle
 
     least = open_choice.least
     made_of = {"candidates": list(open_choice.plans), **run_identity(least, guard, calibrated, device)}
@@ -272,8 +276,8 @@ def refuse_measuring(
     open_choice: Choices, begun: "Future[dict[str, float]]", device: Any, calibrated: "CalibrationSet", partial: Path, beside_bytes: int
 ) -> None:
     """ResourceError where the machine cannot measure, or the disk cannot hold an output of the budget."""
-    from mtpress import preflight
-    from mtpress.workers import Spread
+    from mtpress.quantization import preflight
+    from mtpress.quantization.worker_pool import Spread
 
     least, lengths = open_choice.least, [len(sample.input_ids) for sample in calibrated.samples]
     promised, loaded_bytes = foresee(least, begun, device, lengths, Spread(least.source.path), (), beside_bytes, open_choice)
@@ -295,7 +299,7 @@ def without_samples(recipe: Recipe) -> dict[str, Any] | None:
 
 def dry_lengths(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str]) -> list[int]:
     """Tokens of each sample; of a Hub data set, which a dry run does not fetch, as many as the recipe allows."""
-    from mtpress.calibration import BUILTIN_SETS
+    from mtpress.calibration.samples import BUILTIN_SETS
 
     if not recipe.needs_samples:
         return []
@@ -307,8 +311,8 @@ def dry_lengths(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[st
 
 def samples_of(checkpoint: Checkpoint, recipe: Recipe, calibration: Sequence[str]) -> "CalibrationSet":
     """The calibration samples, rendered by the template that the output gets."""
-    from mtpress.calibration import load_calibration
-    from mtpress.templating import template
+    from mtpress.calibration.samples import load_calibration
+    from mtpress.chat.template import template
 
     return load_calibration(checkpoint.path, recipe.calibration, calibration, template() if recipe.chat_template == "mtpress" else None)
 
@@ -325,10 +329,10 @@ def foresee(
 ) -> "tuple[preflight.Promise, int]":
     """What the run will take, and the memory that this process has loaded by now, in bytes. open_choice: formats that are still to be
     measured, from the plan of the smallest output."""
-    from mtpress import machine, preflight
+    from mtpress.quantization import machine, preflight
 
     if lengths:
-        import mtpress.calibration_pass  # noqa: F401  what it loads counts as loaded
+        import mtpress.calibration.forward  # noqa: F401  what it loads counts as loaded
     rates = machine.measure(plan, begun, device, lengths)
     loaded_bytes = psutil.Process().memory_info().rss
     promised = preflight.promise(
@@ -471,7 +475,7 @@ def show(result: QuantizeResult) -> None:
     if result.budget is not None:
         show_budget(console, result.budget)
     if result.dry_run:
-        from mtpress import preflight
+        from mtpress.quantization import preflight
 
         console.print(f"would take {preflight.Promise(**result.promised or {})}")
         console.print(f"kept in BF16 and named in both config files: {len(result.ignore)} modules (--json lists them)")

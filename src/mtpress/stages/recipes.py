@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtpress.recipe import load_recipe, recipe_file, shipped
+from mtpress.plan.recipe import load_recipe, recipe_file, shipped
 from mtpress.terminal import say, visible
 
 

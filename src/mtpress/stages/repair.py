@@ -2,8 +2,8 @@
 
 In: a checkpoint, a new output directory and, for what only the source has, its base. Out: the output directory and a
 `RepairResult`: for each finding of check how it was mended, or why it is left and what it would take. Leaves out: the repairs
-themselves (repairs/), the rules (rules/) and writing (revision.py). The source is never opened for writing; what does not change is
-hard-linked, and where only metadata is wrong no weight is read.
+themselves (repairs/), the rules (rules/) and writing (checkpoint/revision.py). The source is never opened for writing; what does not
+change is hard-linked, and where only metadata is wrong no weight is read.
 """
 
 import argparse
@@ -14,27 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from mtpress import terminal
-from mtpress.checkpoint import Checkpoint
-from mtpress.comparison import compare, relate
+from mtpress.checkpoint.checkpoint import Checkpoint
+from mtpress.checkpoint.output_place import refuse_place
+from mtpress.checkpoint.own_files import refuse_foreign_files
+from mtpress.checkpoint.revision import Revision, RevisionPlan, RevisionResult
+from mtpress.comparison.moved_tokens import moved_tokens
+from mtpress.comparison.relation import Kind, Relation, add_base_is, refuse_alone
+from mtpress.comparison.weights import compare, relate
 from mtpress.errors import InputError
-from mtpress.models.qwen3_5 import module_of
-from mtpress.moved_tokens import moved_tokens
-from mtpress.output_place import refuse_place
-from mtpress.own_files import refuse_foreign_files
+from mtpress.models.qwen3_5.names import MTP_PREFIX, module_of
 from mtpress.progress import human_bytes
-from mtpress.relation import Kind, Relation, add_base_is, refuse_alone
-from mtpress.repairs.base_files import open_base
+from mtpress.quant_config.view import Subject
+from mtpress.repairs.from_source import open_base
 from mtpress.repairs.measured import together
 from mtpress.repairs.mending import RELATIONS, Outcome, by_weight, find, mend_all, mend_reindexed
 from mtpress.repairs.opening import open_broken, refuse_other_tasks
 from mtpress.repairs.overlay import Overlay
 from mtpress.repairs.repair import Context, Left
-from mtpress.revision import Revision, RevisionPlan, RevisionResult
-from mtpress.rules.base import RULES as WEIGHT_RULES
+from mtpress.rules.against_source import RULES as WEIGHT_RULES
 from mtpress.rules.meanings import RULES as FILE_RULES
 from mtpress.rules.registry import BASE_RULES, STATIC_RULES
-from mtpress.rules.rule import Finding, Severity, apply, count
-from mtpress.rules.subject import Subject
+from mtpress.rules.rule import Finding, Severity, apply
+from mtpress.terminal import count
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 COLORS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -152,7 +153,7 @@ def repair(
         findings = find(ctx) + (list(apply(WEIGHT_RULES, ctx.comparison)) if ctx.comparison is not None else [])
         written = any(outcome.fixed for outcome in outcomes)
         if written:
-            revision = Revision(opened.stored)
+            revision = Revision(opened.stored, MTP_PREFIX)
             overlay.put_into(revision)
             plan = revision.plan()
             if not dry_run:

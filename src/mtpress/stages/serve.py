@@ -1,7 +1,7 @@
 """serve: a checkpoint → a running vLLM server, with every setting and its reason.
 
 In: a checkpoint; the engine and the machine are found. Out: a `ServeResult`; with --dry-run that is all, else the server
-runs until Ctrl-C. Leaves out: composing the command (engine/launch.py), watching over the process (engine/server.py). No
+runs until Ctrl-C. Leaves out: composing the command (engine/launch/launch.py), watching over the process (engine/server/server.py). No
 torch is imported here: the engine is another process.
 """
 
@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtpress.engine.api_key import KEY_VARIABLES, given_key
-from mtpress.engine.arguments import take_engine_arguments
+from mtpress.api_key import KEY_VARIABLES, given_key
+from mtpress.engine.launch.arguments import take_engine_arguments
 from mtpress.errors import InputError
 from mtpress.progress import human_bytes
 from mtpress.terminal import say
 
 if TYPE_CHECKING:
-    from mtpress.engine.hardware import Hardware
-    from mtpress.engine.installed import Engine
-    from mtpress.engine.launch import Launch
-    from mtpress.engine.profiles import Platform
-    from mtpress.engine.settings import Setting
+    from mtpress.engine.launch.installed import Engine
+    from mtpress.engine.launch.launch import Launch
+    from mtpress.engine.launch.profiles import Platform
+    from mtpress.engine.launch.settings import Setting
+    from mtpress.engine.memory.hardware import Hardware
 
 DEFAULT_PORT = 8000  # vLLM's own
 NEWEST_READ: dict["Platform", str] = {"cuda": "0.33.0", "cpu": "0.32.0"}  # whose sources profiles and known issues were read in
@@ -52,9 +52,9 @@ class ServeResult:
 
 def plan(options: argparse.Namespace) -> ServeResult:
     """The launch that the options ask for; errors as engine/launch.compose, and where there is no engine."""
-    from mtpress.engine.hardware import read_hardware
-    from mtpress.engine.launch import compose
-    from mtpress.engine.served_model import ServedModel
+    from mtpress.engine.launch.launch import compose
+    from mtpress.engine.memory.hardware import read_hardware
+    from mtpress.engine.memory.served_model import ServedModel
 
     model = ServedModel.read(options.checkpoint)
     hardware = read_hardware()
@@ -74,7 +74,7 @@ def plan(options: argparse.Namespace) -> ServeResult:
 
 
 def _engine(options: argparse.Namespace, assumed: list[str]) -> "Engine":
-    from mtpress.engine.installed import Engine, find_engine
+    from mtpress.engine.launch.installed import Engine, find_engine
 
     try:
         return find_engine(options.engine)
@@ -87,7 +87,7 @@ def _engine(options: argparse.Namespace, assumed: list[str]) -> "Engine":
 
 def _assume_profile(name: str | None, engine: "Engine", hardware: "Hardware", assumed: list[str]) -> tuple["Engine", "Hardware"]:
     """The engine and the machine of the profile, where those here are not; InputError where nothing here says which profile."""
-    from mtpress.engine import profiles
+    from mtpress.engine.launch import profiles
 
     if name is None:
         if engine.platform == "cuda" and not hardware.gpus:
@@ -111,8 +111,8 @@ def _assume_profile(name: str | None, engine: "Engine", hardware: "Hardware", as
 
 def serve(result: ServeResult, log: Path, start_timeout_seconds: float, say: Callable[[str], None]) -> ServeResult:
     """Starts it, asks one question, waits until it ends: EngineError where it dies, KeyboardInterrupt on Ctrl-C."""
-    from mtpress.engine.first_words import first_words
-    from mtpress.engine.server import Server
+    from mtpress.engine.server.server import Server
+    from mtpress.engine.trial.first_words import first_words
 
     launch = result.launch
     with Server(launch, log, start_timeout_seconds=start_timeout_seconds, min_available_bytes=launch.min_available_bytes) as server:

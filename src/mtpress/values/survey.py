@@ -13,12 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mtpress.checkpoint import TensorInfo, read_tensor
-from mtpress.comparison import same_bytes
+from mtpress.checkpoint.safetensors import TensorInfo, read_tensor
+from mtpress.comparison.weights import same_bytes
 from mtpress.progress import Progress
-from mtpress.rules.stored import PLAIN_DTYPES, SUFFIXES
-from mtpress.rules.subject import Subject
-from mtpress.stored_matrix import StoredMatrix, stored_matrix
+from mtpress.quant_config.stored import PLAIN_DTYPES, SUFFIXES
+from mtpress.quant_config.stored_matrix import StoredMatrix, stored_matrix
+from mtpress.quant_config.view import Subject
 from mtpress.values.statistics import Statistics
 
 if TYPE_CHECKING:

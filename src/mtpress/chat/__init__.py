@@ -1,0 +1,1 @@
+"""A conversation → token ids and pixels: messages, pictures, video, the chat template, and the tests of a template."""

@@ -1,0 +1,1 @@
+"""Rows of text and conversations, from where they are kept."""

@@ -1,0 +1,1 @@
+"""The `vllm serve` command: flags with their reasons, profiles of hardware, known issues, the installed engine."""

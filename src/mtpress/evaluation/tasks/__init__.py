@@ -1,0 +1,1 @@
+"""Benchmark tasks of lm-evaluation-harness, asked of a served model."""

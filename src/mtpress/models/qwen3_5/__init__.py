@@ -1,0 +1,1 @@
+"""The dense Qwen3.5 family: names and shapes of its tensors, its layers, its draft head, how vLLM builds it."""

@@ -1,1 +1,0 @@
-"""Benchmark tasks of lm-evaluation-harness, asked of the served model."""
