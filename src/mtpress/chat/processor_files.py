@@ -1,4 +1,4 @@
-"""Which files hold the settings of picture and video processors."""
+"""Which files hold the settings of picture and video processors, and what of them makes no picture of numbers."""
 
 import math
 from collections.abc import Iterator, Mapping

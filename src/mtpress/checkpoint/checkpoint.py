@@ -3,14 +3,11 @@
 In: a directory of safetensors files with an index (or one model.safetensors). Out: `Checkpoint`, whose opening reads
 headers only; tensors are read one by one, straight from the file, without mapping it. Leaves out: writing
 (checkpoint/writer.py), and what the tensors mean (models/).
-
-Every byte of a header is checked before it is believed: a file that lies about its own layout is an InputError.
-Format: https://github.com/huggingface/safetensors (8-byte length, JSON header, data; offsets relative to the data).
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +22,26 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, in order of name, whether an index names them or not."""
+    return sorted(file for file in path.iterdir() if file.name.endswith(".safetensors") and not file.is_dir())
+
+
+def tensors_that_count(path: Path, shards: Iterable[Shard], weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Name → tensor; of two with one name that which the index names, InputError where it names neither."""
+    stored: dict[str, TensorInfo] = {}
+    for info in (info for shard in shards for info in shard.tensors):
+        other = stored.get(info.name)
+        if other is not None and weight_map.get(info.name) not in (other.file.name, info.file.name):
+            raise InputError(
+                f"{path}: tensor {info.name[:120]} is stored in {other.file.name} and in {info.file.name}, and no index says which "
+                "counts; move one of the files away"
+            )
+        if other is None or weight_map[info.name] == info.file.name:
+            stored[info.name] = info
+    return stored
 
 
 def weight_map_of(index: Mapping[str, Any] | None) -> dict[str, str]:
@@ -108,7 +125,7 @@ class Checkpoint:
         is stored twice the index decides, the other one is in `shards` alone; InputError where it does not, and for torn files.
         """
         path, config = cls._config(path_or_id)
-        files = sorted(file for file in path.iterdir() if file.name.endswith(".safetensors") and not file.is_dir())
+        files = shard_files(path)
         if not files:
             raise InputError(f"{path}: no *.safetensors file; only safetensors checkpoints are read")
         try:
@@ -117,18 +134,7 @@ class Checkpoint:
             index = None
         weight_map = weight_map_of(index)
         shards = tuple(read_shard(file) for file in files)
-        stored: dict[str, TensorInfo] = {}
-        for shard in shards:
-            for info in shard.tensors:
-                other = stored.get(info.name)
-                if other is not None and weight_map.get(info.name) not in (other.file.name, info.file.name):
-                    raise InputError(
-                        f"{path}: tensor {info.name[:120]} is stored in {other.file.name} and in {info.file.name}, and no index says which "
-                        "counts; move one of the files away"
-                    )
-                if other is None or weight_map[info.name] == info.file.name:
-                    stored[info.name] = info
-        return cls(path, config, shards, stored, {}, index)
+        return cls(path, config, shards, tensors_that_count(path, shards, weight_map), {}, index)
 
     @staticmethod
     def _config(path_or_id: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -1,4 +1,8 @@
-"""safetensors files: the header of a shard, and the bytes, rows and pieces of a tensor; as BF16 where a source is stored otherwise."""
+"""safetensors files: the header of a shard, and the bytes, rows and pieces of a tensor; as BF16 where a source is stored otherwise.
+
+Every byte of a header is checked before it is believed: a file that lies about its own layout is an InputError.
+Format: https://github.com/huggingface/safetensors (8-byte length, JSON header, data; offsets relative to the data).
+"""
 
 import json
 import os

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint, resolve, weight_map_of
+from mtpress.checkpoint.checkpoint import INDEX_NAME, Checkpoint, resolve, shard_files, tensors_that_count, weight_map_of
 from mtpress.checkpoint.json_files import read_json_object
 from mtpress.checkpoint.safetensors import Shard, TensorInfo, read_shard
 from mtpress.errors import InputError
@@ -88,7 +88,7 @@ def _shards(path: Path, opened: Checkpoint | None) -> tuple[tuple[Shard, ...], d
     known = {shard.path: shard for shard in opened.shards} if opened is not None else {}
     named = set(_weight_map(path).values()) | ({"model.safetensors"} if not (path / INDEX_NAME).exists() else set())
     shards, left_out = [], {}
-    for file in sorted(file for file in path.iterdir() if file.name.endswith(".safetensors") and not file.is_dir()):
+    for file in shard_files(path):
         try:
             shards.append(known.get(file) or read_shard(file))
         except InputError as error:
@@ -109,17 +109,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _tensors(path: Path, shards: tuple[Shard, ...], weight_map: Mapping[str, str], leftovers: Mapping[str, str]) -> dict[str, TensorInfo]:
     """Name → the tensor that counts: of two the one that the index names, and of a leftover none."""
-    stored: dict[str, TensorInfo] = {}
-    for info in (info for shard in shards if shard.path.name not in leftovers for info in shard.tensors):
-        other = stored.get(info.name)
-        if other is not None and weight_map.get(info.name) not in (other.file.name, info.file.name):
-            raise InputError(
-                f"{path}: tensor {info.name[:120]} is stored in {other.file.name} and in {info.file.name}, and no index says which "
-                "counts; move one of the files away"
-            )
-        if other is None or weight_map[info.name] == info.file.name:
-            stored[info.name] = info
-    return stored
+    return tensors_that_count(path, (shard for shard in shards if shard.path.name not in leftovers), weight_map)
 
 
 def _heads_beside(subject: Subject, leftovers: Mapping[str, str]) -> dict[str, TensorInfo]:
